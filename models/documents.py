@@ -1,0 +1,44 @@
+"""Where documents begin and end in a flat batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """D documents laid one after another in a flat batch of N tokens.
+
+    Attention, convolutions and recurrent states stay inside a document, and positions restart at 0 in each,
+    so a packed batch computes what its documents would compute alone.
+
+    lengths: tokens of each document, on the host: loops and kernels need them without waiting for the device.
+    offsets: int32 [D + 1], where each document starts, and N at the end (``cu_seqlens`` of the flash kernels).
+    positions: int64 [N], the position of each token in its document.
+    """
+
+    lengths: tuple[int, ...]
+    offsets: Tensor
+    positions: Tensor
+
+    @staticmethod
+    def from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"documents need a length of at least one token each, got {list(lengths)}")
+        sizes = torch.tensor(lengths, dtype=torch.int64)
+        ends = sizes.cumsum(0)
+        starts = torch.cat((ends.new_zeros(1), ends))
+        positions = torch.arange(int(ends[-1])) - starts[:-1].repeat_interleave(sizes)
+        return Documents(tuple(lengths), starts.to(device, torch.int32), positions.to(device))
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)

@@ -1,0 +1,96 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), with YaRN (Peng et al. 2023, arXiv:2309.00071)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.errors import NibbleError
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """``frequencies``: float32 [rotary/2] on the host, radians per position of each pair of dimensions.
+
+    ``magnitude`` scales cosines and sines (YaRN's attention factor); ``score_scale`` multiplies the softmax scale
+    (the square of YaRN's mscale over all dimensions, as DeepSeek-V2 applies it; 1 otherwise).
+    """
+
+    frequencies: tuple[float, ...]
+    magnitude: float = 1.0
+    score_scale: float = 1.0
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 [N, rotary/2], for positions int64 [N]."""
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
+        angles = positions[:, None].to(torch.float32) * frequencies
+        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+
+
+def parse_rope(config: dict[str, Any], dim: int, where: str) -> RopeConfig:
+    """Reads either spelling of config.json: ``rope_parameters`` (5.x) or ``rope_theta`` with ``rope_scaling`` (4.x).
+
+    dim: rotary dimensions of a head. Raises NibbleError for a rope type that isn't known.
+    """
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    theta = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if kind == "default":
+        return RopeConfig(tuple((1.0 / powers).tolist()))
+    if kind == "yarn":
+        return _yarn(given, config, theta, powers, dim)
+    raise NibbleError(
+        f"{where}: rope_type {kind!r} is not supported; 'default' and 'yarn' are.\n"
+        "       A checkpoint that was trained with another scaling would be computed wrongly, so it is refused."
+    )
+
+
+def _mscale(factor: float, weight: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _yarn(given: dict[str, Any], config: dict[str, Any], theta: float, powers: Tensor, dim: int) -> RopeConfig:
+    """Slow pairs are interpolated by ``factor``, fast ones are left alone, with a linear ramp in between (§3.2)."""
+    trained = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+    longest = config.get("max_position_embeddings", 202752)
+    trained = trained or longest
+    factor = given.get("factor") or longest / trained
+
+    def pair_with(rotations: float) -> float:
+        """The (fractional) index of the pair that turns ``rotations`` times within the trained context."""
+        return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_with(given.get("beta_fast") or 32), pair_with(given.get("beta_slow") or 1)
+    if given.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # a ramp of no width would divide by zero
+    interpolated = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    frequencies = (1.0 / (factor * powers)) * interpolated + (1.0 / powers) * (1 - interpolated)
+
+    weight, weight_all = given.get("mscale"), given.get("mscale_all_dim")
+    magnitude = given.get("attention_factor")
+    if magnitude is None:
+        both = weight and weight_all
+        magnitude = _mscale(factor, weight) / _mscale(factor, weight_all) if both else _mscale(factor)
+    score_scale = _mscale(factor, weight_all) ** 2 if weight_all else 1.0
+    return RopeConfig(tuple(frequencies.tolist()), float(magnitude), score_scale)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor], *, interleaved: bool) -> Tensor:
+    """Rotates pairs of dimensions of x [N, heads, rotary] by the angles of its position; same dtype, in float32.
+
+    interleaved: pairs are (0, 1), (2, 3) … as in GLM's latent attention; otherwise (0, d/2), (1, d/2 + 1) … The
+    result always holds the first members of all pairs, then the second ones: scores do not depend on the order of
+    dimensions as long as queries and keys share it.
+    """
+    cos, sin = (table[:, None] for table in tables)
+    wide = x.to(torch.float32)
+    first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,11 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+
+class NibbleError(Exception):
+    """Something the user can mend: bad input, a missing file, a combination that can't work.
+
+    The message is one to three lines: what is wrong, where, and what to do about it. Commands print it
+    as `error: …` on standard error and exit with code 2; no traceback is shown.
+    """
