@@ -1,0 +1,1 @@
+"""A training run: configuration, data, loss, optimiser, loop and outputs. Start one with `python -m train`."""
