@@ -60,6 +60,6 @@ def _by_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents
 def _attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
     """query [B, T, heads, d], key and value [B, T, kv_heads, d]: [B, T, heads, d]."""
     grouped = query.shape[2] != key.shape[2]
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -135,19 +135,19 @@ class _LoRALinear(torch.autograd.Function):
         needs_x, needs_value, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         layer, dtype = ctx.layer, ctx.dtype
         dy = grads[0].to(dtype)
-        rows = x.to(dtype) if x is not None else None
-
-        d_xa = None
+        dx = torch.mm(dy, layer.weight.dense(dtype=dtype)) if needs_x else None
+        d_value = d_bias = d_a = d_b = None
+        if needs_value:
+            d_value = torch.mm(dy.t(), x.to(dtype)).to(layer.weight.dtype)
+        if needs_bias:
+            d_bias = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
         if a is not None:
-            d_xa = torch.mm(dy, b.to(dtype)).mul_(layer.lora.scaling)
-        dx = None
-        if needs_x:
-            dx = torch.mm(dy, layer.weight.dense(dtype=dtype))
-            if d_xa is not None:
+            scaling = layer.lora.scaling
+            d_xa = torch.mm(dy, b.to(dtype)).mul_(scaling)
+            if dx is not None:
                 dx.addmm_(d_xa, a.to(dtype))
-            dx = dx.to(ctx.x_dtype)
-        d_value = torch.mm(dy.t(), rows).to(layer.weight.dtype) if needs_value else None
-        d_bias = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype) if needs_bias else None
-        d_a = torch.mm(d_xa.t(), rows).to(a.dtype) if needs_a else None
-        d_b = torch.mm(dy.t(), xa).mul_(layer.lora.scaling).to(b.dtype) if needs_b else None
-        return dx, d_value, d_bias, d_a, d_b, None
+            if needs_a:
+                d_a = torch.mm(d_xa.t(), x.to(dtype)).to(a.dtype)
+            if needs_b:
+                d_b = torch.mm(dy.t(), xa).mul_(scaling).to(b.dtype)
+        return dx.to(ctx.x_dtype) if dx is not None else None, d_value, d_bias, d_a, d_b, None

@@ -77,8 +77,10 @@ def _yarn(given: dict[str, Any], config: dict[str, Any], theta: float, powers: T
     weight, weight_all = given.get("mscale"), given.get("mscale_all_dim")
     magnitude = given.get("attention_factor")
     if magnitude is None:
-        both = weight and weight_all
-        magnitude = _mscale(factor, weight) / _mscale(factor, weight_all) if both else _mscale(factor)
+        if weight and weight_all:
+            magnitude = _mscale(factor, weight) / _mscale(factor, weight_all)
+        else:
+            magnitude = _mscale(factor)
     score_scale = _mscale(factor, weight_all) ** 2 if weight_all else 1.0
     return RopeConfig(tuple(frequencies.tolist()), float(magnitude), score_scale)
 

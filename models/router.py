@@ -5,6 +5,7 @@ Shapes: N tokens, E experts, K chosen per token, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,16 @@ class SigmoidRouter(Linear):
         super().__init__(hidden, experts, spec=StorageSpec("none"), dtype=torch.float32, device=device, name=name)
         self.rule = rule
         self.e_score_correction_bias = nn.Buffer(torch.zeros(experts, dtype=torch.float32, device=device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmoidRouter:
+        """``to``, ``bfloat16`` … of a model end here: they may move the router but not round it."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """x [N, H]: the chosen experts int64 [N, K] and their weights float32 [N, K], differentiable in x."""

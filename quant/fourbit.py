@@ -97,7 +97,7 @@ class FourBitStorage(Storage):
     ) -> Tensor:
         packed = self.packed
         out = self._result(which, dtype, out, packed.device)
-        if out.numel():
+        if out.numel() and not out.is_meta:
             _dequantise(self.kind, packed if which is None else packed[which], self._scales(which), out)
         return out
 
@@ -126,7 +126,7 @@ def _decode_scales(absmax: Tensor, nested: Tensor) -> Tensor:
     if kernel is None:
         ops = bitsandbytes_ops()
         return ops.dequantize_blockwise.default(absmax, nested, code, NESTED_BLOCK, torch.float32)
-    scales = torch.empty(absmax.shape, dtype=torch.float32)
+    scales = torch.empty_like(absmax, dtype=torch.float32)
     kernel(*map(_pointer, (code, absmax, nested, scales)), _long(NESTED_BLOCK), _long(absmax.numel()))
     return scales
 
@@ -180,7 +180,8 @@ def dynamic_map(device: torch.device) -> Tensor:
     import_bitsandbytes()
     from bitsandbytes.functional import create_dynamic_map
 
-    return create_dynamic_map().to(device)
+    with torch.device("cpu"):  # whatever default device the caller has set
+        return create_dynamic_map().to(device)
 
 
 @functools.cache

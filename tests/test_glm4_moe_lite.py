@@ -182,6 +182,18 @@ def test_activation_checkpointing_changes_nothing_and_skips_the_experts(
         assert torch.equal(gradient, recomputed[name]), name
 
 
+def test_casting_the_model_leaves_the_routers_in_float32(tmp_path: Path) -> None:
+    save_tiny_glm(tmp_path)
+    model = load_model(tmp_path, storage="nf4", dtype=torch.float32)
+    gate = model.get_submodule("model.layers.1.mlp.gate")
+    before = [tensor.clone() for tensor in (*gate.parameters(), *gate.buffers())]
+    model.bfloat16()
+    assert model.get_submodule("model.norm").weight.dtype == torch.bfloat16
+    for tensor, kept in zip((*gate.parameters(), *gate.buffers()), before, strict=True):
+        assert torch.equal(tensor, kept)
+        assert tensor.dtype == torch.float32
+
+
 def test_both_generations_of_config_json_read_alike(tmp_path: Path) -> None:
     save_tiny_glm(tmp_path, mlp_layer_types=["dense", "dense", "sparse"], rope_parameters={
         "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64,
