@@ -1,0 +1,167 @@
+"""The command that converts a hub checkpoint: python -m models.convert SRC DST --storage nf4"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quant.errors import NibbleError
+
+from .progress import Bar
+
+if TYPE_CHECKING:
+    from .conversion import Summary
+
+_DESCRIPTION = """\
+Convert a checkpoint in the hub's format (config.json, safetensors) into nibble's own: quantised once, and loaded
+in seconds afterwards. The source is read one matrix at a time, so memory holds a few matrices, never a layer.
+An interrupted conversion goes on where it stopped when the same command is given again."""
+
+_EXAMPLE = """\
+example:
+  hf download zai-org/GLM-4.7-Flash --local-dir checkpoints/GLM-4.7-Flash
+  python -m models.convert checkpoints/GLM-4.7-Flash checkpoints/GLM-4.7-Flash-nf4 --storage nf4
+  python -m models.convert --verify checkpoints/GLM-4.7-Flash-nf4"""
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="python -m models.convert",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = arguments.add_argument
+    add("source", nargs="?", metavar="SRC", help="a checkpoint folder, or a hub id (which is downloaded)")
+    add("destination", nargs="?", metavar="DST", help="folder for the converted checkpoint")
+    add("--storage", choices=("nf4", "fp4", "int8", "none"), default="nf4", help="of frozen matrices (default: nf4)")
+    add(
+        "--single-quant",
+        action="store_true",
+        help="4 bits without quantising the scales too (0.56 instead of 0.52 bytes a weight)",
+    )
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of everything else (default: bfloat16)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to quantise; cuda is faster (default: cpu)")
+    add("--force", action="store_true", help="replace another conversion that is in DST")
+    add("--verify", metavar="DST", help="instead: compare a converted checkpoint with its checksums")
+    add("--json", action="store_true", help="print the result as one JSON object")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
+    arguments = parser().parse_args(argv)
+    try:
+        if arguments.verify:
+            return _verify(arguments)
+        if not arguments.source or not arguments.destination:
+            raise NibbleError("SRC and DST are needed (see --help).")
+        if arguments.single_quant and arguments.storage not in ("nf4", "fp4"):
+            raise NibbleError(
+                f"--single-quant is about 4-bit storage; --storage is {arguments.storage}.\n"
+                "Drop --single-quant, or use --storage nf4 or fp4."
+            )
+        return _convert(arguments)
+    except NibbleError as error:
+        print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command starts again", file=sys.stderr)
+        return 130
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from quant.storage import StorageSpec
+
+    from .conversion import Interrupted, convert
+
+    spec = StorageSpec(arguments.storage, double_quant=not arguments.single_quant)
+    dtype = torch.float32 if arguments.dtype == "float32" else torch.bfloat16
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise NibbleError("--device cuda: torch finds no CUDA device here.\nLeave --device out to quantise on the CPU.")
+    try:
+        with Bar("converting") as bar:
+            summary = convert(
+                arguments.source,
+                arguments.destination,
+                spec,
+                dtype,
+                device=arguments.device,
+                force=arguments.force,
+                progress=bar.update,
+            )
+    except Interrupted as error:
+        print(f"{error}", file=sys.stderr)
+        return 130
+    print(_as_json(summary) if arguments.json else _as_text(summary))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from .native import describe, verify
+
+    folder = Path(arguments.verify)
+    done = 0
+
+    with Bar("checking") as bar:
+
+        def count(nbytes: int, total: int) -> None:
+            nonlocal done
+            done += nbytes
+            bar.update(done, total, folder.name)
+
+        manifest = verify(folder, count)
+    size = sum(record.size for record in manifest.files.values())
+    if arguments.json:
+        print(json.dumps({"destination": str(folder), "files": len(manifest.files), "bytes": size, "verified": True}))
+    else:
+        stored = describe(manifest.spec, manifest.dtype)
+        print(f"{folder}: {len(manifest.files)} files, {gib(size)} ({stored}): all checksums match")
+    return 0
+
+
+def _as_text(summary: Summary) -> str:
+    sizes = f"{gib(summary.source_bytes)} → {gib(summary.bytes)} ({summary.stored})"
+    if summary.kept == summary.files:
+        first = f"{summary.destination}: all is done already, {summary.files} files, {sizes}"
+    else:
+        kept = f", {summary.kept} of them from before" if summary.kept else ""
+        first = (
+            f"{summary.destination}: {summary.parameters:,} parameters, {sizes} in {summary.files} files{kept}, "
+            f"{summary.seconds:.1f} s"
+        )
+    if not summary.carried:
+        return first
+    count = len(summary.carried)
+    names = f"{summary.carried[0]} …" if count > 1 else summary.carried[0]
+    return f"{first}\nleft out, as nothing computes with them: {count} tensors of the source ({names})"
+
+
+def _as_json(summary: Summary) -> str:
+    return json.dumps(
+        {
+            "destination": str(summary.destination),
+            "storage": summary.stored,
+            "parameters": summary.parameters,
+            "source_bytes": summary.source_bytes,
+            "bytes": summary.bytes,
+            "files": summary.files,
+            "files_kept": summary.kept,
+            "carried": len(summary.carried),
+            "seconds": round(summary.seconds, 3),
+        }
+    )
+
+
+def gib(nbytes: int) -> str:
+    """12.34 GiB, or MiB where that would be 0.0."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.2f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""A dense native model written as a checkpoint in the hub's format, for transformers, vLLM and others to load."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant.errors import NibbleError
+from quant.storage import DenseStorage, Storage
+
+from .decoder import CausalLM
+from .hub import CONFIG, INDEX, SIDE_FILES, SINGLE, HubCheckpoint, read_config, some
+from .keymap import Key
+from .native import Manifest, dtype_name, is_converted
+from .registry import ARCHITECTURES
+from .tensorfile import DTYPES, TensorWriter, tensor_bytes, write_atomically
+
+log = logging.getLogger("nibble")
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One hub tensor to be written; `read` gives it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes(self.shape, self.dtype)
+
+
+def export_hub(
+    model: CausalLM,
+    directory: str | Path,
+    source: str | Path,
+    *,
+    max_shard_bytes: float = 5e9,
+    overwrite: bool = False,
+) -> Path:
+    """Write `model`, whose storage is none, to `directory`: per-expert keys, shards and index, config, tokenizer.
+
+    source: the folder (hub format or converted) that the model was loaded from. config.json, tokenizer and chat
+        template are taken from it; in config.json only the dtype is set to the model's. Tensors that the architecture
+        doesn't compute with (multi-token prediction) are carried through as they are, from the hub folder that
+        `source` is or was converted from; where that is gone, a warning says what is left out.
+    max_shard_bytes: a tensor larger than that gets a shard of its own.
+    overwrite: replace a checkpoint that is there already.
+
+    The folder appears when it is whole. Memory: the model, and one tensor. Returns `directory`.
+    Raises NibbleError for another storage, or where the folder exists.
+    """
+    directory, source = Path(directory), Path(source)
+    if model.spec.kind != "none":
+        raise NibbleError(
+            f"a checkpoint in the hub's format is dense, and this model's storage is {model.spec.kind}.\n"
+            "Load it with storage none; an adapter alone is saved as it is, without the model."
+        )
+    config = _config(source, model.dtype)
+    if directory.exists() and not (overwrite and (directory / CONFIG).is_file()):
+        raise NibbleError(f"{directory} exists already. Name a folder that doesn't.")
+    partial = directory.with_name(directory.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        items = list(_items(model))
+        with contextlib.ExitStack() as stack:
+            origin = _with_carried(source)
+            if origin is not None:
+                items += _carried(model, stack.enter_context(origin))
+            _write_shards(items, partial, max_shard_bytes)
+        write_atomically(partial / CONFIG, config)
+        for name in SIDE_FILES:
+            if name != CONFIG and (source / name).is_file():
+                shutil.copyfile(source / name, partial / name)
+        _swap(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return directory
+
+
+def _items(model: CausalLM) -> Iterator[_Item]:
+    """Hub tensors in the key map's order; stacks are split into experts and their parts."""
+    key_map = ARCHITECTURES[model.model_type].key_map(model.config)
+    for key in key_map.keys:
+        value = _value(model, key)
+        if not key.parts:
+            yield _Item(key.hub, key.shape, value.dtype, lambda value=value: value)  # type: ignore[misc]
+            continue
+        experts, rows, columns = key.shape
+        height = rows // len(key.parts)
+        for expert in range(experts):
+            for index, part in enumerate(key.parts):
+                block = value[expert, index * height : (index + 1) * height]
+                yield _Item(part.format(e=expert), (height, columns), value.dtype, lambda block=block: block)  # type: ignore[misc]
+
+
+def _value(model: CausalLM, key: Key) -> Tensor:
+    if not key.is_storage:
+        owner, _, name = key.native.rpartition(".")
+        value = getattr(model.get_submodule(owner), name)
+    else:
+        storage = model.get_submodule(key.native)
+        assert isinstance(storage, Storage)
+        if not isinstance(storage, DenseStorage):
+            raise NibbleError(f"{key.native} is stored as {storage.kind}; only dense weights can be exported.")
+        value = storage.value
+    return value.detach()
+
+
+def _with_carried(source: Path) -> HubCheckpoint | None:
+    """The hub folder that holds the tensors to be carried through: `source`, or what it was converted from."""
+    if (source / SINGLE).is_file() or (source / INDEX).is_file():
+        return HubCheckpoint(source)
+    if not is_converted(source) or not (manifest := Manifest.load(source)).carried:
+        return None
+    origin = Path(manifest.source)
+    if origin.is_dir():
+        with contextlib.suppress(NibbleError):
+            checkpoint = HubCheckpoint(origin)
+            if checkpoint.fingerprint() == manifest.fingerprint:
+                return checkpoint
+    log.warning(
+        "%d tensors that nothing here computes with (%s) are not exported: the converted checkpoint doesn't hold them, "
+        "and what it was made from, %s, is no longer there.",
+        len(manifest.carried),
+        some(list(manifest.carried), 1),
+        manifest.source,
+    )
+    return None
+
+
+def _carried(model: CausalLM, checkpoint: HubCheckpoint) -> Iterator[_Item]:
+    key_map = ARCHITECTURES[model.model_type].key_map(model.config)
+    wanted = {hub for key in key_map.keys for hub in (key.hub, *key.hub_keys())}
+    for name in checkpoint:
+        # A stored copy of a tied head would contradict the trained embedding; it is implied by it anyway.
+        if name not in wanted and key_map.is_carried(name) and name != "lm_head.weight":
+            dtype = DTYPES.get(checkpoint.dtype(name))
+            if dtype is None:
+                raise NibbleError(
+                    f"{checkpoint.path}: {name} has a dtype that can't be written: {checkpoint.dtype(name)}."
+                )
+            yield _Item(name, checkpoint.shape(name), dtype, lambda name=name: checkpoint.tensor(name))  # type: ignore[misc]
+
+
+def _write_shards(items: list[_Item], folder: Path, limit: float) -> None:
+    shards: list[list[_Item]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + item.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.nbytes
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    weight_map = {}
+    for name, shard in zip(names, shards, strict=True):
+        writer = TensorWriter(folder / name, {item.name: (item.shape, item.dtype) for item in shard})
+        try:
+            for item in shard:
+                writer.write(item.name, item.read())
+                weight_map[item.name] = name
+            writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(item.nbytes for item in items)},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_atomically(folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+
+
+def _config(source: Path, dtype: torch.dtype) -> bytes:
+    """The source's config.json, to the byte where its dtype is the model's."""
+    data, config = read_config(source)
+    name = dtype_name(dtype)
+    spelled = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    if all(config.get(key) == name for key in spelled):
+        return data
+    return json.dumps(config | dict.fromkeys(spelled, name), indent=2).encode() + b"\n"
+
+
+def _swap(partial: Path, directory: Path) -> None:
+    if not directory.exists():
+        partial.rename(directory)
+        return
+    old = directory.with_name(directory.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old)

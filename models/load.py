@@ -1,0 +1,197 @@
+"""From a folder on disk to a model on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import NibbleError
+from quant.storage import Kind, StorageSpec
+
+from .decoder import CausalLM
+from .hub import HubCheckpoint, hub_id_of, read_config, resolve_model, some
+from .native import MANIFEST, Manifest, NativeCheckpoint, convert_command, describe, is_converted, wrong_sizes
+from .progress import Bar
+from .registry import architecture_for
+from .stream import HubReader, Piece, Reader, read_all
+
+log = logging.getLogger("nibble")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checkpoint folder of either kind, with its weights unread; config.json and tokenizer files lie in `path`.
+
+    name: what to call the base model in an adapter's configuration: the hub id where it is known, otherwise what the
+    user named. manifest: of a converted folder; None for a hub folder.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    manifest: Manifest | None
+
+
+def open_folder(path_or_id: str | Path) -> ModelFolder:
+    """Find a checkpoint (a hub id is downloaded) and read its config and manifest. Raises NibbleError."""
+    folder = resolve_model(path_or_id)
+    _, config = read_config(folder)
+    manifest = Manifest.load(folder) if is_converted(folder) else None
+    name = manifest.source if manifest else str(path_or_id)
+    return ModelFolder(folder, hub_id_of(Path(name)) or name, config, manifest)
+
+
+def load_model(
+    path: str | Path,
+    storage: str = "nf4",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    adapter: str | Path | None = None,
+    *,
+    double_quant: bool = True,
+    progress: bool = False,
+) -> CausalLM:
+    """A model ready to compute with, all parameters frozen, in evaluation mode.
+
+    path: a hub-format folder (quantised while it is read, or a converted copy beside it is used), a converted folder,
+        or a hub id.
+    storage: of frozen matrices: none, nf4, fp4 or int8. double_quant: quantise the scales of 4-bit blocks too.
+    dtype: of activations and of everything that isn't quantised; routers stay float32.
+    adapter: folder of a PEFT adapter to put on top.
+    progress: show a bar on standard error where that is a terminal.
+
+    Raises NibbleError where the checkpoint is missing, damaged, doesn't fit its config, or is stored otherwise than
+    asked for.
+    """
+    spec = StorageSpec(cast(Kind, storage), double_quant)
+    folder = open_folder(path)
+    where = str(folder.path / "config.json")
+    architecture = architecture_for(folder.config, where)
+    config = architecture.parse_config(folder.config, where)
+    keys = architecture.key_map(config)
+    model = architecture.build(config, spec, dtype, "meta")
+    reader: Reader
+    if folder.manifest is not None:
+        reader = _converted(folder.path, spec, dtype).bind(keys.keys)
+    else:
+        checkpoint = HubCheckpoint(folder.path)
+        copy = find_converted(checkpoint, spec, dtype)
+        if copy is not None:
+            log.info("%s: using the converted copy %s", folder.path, copy.path)
+            reader = copy.bind(keys.keys)
+        else:
+            reader = HubReader(checkpoint, keys, spec, dtype, device)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(Bar("loading")) if progress else None
+        fill(model, reader, device, progress=bar.update if bar is not None else None)
+    model.requires_grad_(False)
+    model.eval()
+    if adapter is not None:
+        from .adapter import load_adapter
+
+        load_adapter(model, Path(adapter))
+    return model
+
+
+def find_converted(checkpoint: HubCheckpoint, spec: StorageSpec, dtype: torch.dtype) -> NativeCheckpoint | None:
+    """A whole converted copy, beside the hub folder, of just this content, storage and dtype; None if there is none."""
+    fingerprint: str | None = None
+    beside = checkpoint.path.absolute().parent
+    for manifest_path in sorted(beside.glob(f"*/{MANIFEST}")):
+        try:
+            manifest = Manifest.load(manifest_path.parent)
+        except NibbleError as error:
+            log.warning("not used: %s", error)
+            continue
+        if not manifest.complete or (manifest.spec, manifest.dtype) != (spec, dtype):
+            continue
+        fingerprint = fingerprint or checkpoint.fingerprint()
+        if manifest.fingerprint != fingerprint:
+            continue
+        if wrong := wrong_sizes(manifest_path.parent, manifest):
+            log.warning("%s is a converted copy but not used: %s", manifest_path.parent, some(wrong))
+            continue
+        return NativeCheckpoint(manifest_path.parent)
+    return None
+
+
+def _converted(folder: Path, spec: StorageSpec, dtype: torch.dtype) -> NativeCheckpoint:
+    checkpoint = NativeCheckpoint(folder)
+    found = checkpoint.manifest
+    if (found.spec, found.dtype) != (spec, dtype):
+        other = Manifest(found.model_type, spec, dtype, found.source, "", {})
+        raise NibbleError(
+            f"{folder} is converted to {describe(found.spec, found.dtype)}; asked for is {describe(spec, dtype)}.\n"
+            f"Ask for what is there, or convert again: {convert_command(other, Path(f'{folder}-{spec.kind}'))}"
+        )
+    return checkpoint
+
+
+def fill(
+    model: CausalLM,
+    reader: Reader,
+    device: torch.device | str,
+    *,
+    experts: Mapping[str, range] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Give a model on the meta device its tensors on `device`, and stream a checkpoint into them.
+
+    experts: per native name of a stack, the consecutive experts to read; the model's stack then has just those.
+    Raises NibbleError naming tensors that the checkpoint left unfilled.
+    """
+    allocate(model, device)
+    tensors = dict(model.named_parameters(remove_duplicate=True)) | dict(model.named_buffers())
+    total = sum(torch.Size(key.shape).numel() for key in reader.keys)
+    filled: dict[str, int] = {}
+    done = 0
+    with torch.no_grad():
+        for piece in read_all(reader, experts):
+            for name, value in piece.tensors.items():
+                filled[name] = filled.get(name, 0) + _copy(tensors, name, value, _row(piece, experts))
+            done += torch.Size(piece.key.shape).numel() if piece.start is None else _part(piece)
+            if progress is not None:
+                progress(done, total)
+    wrong = sorted(name for name, tensor in tensors.items() if filled.get(name, 0) != tensor.numel())
+    if wrong:
+        raise NibbleError(f"{len(wrong)} tensors of the model were not filled from the checkpoint: {some(wrong)}.")
+
+
+def _row(piece: Piece, experts: Mapping[str, range] | None) -> int | None:
+    """Where a piece of a stack goes: its expert's number, less that of the first expert in the model."""
+    if piece.start is None:
+        return None
+    kept = (experts or {}).get(piece.key.native)
+    return piece.start - (kept.start if kept is not None else 0)
+
+
+def _part(piece: Piece) -> int:
+    rows = next(iter(piece.tensors.values())).shape[0]
+    return torch.Size(piece.key.shape).numel() * rows // piece.key.shape[0]
+
+
+def _copy(tensors: dict[str, Tensor], name: str, value: Tensor, row: int | None) -> int:
+    target = tensors[name] if row is None else tensors[name][row : row + value.shape[0]]
+    if target.shape != value.shape or target.dtype != value.dtype:
+        raise ValueError(f"{name}: {tuple(value.shape)} {value.dtype} for {tuple(target.shape)} {target.dtype}")
+    target.copy_(value)
+    return value.numel()
+
+
+def allocate(model: CausalLM, device: torch.device | str) -> None:
+    """Replace a model's meta tensors by uninitialised ones on `device`, one by one, keeping tied ones tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))

@@ -1,0 +1,35 @@
+"""A progress bar for work that takes minutes."""
+
+from __future__ import annotations
+
+import sys
+
+
+class Bar:
+    """On standard error where that is a terminal, otherwise nothing. Used as a context manager."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            "{task.description}",
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left  {task.fields[part]}"),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task(what, part="")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, done: int, total: int, part: str = "") -> None:
+        """done of total, in whatever unit; part: what is being worked on."""
+        self._progress.update(self._task, completed=done, total=total, part=part)
