@@ -1,0 +1,1 @@
+"""Where tensors live. Today that is one device; process groups and sharding plans have their place here."""

@@ -1,0 +1,92 @@
+"""The device of a run: which one, what it is called, how much memory it took."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from quant.errors import NibbleError
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:1"); for None CUDA where there is one, else the CPU.
+
+    The result always carries an index on CUDA, so that it compares equal to the device of its tensors.
+    Raises NibbleError for a name that means nothing here or a device that this machine does not have.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")  # falls through to the error below
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise NibbleError(f"device '{name}' is not one that a run can use.\nChoose cpu, cuda or cuda:<number>.")
+    if not torch.cuda.is_available():
+        reason = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        raise NibbleError(
+            f"device '{name}' is not here: {reason} (torch {torch.__version__}).\n"
+            "Use device cpu (train.device: cpu), or install a torch with CUDA on a machine with an NVIDIA GPU."
+        )
+    count = torch.cuda.device_count()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= count:
+        raise NibbleError(f"device '{name}' is not here: this machine has {count} (cuda:0 to cuda:{count - 1}).")
+    return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls it: "NVIDIA H100 80GB HBM3", or the model of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine() or "CPU"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory in use so far, in bytes.
+
+    On CUDA: what torch's allocator held for tensors on that device since the start or the last reset. On the CPU: the
+    largest resident set of this process (imports and mapped files included).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    import resource  # absent on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start counting the peak anew from what is in use now; False where the system does not let us."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): 5 resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it (the CPU always has)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,149 @@
+"""metrics.jsonl, TensorBoard events, the loss curve, the report's formats, stopping on signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant.errors import NibbleError
+from train.metrics import MetricsLog, read_metrics
+from train.plots import _running_mean, loss_curve
+from train.report import Report, format_bytes, format_seconds, table
+from train.signals import StopOnSignal
+
+
+def step(number: int, loss: float) -> dict[str, Any]:
+    return {"kind": "train", "step": number, "loss": loss, "learning_rate": 1e-4}
+
+
+def held_out(number: int, loss: float) -> dict[str, Any]:
+    return {"kind": "eval", "step": number, "loss": loss}
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_records_are_written_line_by_line_and_as_events(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, tmp_path / "events", resume_step=None) as log:
+        log.write(held_out(0, 3.0))
+        log.write(step(1, 2.5))
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [held_out(0, 3.0), step(1, 2.5)]
+        log.write(step(2, 2.25))
+    assert scalars(tmp_path / "events", "train/loss") == [(1, 2.5), (2, 2.25)]
+    assert scalars(tmp_path / "events", "eval/loss") == [(0, 3.0)]
+
+
+def test_resuming_drops_the_steps_that_will_be_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, tmp_path / "events", resume_step=None) as log:
+        for record in (held_out(0, 3.0), step(1, 2.5), step(2, 2.25), held_out(2, 2.0), step(3, 1.5)):
+            log.write(record)
+    with path.open("a") as file:
+        file.write('{"kind": "train", "st')  # torn by a kill
+    with MetricsLog(path, tmp_path / "events", resume_step=2) as log:
+        assert log.evaluated(0)
+        assert log.evaluated(2)
+        assert not log.evaluated(3)
+        log.write(step(3, 1.25))
+    assert read_metrics(path) == [held_out(0, 3.0), step(1, 2.5), step(2, 2.25), held_out(2, 2.0), step(3, 1.25)]
+    assert scalars(tmp_path / "events", "train/loss") == [(1, 2.5), (2, 2.25), (3, 1.25)]
+
+
+def test_a_fresh_start_empties_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "eval", "step": 0, "loss": 3.0}\n')
+    with MetricsLog(path, None, resume_step=None) as log:
+        assert not log.evaluated(0)
+    assert read_metrics(path) == []
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "eval", "step": 0}\nnot json\n')
+    with pytest.raises(NibbleError, match=r"metrics\.jsonl:2: not a metrics record"):
+        read_metrics(path)
+
+
+def test_no_file_means_no_records(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_loss_curve_is_a_png(tmp_path: Path) -> None:
+    records = [held_out(0, 3.0), *(step(i, 3.0 / i) for i in range(1, 41)), held_out(40, 0.5)]
+    for shown in (records, records[1:2], []):
+        loss_curve(shown, tmp_path / "loss.png", "a run")
+        data = (tmp_path / "loss.png").read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        assert int.from_bytes(data[16:20]) == 960
+        assert int.from_bytes(data[20:24]) == 540
+    assert os.listdir(tmp_path) == ["loss.png"]
+
+
+def test_running_mean_is_centred() -> None:
+    assert _running_mean([1.0, 2.0, 6.0, 4.0], reach=1) == [1.5, 3.0, 4.0, 5.0]
+
+
+def test_report_sends_results_and_progress_their_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def speak_and_fail() -> None:
+        with Report(tmp_path / "run.log") as report:
+            report.result("a result")
+            report.note("a note")
+            report.progress("step 1", keep=True)
+            report.progress("step 2", keep=False)
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        speak_and_fail()
+    out, err = capsys.readouterr()
+    assert out == "a result\n"
+    assert err == "a note\nstep 1\n"
+    log = (tmp_path / "run.log").read_text()
+    for text in ("a result", "a note", "step 1", "Traceback (most recent call last)", "ValueError: broken"):
+        assert text in log
+    assert "step 2" not in log
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (512, "512 B"), (2048, "2.00 KiB"), (3_565_158, "3.40 MiB"), (16_406_776_013, "15.28 GiB")],
+)
+def test_bytes(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.25, "1.2 s"), (45.2, "45 s"), (59.7, "60 s"), (1380, "23 min"), (7500, "2 h 05 min"), (273_600, "3 d 4 h")],
+)
+def test_lengths_of_time(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_table_aligns_its_columns() -> None:
+    rows = [["group", "size"], ["experts", "1,024"], ["head", "8"]]
+    assert table(rows, right=[1]) == "  group      size\n  experts   1,024\n  head          8"
+
+
+def test_the_first_signal_asks_and_the_second_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopOnSignal() as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        assert stop.name == "SIGTERM"
+        signal.raise_signal(signal.SIGTERM)  # a scheduler's second reminder changes nothing
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert "SIGTERM: finishing this step, then saving" in capfd.readouterr().err

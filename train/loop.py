@@ -1,0 +1,241 @@
+"""The training loop: steps, and between them evaluations, checkpoints and what is to be said about it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from models.decoder import CausalLM
+from parallel.device import peak_memory_bytes
+from quant.errors import NibbleError
+from train.batches import Batch, EvalBatches, StepBatches
+from train.config import TrainConfig
+from train.evaluate import batch_loss, held_out_loss
+from train.metrics import MetricsLog
+from train.optim import NonFiniteError, check_loss, clip_gradients
+from train.report import Report, format_bytes, format_seconds
+from train.schedule import learning_rate, set_learning_rate, warmup_steps
+from train.signals import StopOnSignal
+
+Parameters = Sequence[tuple[str, nn.Parameter]]
+
+
+@dataclass
+class Progress:
+    """How far a run has come, over all its sessions; a part of every checkpoint.
+
+    tokens: trained on, without padding. labelled_tokens: those of them that carried loss. seconds: spent in steps.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    labelled_tokens: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the step's labelled tokens, before the update. grad_norm: before clipping."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    labelled: int
+
+
+def training_step(
+    model: CausalLM,
+    parameters: Parameters,
+    optimizer: Optimizer,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    max_grad_norm: float | None,
+    device: torch.device,
+) -> StepResult:
+    """One optimiser step over all its micro-batches; `step` is for messages. The learning rate is the optimiser's.
+
+    Raises NonFiniteError for a loss or gradient that is infinite or not a number, before any weight has changed.
+    """
+    labelled = sum(batch.labelled for batch in batches)
+    if labelled == 0:
+        raise NibbleError(f"step {step} has no token to learn; such rows should have been skipped. See data.train.")
+    loss = torch.zeros((), device=device)
+    for batch in batches:
+        if batch.labelled:
+            # Every token weighs the same, in whichever micro-batch it lies: one denominator for the whole step.
+            part = batch_loss(model, batch.to(device), denominator=labelled)
+            part.backward()
+            loss += part.detach()
+    mean = loss.item()  # only now, when the device has been given the whole backward pass
+    check_loss(mean, step)
+    grad_norm = clip_gradients(parameters, max_grad_norm, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(mean, grad_norm, sum(batch.real_tokens for batch in batches), labelled)
+
+
+@dataclass
+class Loop:
+    """Everything that the steps of a run work with. `run` is the loop itself."""
+
+    settings: TrainConfig
+    model: CausalLM
+    parameters: Parameters
+    optimizer: Optimizer
+    batches: StepBatches
+    held_out: EvalBatches | None
+    total_steps: int
+    device: torch.device
+    metrics: MetricsLog
+    report: Report
+    stop: StopOnSignal
+    save: Callable[[], None]  # writes a checkpoint of all this
+    last_checkpoint: Callable[[], str]  # for messages
+    progress: Progress = field(default_factory=Progress)
+
+    def run(self) -> bool:
+        """Train to the last step and evaluate; False when a signal asked to stop. Either way everything is saved."""
+        progress, saved = self.progress, self.progress.step if self.progress.step else None
+        window = _Window()
+        self.model.train()
+        self.model.activation_checkpointing = self.settings.activation_checkpointing
+        while progress.step < self.total_steps:
+            # Evaluating before a step rather than after one makes a resumed run catch up on what a kill cut off.
+            if self._evaluation_due():
+                self._evaluate()
+            if self.stop.requested:
+                break
+            result, rate = self._step(window)
+            self._log(result, rate, window)
+            if self.settings.save_every and progress.step % self.settings.save_every == 0:
+                self._save()
+                saved = progress.step
+        if saved != progress.step:
+            self._save()
+        if progress.step == self.total_steps and not self.stop.requested:
+            self._evaluate()
+        self.report.end_progress()
+        return progress.step == self.total_steps and not self.stop.requested
+
+    def _step(self, window: _Window) -> tuple[StepResult, float]:
+        settings, progress, started = self.settings, self.progress, time.perf_counter()
+        warmup = warmup_steps(self.total_steps, settings.warmup_ratio)
+        rate = learning_rate(settings.schedule, settings.learning_rate, progress.step, self.total_steps, warmup)
+        set_learning_rate(self.optimizer, rate)
+        try:
+            result = training_step(
+                self.model,
+                self.parameters,
+                self.optimizer,
+                next(self.batches),
+                step=progress.step + 1,
+                max_grad_norm=settings.max_grad_norm,
+                device=self.device,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}\n{self.last_checkpoint()}") from error
+        seconds = time.perf_counter() - started
+        progress.step += 1
+        progress.tokens += result.tokens
+        progress.labelled_tokens += result.labelled
+        progress.seconds += seconds
+        progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes(self.device))
+        window.add(result.tokens, seconds)
+        return result, rate
+
+    def _log(self, result: StepResult, rate: float, window: _Window) -> None:
+        progress = self.progress
+        due = progress.step % self.settings.log_every == 0 or progress.step == self.total_steps
+        tokens_per_second = window.tokens_per_second
+        if due:
+            self.metrics.write(
+                {
+                    "kind": "train",
+                    "step": progress.step,
+                    "epoch": round(progress.step / self.batches.steps_per_epoch, 6),
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "learning_rate": rate,
+                    "tokens": progress.tokens,
+                    "labelled_tokens": progress.labelled_tokens,
+                    "tokens_per_second": round(tokens_per_second, 3),
+                    "seconds": round(progress.seconds, 3),
+                    "peak_memory_bytes": progress.peak_memory_bytes,
+                }
+            )
+        width, left = len(str(self.total_steps)), self.total_steps - progress.step
+        time_left = f"  {format_seconds(window.seconds_per_step * left)} left" if left else ""
+        memory = format_bytes(progress.peak_memory_bytes, digits=1)
+        self.report.progress(
+            f"step {progress.step:>{width}}/{self.total_steps}  loss {result.loss:.3f}  grad {result.grad_norm:.2f}  "
+            f"lr {rate:.1e}  {tokens_per_second:,.0f} tok/s  {memory}{time_left}",
+            keep=due,
+        )
+        if due:
+            window.start_line()
+
+    def _save(self) -> None:
+        norms = torch.stack([parameter.detach().norm(dtype=torch.float32) for _, parameter in self.parameters])
+        if not bool(norms.isfinite().all()):
+            first = self.parameters[norms.isfinite().tolist().index(False)][0]
+            raise NonFiniteError(
+                f"after step {self.progress.step} {first} is not finite, so that no checkpoint is written.\n"
+                f"Lower train.learning_rate or lengthen train.warmup_ratio.\n{self.last_checkpoint()}"
+            )
+        self.metrics.sync()
+        self.save()
+
+    def _evaluation_due(self) -> bool:
+        step, every = self.progress.step, self.settings.eval_every
+        return step == 0 or (every is not None and step % every == 0)
+
+    def _evaluate(self) -> None:
+        step = self.progress.step
+        if self.held_out is None or self.metrics.evaluated(step):
+            return
+        self.report.end_progress()
+        count, started = len(self.held_out), time.perf_counter()
+        loss = held_out_loss(
+            self.model,
+            self.held_out,
+            self.device,
+            stop=lambda: self.stop.requested,
+            progress=lambda done: self.report.progress(f"evaluating  {done}/{count} batches", keep=False),
+        )
+        if loss is not None:
+            seconds = round(time.perf_counter() - started, 3)
+            self.metrics.write({"kind": "eval", "step": step, "loss": loss, "seconds": seconds})
+            self.report.progress(f"held-out loss {loss:.4f} after step {step}", keep=True)
+        self.report.end_progress()
+
+
+class _Window:
+    """Times of the steps since the last line, and of the last few steps."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=20)
+        self.start_line()
+
+    def start_line(self) -> None:
+        self._tokens, self._seconds = 0, 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self._recent.append(seconds)
+        self._tokens += tokens
+        self._seconds += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / max(self._seconds, 1e-9)
+
+    @property
+    def seconds_per_step(self) -> float:
+        return sum(self._recent) / len(self._recent)

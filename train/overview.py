@@ -1,0 +1,121 @@
+"""What a run shows before its first step and after its last one. Every number is counted, measured or computed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.decoder import CausalLM
+from models.lora import GroupRow, parameter_table, trainable_parameters
+from models.native import describe
+from parallel.device import device_name
+from train.config import Config
+from train.data import Data
+from train.report import format_bytes, format_seconds, table
+
+_GROUP_NAMES = {
+    "experts": "routed experts",
+    "shared_experts": "shared experts",
+    "dense_mlp": "dense layers",
+    "router": "routers",
+    "norm": "norms",
+}
+
+
+def model_text(model: CausalLM, name: str, folder: Path, device: torch.device) -> str:
+    """Which model, how it is kept, on what; then the table of its groups."""
+    where = f"1 × {device_name(device)}"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        where = f"{device_name(device)}, {threads} thread{'s' if threads > 1 else ''}"
+    stored = describe(model.spec, model.dtype)
+    title = f"{Path(name).name} ({model.model_type}) from {folder} · {stored} · {where}"
+    header = ("group", "parameters", "stored", "size", "trained", "")
+    rows = [header, *(_cells(row) for row in parameter_table(model))]
+    return f"{title}\n\n{table(rows, right=(1, 3, 4))}\n"
+
+
+def _cells(row: GroupRow) -> tuple[str, ...]:
+    ranks = ", ".join(f"r{rank}" for rank in row.ranks)
+    return (
+        _GROUP_NAMES.get(row.group, row.group),
+        f"{row.parameters:,}",
+        "" if row.group == "total" else " + ".join(row.stored),
+        format_bytes(row.nbytes),
+        f"{row.trained:,}" if row.trained else "–",
+        f"LoRA {ranks}" if ranks and row.group != "total" else "",
+    )
+
+
+def data_text(data: Data, config: Config, skipped_path: Path) -> str:
+    """What became of the rows."""
+    rows = sum(report.rows for report in data.reports)
+    length, examples = config.data.sequence_length, data.examples
+    kind = "packed sequences" if config.data.packing else "sequences"
+    text = (
+        f"  data      {rows:,} rows → {len(data.packing):,} {kind} of at most {length:,} tokens "
+        f"({data.packing.fill:.1%} filled)"
+    )
+    text += f"; {data.held_out_rows:,} rows held out" if data.held_out is not None else "; no rows held out"
+    text += f"; {data.skipped:,} skipped (see {skipped_path})" if data.skipped else ""
+    cut = sum(report.cut for report in data.reports)
+    text += f"; {cut:,} cut to {length:,} tokens" if cut else ""
+    return text + (
+        f"\n            {examples.total_tokens:,} tokens to train on, {examples.total_labelled:,} of them carry loss"
+    )
+
+
+def plan_text(model: CausalLM, data: Data, config: Config, total_steps: int) -> str:
+    """How long the run is, and the memory that is known beforehand."""
+    per_step = round(data.examples.total_tokens / data.train.steps_per_epoch)
+    epochs = total_steps / data.train.steps_per_epoch
+    trained = [parameter for _, parameter in trainable_parameters(model)]
+    weights = parameter_table(model)[-1].nbytes
+    own = sum(p.numel() * p.element_size() for p in trained)
+    state = sum(_state_bytes(p.numel(), config.train.optimizer.endswith("8bit")) for p in trained)
+    lora = f"LoRA {format_bytes(own)}, " if config.adapter.kind == "lora" else ""
+    return (
+        f"  plan      {total_steps:,} steps × about {per_step:,} tokens ({epochs:.3g} epochs)\n"
+        f"  memory    weights {format_bytes(weights)}, {lora}gradients {format_bytes(own)}, optimiser "
+        f"{format_bytes(state)}; activations come on top\n"
+    )
+
+
+def _state_bytes(count: int, eight_bit: bool) -> int:
+    """Two moments per value: float32, or 8 bits and a float32 scale for 256 of them (from 4096 values on)."""
+    if not eight_bit or count < 4096:
+        return 8 * count
+    return 2 * (count + 4 * math.ceil(count / 256))
+
+
+def summary_text(result: dict[str, Any], config: Config, folder: Path) -> str:
+    """The block at the end of a run; `result` is what run.json holds."""
+    before, after = result["held_out_loss_before"], result["held_out_loss_after"]
+    seconds = max(result["seconds"], 1e-9)
+    lines = ["", f"done      {result['steps']:,} steps in {folder}"]
+    if after is not None:
+        first = f"{before:.4f} before → " if before is not None else ""
+        lines.append(f"loss      {first}{after:.4f} after, per labelled token of the held-out rows")
+    lines += [
+        f"tokens    {result['tokens']:,}, {result['labelled_tokens']:,} of them labelled",
+        f"time      {format_seconds(seconds)} in steps ({result['tokens'] / seconds:,.0f} tokens/s)",
+        f"memory    {format_bytes(result['peak_memory_bytes'])} at most in training ({result['memory_of']})",
+        f"{'adapter' if config.adapter.kind == 'lora' else 'model':<10}{result['saved']}",
+        f"metrics   {folder / 'metrics.jsonl'}, {folder / 'loss.png'}"
+        + (f"; tensorboard --logdir {folder / 'tensorboard'}" if config.train.tensorboard else ""),
+        f"log       {folder / 'run.log'}",
+    ]
+    model, saved = config.model, result["saved"]
+    if config.adapter.kind == "lora":
+        lines += [
+            "next      use it in Python:",
+            "            import torch; from models import load_model",
+            f'            model = load_model("{model.path}", storage="{model.storage}", dtype=torch.{model.dtype}, '
+            f'adapter="{saved}")',
+        ]
+    else:
+        lines.append(f"next      python -m models.convert {saved} {saved}-nf4 --storage nf4")
+    return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""What a run says: results on standard output, progress on standard error, all of it in the log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class Report:
+    """The voice of a run. As a context manager it also writes the traceback of an error that ends the run to the log,
+    which is where a traceback belongs: the terminal gets the message alone."""
+
+    def __init__(self, log_path: Path) -> None:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log_path.open("a", encoding="utf-8")
+        self._write_log(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} ---")
+        self._live: Any = None  # rich.live.Live while a progress line is on the terminal
+        # What the models have to say (which converted copy they read, …) belongs among the rest.
+        self._logger, self._handler = logging.getLogger("nibble"), _Notes(self)
+
+    def result(self, text: str = "") -> None:
+        """Something that the user asked for: a table, the summary."""
+        self._above_live()
+        print(text, file=sys.stdout, flush=True)
+        self._write_log(text)
+
+    def note(self, text: str) -> None:
+        """Something that happened on the way."""
+        self._above_live()
+        print(text, file=sys.stderr, flush=True)
+        self._write_log(text)
+
+    def progress(self, text: str, keep: bool) -> None:
+        """The state of long work in one line. On a terminal the line is redrawn in place; elsewhere, and in the log, a
+        line is written when `keep` says that this one is worth keeping."""
+        if sys.stderr.isatty():
+            self._redraw(text)
+        elif keep:
+            print(text, file=sys.stderr, flush=True)
+        if keep:
+            self._write_log(text)
+
+    def end_progress(self) -> None:
+        """Leave the last progress line where it is and go on below it."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def __enter__(self) -> Report:
+        self._logger.addHandler(self._handler)
+        self._logger_level = self._logger.level
+        self._logger.setLevel(logging.INFO)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end_progress()
+        self._logger.removeHandler(self._handler)
+        self._logger.setLevel(self._logger_level)
+        if error is not None:
+            self._write_log("".join(traceback.format_exception(error)).rstrip())
+        self._log.close()
+
+    def _above_live(self) -> None:
+        # A line printed now would be overdrawn by the next refresh; ending the display keeps both, in order.
+        self.end_progress()
+
+    def _redraw(self, text: str) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        line = Text(text)
+        if self._live is None:
+            # Without its refresh thread: the line changes when a step ends and at no other time.
+            self._live = Live(line, console=Console(stderr=True), auto_refresh=False, redirect_stdout=False)
+            self._live.start()
+        self._live.update(line, refresh=True)
+
+    def _write_log(self, text: str) -> None:
+        self._log.write(text + "\n")
+        self._log.flush()
+
+
+class _Notes(logging.Handler):
+    def __init__(self, report: Report) -> None:
+        super().__init__(logging.INFO)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report.note(record.getMessage())
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows of cells, the first being the header, as text in columns; those in `right` are right-aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(widths[column]) if column in right else cell.ljust(widths[column])
+            for column, cell in enumerate(row)
+        ]
+        lines.append(("  " + "   ".join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def format_bytes(count: int, digits: int = 2) -> str:
+    """Binary units with so many digits after the point: "15.28 GiB", "3.40 MiB", "512 B"."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """A length of time as a person would say it: "45 s", "23 min", "2 h 05 min", "3 d 4 h"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,51 @@
+"""Stopping on SIGINT and SIGTERM at the end of a step rather than in the middle of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class StopOnSignal:
+    """While this context is open, SIGINT or SIGTERM sets `requested`; a second SIGINT raises KeyboardInterrupt at once.
+
+    The handlers that were there before are put back on leaving. Outside the main thread Python allows no handlers:
+    there the context does nothing and `requested` stays False.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.name = ""  # of the first signal, e.g. "SIGTERM"
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested:
+            self.requested = True
+            self.name = signal.Signals(number).name
+            # Not print(): the signal may have come in the middle of one, and Python's streams are not re-entrant.
+            _write(f"\n{self.name}: finishing this step, then saving. Ctrl-C again stops at once, unsaved.\n")
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # standard error may be closed; the flag is what matters
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
