@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -112,6 +114,34 @@ def test_report_sends_results_and_progress_their_ways(tmp_path: Path, capsys: py
     for text in ("a result", "a note", "step 1", "Traceback (most recent call last)", "ValueError: broken"):
         assert text in log
     assert "step 2" not in log
+
+
+def test_on_a_terminal_the_progress_line_is_redrawn_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with Report(tmp_path / "run.log") as report:
+        report.progress("step 1", keep=False)
+        report.progress("step 2", keep=True)
+        report.note("a note")
+        report.progress("step 3", keep=True)
+    shown = terminal.getvalue()
+    assert "step 1\r\x1b[2Kstep 2" in shown  # back to the beginning of the line, erase it
+    assert shown.index("step 2") < shown.index("\n") < shown.index("a note\n") < shown.index("step 3")
+    assert "step 1" not in (tmp_path / "run.log").read_text()
+
+
+def test_what_the_models_log_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("nibble")
+    level, handlers = logger.level, list(logger.handlers)
+    with Report(tmp_path / "run.log"):
+        logger.info("using the converted copy %s", "x-nf4")
+    assert (logger.level, logger.handlers) == (level, handlers)
+    assert "using the converted copy x-nf4\n" in capsys.readouterr().err
+    assert "using the converted copy x-nf4\n" in (tmp_path / "run.log").read_text()
 
 
 @pytest.mark.parametrize(
