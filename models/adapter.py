@@ -24,6 +24,7 @@ from torch import Tensor
 from quant.errors import NibbleError
 
 from .decoder import CausalLM
+from .hub import some
 from .keymap import Key
 from .linear import LoRA
 from .lora import AdapterSpec, Target, adapted, attach_lora, key_map_of, module_name, resolve
@@ -170,9 +171,9 @@ def _check_tensors(
                 "\nIt adapts the experts one by one, as transformers 4 has them. "
                 "Load it with PEFT on transformers 5 and save it again."
             )
-        raise NibbleError(f"{where}: {_some(unknown)} in {WEIGHTS}, which {CONFIG} doesn't name.{hint}")
+        raise NibbleError(f"{where}: {some(unknown, 3)} in {WEIGHTS}, which {CONFIG} doesn't name.{hint}")
     if missing:
-        raise NibbleError(f"{where}: {WEIGHTS} lacks {_some(missing)}, which {CONFIG} names for this model.")
+        raise NibbleError(f"{where}: {WEIGHTS} lacks {some(missing, 3)}, which {CONFIG} names for this model.")
     for name, shape in expected.items():
         if header[name].shape != shape:
             raise NibbleError(
@@ -210,8 +211,3 @@ def _copy_tensors(targets: Sequence[Target], loras: Sequence[LoRA], path: Path) 
                 a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
             lora.A.copy_(a)
             lora.B.copy_(b)
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

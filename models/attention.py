@@ -19,17 +19,24 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     elsewhere through scaled_dot_product_attention, document by document. Tokens never meet those of another
     document, and no [N, N] mask exists.
     """
-    width, value_width = query.shape[-1], value.shape[-1]
-    # The fused kernels want one head size. Zero columns change neither scores nor the columns that are kept.
-    if value_width < width:
-        value = F.pad(value, (0, width - value_width))
-    elif value_width > width:
-        query, key = (F.pad(x, (0, value_width - width)) for x in (query, key))
+    value_width = value.shape[-1]
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        out = _flash(query, key, value, documents, scale)
+        # Unlike scaled_dot_product_attention, the variable-length kernel doesn't pad to the multiples of 8 it needs.
+        out = _flash(*_same_width(query, key, value, multiple=8), documents, scale)
     else:
-        out = _by_document(query, key, value, documents, scale)
+        out = _by_document(*_same_width(query, key, value), documents, scale)
     return out[..., :value_width]
+
+
+def _same_width(query: Tensor, key: Tensor, value: Tensor, *, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused kernels want one head size. Zero columns change neither scores nor the columns that are kept."""
+    width = max(query.shape[-1], value.shape[-1])
+    width += -width % multiple
+
+    def widened(x: Tensor) -> Tensor:
+        return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+
+    return widened(query), widened(key), widened(value)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from quant.errors import NibbleError
 
 
-def integer(config: dict[str, Any], key: str, default: int, where: str) -> int:
-    """``key`` as a positive integer, or ``default`` where the file leaves it out."""
+def integer(config: dict[str, Any], key: str, default: int, where: str, *, least: int = 1) -> int:
+    """``key`` as an integer of at least ``least``, or ``default`` where the file leaves it out."""
     value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise NibbleError(f"{where}: {key} must be a positive integer, got {value!r}.")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise NibbleError(f"{where}: {key} must be {wanted}, got {value!r}.")
     return value
 
 
@@ -20,10 +22,34 @@ def optional_integer(config: dict[str, Any], key: str, default: int, where: str)
     return None if key in config and config[key] is None else integer(config, key, default, where)
 
 
+def number(config: dict[str, Any], key: str, default: float, where: str) -> float:
+    """``key`` as a positive number, or ``default`` where the file leaves it out."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise NibbleError(f"{where}: {key} must be a positive number, got {value!r}.")
+    return float(value)
+
+
+def flag(config: dict[str, Any], key: str, default: bool, where: str) -> bool:
+    """``key`` as true or false, or ``default`` where the file leaves it out."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise NibbleError(f"{where}: {key} must be true or false, got {value!r}.")
+    return value
+
+
 def refuse_unknown_activation(config: dict[str, Any], where: str) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise NibbleError(
             f"{where}: hidden_act is {activation!r}; only 'silu' is implemented, and another activation "
             "would compute something else."
+        )
+
+
+def refuse_dropout(config: dict[str, Any], where: str) -> None:
+    if config.get("attention_dropout"):
+        raise NibbleError(
+            f"{where}: attention_dropout is {config['attention_dropout']!r}; dropout is not implemented, and training "
+            "without it would be another training.\nSet it to 0.0."
         )

@@ -78,13 +78,8 @@ class CausalLM(nn.Module):
         vocabulary, hidden = decoder.embed_tokens.weight.shape
         dense = StorageSpec("none")
         self.lm_head = Linear(hidden, vocabulary, spec=dense, dtype=dtype, device=device, name="lm_head")
-        self.tied = tied
-        self.tie()
-
-    def tie(self) -> None:
-        """Makes head and embedding one parameter where the checkpoint ties them; again after tensors were replaced."""
-        if self.tied:
-            self.lm_head.weight.value = self.model.embed_tokens.weight
+        if tied:
+            self.lm_head.weight.value = decoder.embed_tokens.weight
 
     @property
     def head(self) -> Linear:

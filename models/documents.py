@@ -38,7 +38,3 @@ class Documents:
     @property
     def longest(self) -> int:
         return max(self.lengths)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)

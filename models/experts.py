@@ -22,7 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.products import grouped_linear, grouped_linear_input, grouped_linear_weight, product_dtype, row_padding
+from quant.products import (
+    Groups,
+    grouped_linear,
+    grouped_linear_input,
+    grouped_linear_weight,
+    product_dtype,
+    row_padding,
+)
 from quant.storage import StorageSpec
 
 from .linear import ExpertWeights, trained
@@ -39,16 +46,19 @@ class Chunk:
     """A few consecutive experts and their rows ``[start, stop)`` among the sorted ones."""
 
     experts: slice
-    ends: tuple[int, ...]  # cumulative row counts of these experts, from the chunk's first row
+    groups: Groups  # where each expert's rows end, from the chunk's first row
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
 class Routing:
-    """slots: int64 [N·K], the slot token·K + choice of every row, sorted by expert. rows: rows of each expert."""
+    """slots: int64 [N·K], the slot token·K + choice of every row, sorted by expert. ends: int32 [E], the rows up to and
+    with each expert's. rows: the rows of each expert, on the host.
+    """
 
     slots: Tensor
+    ends: Tensor
     rows: tuple[int, ...]
 
     @staticmethod
@@ -56,7 +66,9 @@ class Routing:
         flat = chosen.flatten()
         # Stable: the rows of an expert keep the order of tokens, so a run repeats bit for bit.
         slots = torch.argsort(flat, stable=True)
-        return Routing(slots, tuple(torch.bincount(flat, minlength=experts).tolist()))
+        rows = torch.bincount(flat, minlength=experts)
+        # The block's one wait for the device: the host must know which rows to give to which chunk of experts.
+        return Routing(slots, rows.cumsum(0, dtype=torch.int32), tuple(rows.tolist()))
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         """The experts that have rows, up to ``size`` consecutive ones at a time."""
@@ -68,7 +80,9 @@ class Routing:
                 total += count
                 ends.append(total)
             if total:
-                yield Chunk(slice(first, first + len(counts)), tuple(ends), start, start + total)
+                experts = slice(first, first + len(counts))
+                offsets = self.ends[experts] - start if len(counts) > 1 else None
+                yield Chunk(experts, Groups(tuple(ends), offsets), start, start + total)
             start += total
 
 
@@ -133,16 +147,16 @@ class _Remember(torch.autograd.Function):
         routing: Routing,
         module: Experts,
     ) -> Tensor:
-        # The slots pass through save_for_backward like the rest, so that a recomputation replaces them all together.
-        ctx.save_for_backward(x, weights, routing.slots)
+        # The routing passes through save_for_backward like the rest: a recomputation replaces all of it together.
+        ctx.save_for_backward(x, weights, routing.slots, routing.ends)
         ctx.rows, ctx.module = routing.rows, module
         return x.new_empty(()).expand(x.shape)  # stands for the output, so that its gradient comes back here
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, weights, slots = ctx.saved_tensors
+        x, weights, slots, ends = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        result = _backward(ctx.module, x, weights, Routing(slots, ctx.rows), grads[0], needs)
+        result = _backward(ctx.module, x, weights, Routing(slots, ends, ctx.rows), grads[0], needs)
         return (*result, None, None)
 
 
@@ -157,14 +171,20 @@ class _Compute(torch.autograd.Function):
 
 
 class _Scratch:
-    """Dense weights of one chunk of experts, in buffers that the next chunk overwrites."""
+    """Dense weights of one chunk of experts, in a buffer that the next chunk overwrites."""
 
     def __init__(self, projection: ExpertWeights, experts: int, dtype: torch.dtype, device: torch.device) -> None:
         self.storage = projection.weight
-        self.buffer = torch.empty(experts, *self.storage.shape[1:], dtype=dtype, device=device)
+        self.dtype = dtype
+        # Weights that are dense already are used where they lie.
+        self.in_place = self.storage.kind == "none" and self.storage.dtype == dtype
+        size = 0 if self.in_place else experts
+        self.buffer = torch.empty(size, *self.storage.shape[1:], dtype=dtype, device=device)
 
     def __call__(self, experts: slice) -> Tensor:
-        return self.storage.dense(experts, dtype=self.buffer.dtype, out=self.buffer[: experts.stop - experts.start])
+        if self.in_place:
+            return self.storage.dense(experts)
+        return self.storage.dense(experts, out=self.buffer[: experts.stop - experts.start])
 
 
 class _Adapted:
@@ -174,21 +194,21 @@ class _Adapted:
         lora = projection.lora
         assert lora is not None
         self.a, self.b = lora.A.detach()[chunk.experts].to(dtype), lora.B.detach()[chunk.experts].to(dtype)
-        self.scaling, self.ends = lora.scaling, chunk.ends
+        self.scaling, self.groups = lora.scaling, chunk.groups
 
     def inner(self, rows: Tensor) -> Tensor:
         """s · x Aᵀ [n, R]. The scale is applied here, on the narrow side."""
-        return grouped_linear(rows, self.a, self.ends).mul_(self.scaling)
+        return grouped_linear(rows, self.a, self.groups).mul_(self.scaling)
 
     def add_output(self, inner: Tensor, y: Tensor) -> Tensor:
-        return grouped_linear(inner, self.b, self.ends, add_to=y)
+        return grouped_linear(inner, self.b, self.groups, add_to=y)
 
     def inner_gradient(self, dy: Tensor) -> Tensor:
         """s · dy B [n, R]."""
-        return grouped_linear_input(dy, self.b, self.ends).mul_(self.scaling)
+        return grouped_linear_input(dy, self.b, self.groups).mul_(self.scaling)
 
     def add_input_gradient(self, d_inner: Tensor, dx: Tensor) -> Tensor:
-        return grouped_linear_input(d_inner, self.a, self.ends, add_to=dx)
+        return grouped_linear_input(d_inner, self.a, self.groups, add_to=dx)
 
 
 def _gather(source: Tensor, tokens: Tensor, padding: int) -> Tensor:
@@ -203,9 +223,10 @@ def _gather(source: Tensor, tokens: Tensor, padding: int) -> Tensor:
 
 
 def _padded(chunk: Chunk, rows: Tensor) -> Chunk:
-    """Zero rows at the end belong to the last expert, where they add nothing to any product."""
-    ends = (*chunk.ends[:-1], len(rows))
-    return Chunk(chunk.experts, ends, chunk.start, chunk.stop)
+    """The chunk of a single expert with its padding, zero rows that add nothing to any product."""
+    if len(chunk.groups.ends) > 1:
+        return chunk
+    return Chunk(chunk.experts, Groups((len(rows),)), chunk.start, chunk.stop)
 
 
 def _combine(slots: Tensor, weights: Tensor | None, tokens: int, dtype: torch.dtype) -> Tensor:
@@ -234,7 +255,7 @@ def _forward(module: Experts, x: Tensor, weights: Tensor, routing: Routing) -> T
     source = x.to(dtype)
 
     def project(rows: Tensor, projection: ExpertWeights, dense: _Scratch, chunk: Chunk) -> Tensor:
-        y = grouped_linear(rows, dense(chunk.experts), chunk.ends)
+        y = grouped_linear(rows, dense(chunk.experts), chunk.groups)
         if projection.lora is not None:
             lora = _Adapted(projection, chunk, dtype)
             lora.add_output(lora.inner(rows), y)
@@ -266,11 +287,11 @@ class _Gradients:
         if lora is not None:
             _, inner, d_inner = lora
             if self.a is not None:
-                self.a[chunk.experts] = grouped_linear_weight(d_inner, rows, chunk.ends).to(self.a.dtype)
+                self.a[chunk.experts] = grouped_linear_weight(d_inner, rows, chunk.groups).to(self.a.dtype)
             if self.b is not None:
-                self.b[chunk.experts] = grouped_linear_weight(dy, inner, chunk.ends).to(self.b.dtype)
+                self.b[chunk.experts] = grouped_linear_weight(dy, inner, chunk.groups).to(self.b.dtype)
         if self.value is not None:
-            self.value[chunk.experts] = grouped_linear_weight(dy, rows, chunk.ends).to(self.value.dtype)
+            self.value[chunk.experts] = grouped_linear_weight(dy, rows, chunk.groups).to(self.value.dtype)
 
 
 def _backward(
@@ -300,7 +321,7 @@ def _backward(
 
         # Forward again, up to h.
         w_gate_up = dense_gate_up(chunk.experts)
-        y = grouped_linear(rows, w_gate_up, chunk.ends)
+        y = grouped_linear(rows, w_gate_up, chunk.groups)
         gate_up_lora = _Adapted(gate_up, chunk, dtype) if gate_up.lora is not None else None
         gate_up_inner = gate_up_lora.inner(rows) if gate_up_lora is not None else None
         if gate_up_lora is not None and gate_up_inner is not None:
@@ -308,7 +329,7 @@ def _backward(
         hidden = _swiglu(y)
 
         # Down: u = Wᵀ d, with the adapter's share.
-        u = grouped_linear_input(d_out, dense_down(chunk.experts), chunk.ends)
+        u = grouped_linear_input(d_out, dense_down(chunk.experts), chunk.groups)
         down_lora = None
         if down.lora is not None:
             adapted = _Adapted(down, chunk, dtype)
@@ -330,7 +351,7 @@ def _backward(
             gate_up_adapted = (gate_up_lora, gate_up_inner, gate_up_lora.inner_gradient(d_y))
         gate_up_grads.add(chunk, d_y, rows, gate_up_adapted)
         if d_slots is not None:
-            d_rows = grouped_linear_input(d_y, w_gate_up, chunk.ends)
+            d_rows = grouped_linear_input(d_y, w_gate_up, chunk.groups)
             if gate_up_adapted is not None:
                 gate_up_adapted[0].add_input_gradient(gate_up_adapted[2], d_rows)
             d_slots.index_copy_(0, chosen_slots, d_rows[:count])

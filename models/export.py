@@ -19,6 +19,7 @@ from quant.storage import DenseStorage, Storage
 from .decoder import CausalLM
 from .hub import CONFIG, INDEX, SIDE_FILES, SINGLE, HubCheckpoint, read_config, some
 from .keymap import Key
+from .lora import adapted
 from .native import Manifest, dtype_name, is_converted
 from .registry import ARCHITECTURES
 from .tensorfile import DTYPES, TensorWriter, tensor_bytes, write_atomically
@@ -58,13 +59,17 @@ def export_hub(
     overwrite: replace a checkpoint that is there already.
 
     The folder appears when it is whole. Memory: the model, and one tensor. Returns `directory`.
-    Raises NibbleError for another storage, or where the folder exists.
+    Raises NibbleError for another storage, for a model with an adapter, or where the folder exists.
     """
     directory, source = Path(directory), Path(source)
     if model.spec.kind != "none":
         raise NibbleError(
             f"a checkpoint in the hub's format is dense, and this model's storage is {model.spec.kind}.\n"
             "Load it with storage none; an adapter alone is saved as it is, without the model."
+        )
+    if adapted(model):
+        raise NibbleError(
+            "this model has an adapter, and an export writes the base weights alone.\nSave the adapter: save_adapter."
         )
     config = _config(source, model.dtype)
     if directory.exists() and not (overwrite and (directory / CONFIG).is_file()):
@@ -126,7 +131,7 @@ def _with_carried(source: Path) -> HubCheckpoint | None:
         return HubCheckpoint(source)
     if not is_converted(source) or not (manifest := Manifest.load(source)).carried:
         return None
-    origin = Path(manifest.source)
+    origin = Path(manifest.source).expanduser()
     if origin.is_dir():
         with contextlib.suppress(NibbleError):
             checkpoint = HubCheckpoint(origin)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.errors import NibbleError
 from quant.storage import StorageSpec
 
-from .configjson import integer, optional_integer, refuse_unknown_activation
+from .configjson import flag, integer, number, optional_integer, refuse_dropout, refuse_unknown_activation
 from .decoder import CausalLM, Decoder
 from .documents import Documents
 from .experts import Experts
@@ -22,7 +23,7 @@ from .keymap import KeyMap, KeyMapBuilder
 from .mla import LatentAttention, LatentAttentionConfig, latent_attention_keys
 from .mlp import SwiGLU
 from .norm import RMSNorm
-from .rope import RopeConfig, parse_rope
+from .rope import RopeConfig, parse_rope, partial_rotary_factor
 from .router import RoutingRule, SigmoidRouter
 
 
@@ -50,19 +51,26 @@ class Glm4MoeLiteConfig:
         rope_dim = integer(config, "qk_rope_head_dim", 64, where)
         nope_dim = integer(config, "qk_nope_head_dim", 192, where)
         rope = parse_rope(config, rope_dim, where)
+        experts = integer(config, "n_routed_experts", 64, where)
         refuse_unknown_activation(config, where)
+        refuse_dropout(config, where)
+        if (share := partial_rotary_factor(config, where)) != 1:
+            raise NibbleError(
+                f"{where}: partial_rotary_factor is {share}; latent attention rotates all of qk_rope_head_dim "
+                f"({rope_dim}).\nSet it to 1.0, and qk_rope_head_dim to what is rotated."
+            )
         return Glm4MoeLiteConfig(
             vocabulary=integer(config, "vocab_size", 154880, where),
             hidden=(hidden := integer(config, "hidden_size", 2048, where)),
             layers=layers,
-            dense=_dense_layers(config, layers),
+            dense=_dense_layers(config, layers, where),
             dense_width=integer(config, "intermediate_size", 10240, where),
             expert_width=integer(config, "moe_intermediate_size", 1536, where),
-            experts=integer(config, "n_routed_experts", 64, where),
+            experts=experts,
             shared_experts=integer(config, "n_shared_experts", 1, where),
-            predicting_layers=int(config.get("num_nextn_predict_layers", 1)),
-            eps=float(config.get("rms_norm_eps", 1e-5)),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            predicting_layers=integer(config, "num_nextn_predict_layers", 1, where, least=0),
+            eps=number(config, "rms_norm_eps", 1e-5, where),
+            tied=flag(config, "tie_word_embeddings", False, where),
             attention=LatentAttentionConfig(
                 hidden=hidden,
                 heads=integer(config, "num_attention_heads", 20, where),
@@ -71,27 +79,58 @@ class Glm4MoeLiteConfig:
                 nope_dim=nope_dim,
                 rope_dim=rope_dim,
                 value_dim=integer(config, "v_head_dim", 256, where),
-                bias=bool(config.get("attention_bias", False)),
-                interleaved=bool(config.get("rope_interleave", True)),
+                bias=flag(config, "attention_bias", False, where),
+                interleaved=flag(config, "rope_interleave", True, where),
                 scale=(nope_dim + rope_dim) ** -0.5 * rope.score_scale,
             ),
-            routing=RoutingRule(
-                chosen=integer(config, "num_experts_per_tok", 4, where),
-                groups=integer(config, "n_group", 1, where),
-                chosen_groups=integer(config, "topk_group", 1, where),
-                normalise=bool(config.get("norm_topk_prob", True)),
-                scale=float(config.get("routed_scaling_factor", 1.8)),
-            ),
+            routing=_routing(config, experts, where),
             rope=rope,
         )
 
 
-def _dense_layers(config: dict[str, Any], layers: int) -> tuple[bool, ...]:
-    """5.x files name every layer's type, 4.x files count the leading dense ones."""
-    if types := config.get("mlp_layer_types"):
-        return tuple(kind == "dense" for kind in types[:layers])
-    leading = config.get("first_k_dense_replace", 1)
-    return tuple(index < leading for index in range(layers))
+def _dense_layers(config: dict[str, Any], layers: int, where: str) -> tuple[bool, ...]:
+    """5.x files name every layer's type, 4.x files count the leading dense ones.
+
+    Types behind the last layer (of prediction layers) don't count.
+    """
+    types = config.get("mlp_layer_types")
+    if types is None:
+        leading = integer(config, "first_k_dense_replace", 1, where, least=0)
+        return tuple(index < leading for index in range(layers))
+    if not isinstance(types, list) or not {"dense", "sparse"}.issuperset(map(str, types)):
+        raise NibbleError(f"{where}: mlp_layer_types must be a list of 'dense' and 'sparse', got {types!r}.")
+    if len(types) < layers:
+        raise NibbleError(
+            f"{where}: mlp_layer_types names {len(types)} layers, num_hidden_layers is {layers}; make them agree."
+        )
+    return tuple(kind == "dense" for kind in types[:layers])
+
+
+def _routing(config: dict[str, Any], experts: int, where: str) -> RoutingRule:
+    rule = RoutingRule(
+        chosen=integer(config, "num_experts_per_tok", 4, where),
+        groups=integer(config, "n_group", 1, where),
+        chosen_groups=integer(config, "topk_group", 1, where),
+        normalise=flag(config, "norm_topk_prob", True, where),
+        scale=number(config, "routed_scaling_factor", 1.8, where),
+    )
+    if experts % rule.groups or (rule.groups > 1 and experts < 2 * rule.groups):
+        raise NibbleError(
+            f"{where}: n_group {rule.groups} doesn't divide n_routed_experts {experts} into groups of two or more.\n"
+            "Choose a divisor; 1 is no grouping."
+        )
+    if rule.chosen_groups > rule.groups:
+        raise NibbleError(
+            f"{where}: topk_group {rule.chosen_groups} is more than n_group {rule.groups}; choose at most that many."
+        )
+    open_experts = experts // rule.groups * rule.chosen_groups
+    if rule.chosen > open_experts:
+        raise NibbleError(
+            f"{where}: num_experts_per_tok is {rule.chosen}, but n_routed_experts {experts}, n_group {rule.groups} and "
+            f"topk_group {rule.chosen_groups} leave {open_experts} to choose from.\n"
+            f"Set num_experts_per_tok to at most {open_experts}, or raise topk_group."
+        )
+    return rule
 
 
 class MoE(nn.Module):

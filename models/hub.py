@@ -20,8 +20,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.tensorfile import TensorInfo, read_header
 from quant.errors import NibbleError
+
+from .tensorfile import TensorInfo, read_header
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -89,10 +90,6 @@ class HubCheckpoint:
     def dtype(self, key: str) -> str:
         """The format's name of the dtype: "BF16", "F32", "F8_E4M3" …"""
         return self._infos[key].dtype
-
-    def file(self, key: str) -> str:
-        """Name of the shard that holds `key`."""
-        return self._files[key]
 
     @property
     def nbytes(self) -> int:

@@ -1,6 +1,6 @@
 """The table between a hub checkpoint's keys and the native model's tensors.
 
-One table per architecture serves every direction: loading, converting, exporting merged weights, and naming the
+One table per architecture serves every direction: loading, converting, exporting, and naming the
 groups that LoRA can target. A hub key that the table neither names nor declares as carried is an error.
 """
 
@@ -59,9 +59,6 @@ class KeyMap:
 
     def is_carried(self, hub_key: str) -> bool:
         return any(re.fullmatch(pattern, hub_key) for pattern in self.carried)
-
-    def by_native(self) -> dict[str, Key]:
-        return {key.native: key for key in self.keys}
 
 
 class KeyMapBuilder:

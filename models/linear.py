@@ -42,6 +42,7 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(*experts, out_features, rank, dtype=dtype, device=device))
         self.rank = rank
         self.alpha = alpha
+        self.rslora = rslora
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
 
 

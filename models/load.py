@@ -58,7 +58,7 @@ def load_model(
     double_quant: bool = True,
     progress: bool = False,
 ) -> CausalLM:
-    """A model ready to compute with, all parameters frozen, in evaluation mode.
+    """A model ready to compute with, in evaluation mode, all parameters frozen but those of an adapter.
 
     path: a hub-format folder (quantised while it is read, or a converted copy beside it is used), a converted folder,
         or a hub id.

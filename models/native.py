@@ -2,7 +2,8 @@
 
 A folder with one safetensors file per decoder layer and one for the rest, under native names; the hub's config.json,
 tokenizer and chat template; and `nibble.json`, which says how the weights are stored, what they were made from, and
-every file's size and checksum. It contains no dates and no paths: the same source gives the same bytes.
+every file's size and checksum. It contains no dates, and no path but the source as it was named: the same command
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -170,10 +171,6 @@ class NativeCheckpoint:
         self._open_name: str | None = None
         self._open_file: Any = None
 
-    @property
-    def nbytes(self) -> int:
-        return sum(record.size for record in self.manifest.files.values() if record.tensors)
-
     def bind(self, keys: tuple[Key, ...]) -> NativeCheckpoint:
         """Check that the files hold exactly these keys' tensors, so that `read` can serve them."""
         self.keys = keys
@@ -243,14 +240,14 @@ def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
-    """Compare every file with its sha256. Raises NibbleError naming the files that differ.
+    """Compare every file with its sha256. Raises NibbleError naming the files that differ or are missing.
 
     progress(bytes, total): bytes checked since the last call, of how many in all.
     """
     checkpoint = NativeCheckpoint(folder)
     differ, total = [], sum(record.size for record in checkpoint.manifest.files.values())
     for name, record in checkpoint.manifest.files.items():
-        if sha256_file(folder / name) != record.sha256:
+        if not (folder / name).is_file() or sha256_file(folder / name) != record.sha256:
             differ.append(name)
         progress(record.size, total)
     if differ:

@@ -137,7 +137,7 @@ def _pattern(found: Found, layout: _Layout, number: Callable[[LoRA], Any]) -> tu
 
 
 def _is_rslora(loras: Iterable[LoRA]) -> bool:
-    return any(lora.scaling != lora.alpha / lora.rank for lora in loras)
+    return any(lora.rslora for lora in loras)
 
 
 def _whole(number: float) -> float:

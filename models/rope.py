@@ -11,6 +11,8 @@ from torch import Tensor
 
 from quant.errors import NibbleError
 
+from .configjson import number
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -31,22 +33,39 @@ class RopeConfig:
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
 
 
+def _entries(config: dict[str, Any], where: str) -> dict[str, Any]:
+    # Where a file has both, transformers takes rope_scaling. Zero and null say there that an entry is absent.
+    entries = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(entries, dict):
+        raise NibbleError(f"{where}: rope_parameters (or rope_scaling) must be an object, got {entries!r}.")
+    return {key: value for key, value in entries.items() if value or value is False}
+
+
+def partial_rotary_factor(config: dict[str, Any], where: str) -> float:
+    """The share of a head's dimensions that is rotated, in either spelling; 1 where the file doesn't say."""
+    given = _entries(config, where)
+    return number(given if "partial_rotary_factor" in given else config, "partial_rotary_factor", 1.0, where)
+
+
 def parse_rope(config: dict[str, Any], dim: int, where: str) -> RopeConfig:
     """Reads either spelling of config.json: ``rope_parameters`` (5.x) or ``rope_theta`` with ``rope_scaling`` (4.x).
 
-    dim: rotary dimensions of a head. Raises NibbleError for a rope type that isn't known.
+    dim: rotary dimensions of a head. Raises NibbleError for a rope type that isn't known, and for values that can't be
+    computed with.
     """
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = _entries(config, where)
+    if dim % 2:
+        raise NibbleError(f"{where}: {dim} rotary dimensions of a head can't be paired; the number must be even.")
     kind = given.get("rope_type") or given.get("type") or "default"
-    theta = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = number(given if "rope_theta" in given else config, "rope_theta", 10000.0, where)
     powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if kind == "default":
         return RopeConfig(tuple((1.0 / powers).tolist()))
     if kind == "yarn":
-        return _yarn(given, config, theta, powers, dim)
+        return _yarn(given, config, theta, powers, dim, where)
     raise NibbleError(
         f"{where}: rope_type {kind!r} is not supported; 'default' and 'yarn' are.\n"
-        "       A checkpoint that was trained with another scaling would be computed wrongly, so it is refused."
+        "A checkpoint that was trained with another scaling would be computed wrongly, so it is refused."
     )
 
 
@@ -54,35 +73,36 @@ def _mscale(factor: float, weight: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _yarn(given: dict[str, Any], config: dict[str, Any], theta: float, powers: Tensor, dim: int) -> RopeConfig:
+def _yarn(
+    given: dict[str, Any], config: dict[str, Any], theta: float, powers: Tensor, dim: int, where: str
+) -> RopeConfig:
     """Slow pairs are interpolated by ``factor``, fast ones are left alone, with a linear ramp in between (§3.2)."""
-    trained = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
-    longest = config.get("max_position_embeddings", 202752)
-    trained = trained or longest
-    factor = given.get("factor") or longest / trained
+    longest = number(config, "max_position_embeddings", 202752, where)
+    spelled = config if config.get("original_max_position_embeddings") else given
+    trained = number(spelled, "original_max_position_embeddings", longest, where)
+    factor = number(given, "factor", longest / trained, where)
 
     def pair_with(rotations: float) -> float:
         """The (fractional) index of the pair that turns ``rotations`` times within the trained context."""
         return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = pair_with(given.get("beta_fast") or 32), pair_with(given.get("beta_slow") or 1)
+    low = pair_with(number(given, "beta_fast", 32, where))
+    high = pair_with(number(given, "beta_slow", 1, where))
     if given.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # a ramp of no width would divide by zero
-    interpolated = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    frequencies = (1.0 / (factor * powers)) * interpolated + (1.0 / powers) * (1 - interpolated)
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    frequencies = (1.0 / (factor * powers)) * (1 - kept) + (1.0 / powers) * kept
 
-    weight, weight_all = given.get("mscale"), given.get("mscale_all_dim")
-    magnitude = given.get("attention_factor")
-    if magnitude is None:
-        if weight and weight_all:
-            magnitude = _mscale(factor, weight) / _mscale(factor, weight_all)
-        else:
-            magnitude = _mscale(factor)
-    score_scale = _mscale(factor, weight_all) ** 2 if weight_all else 1.0
-    return RopeConfig(tuple(frequencies.tolist()), float(magnitude), score_scale)
+    weight_all = number(given, "mscale_all_dim", 1.0, where)
+    magnitude = _mscale(factor)
+    if "mscale" in given and "mscale_all_dim" in given:
+        magnitude = _mscale(factor, number(given, "mscale", 1.0, where)) / _mscale(factor, weight_all)
+    magnitude = number(given, "attention_factor", magnitude, where)
+    score_scale = _mscale(factor, weight_all) ** 2 if "mscale_all_dim" in given else 1.0
+    return RopeConfig(tuple(frequencies.tolist()), magnitude, score_scale)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor], *, interleaved: bool) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quant.errors import NibbleError
-from quant.storage import StorageSpec, quantise, storage_tensors
+from quant.storage import StorageSpec, all_finite, quantise, storage_tensors
 
 from .hub import HubCheckpoint, some
 from .keymap import Key, KeyMap
@@ -107,7 +107,7 @@ class HubReader:
         name = f"{self.checkpoint.path}: {name}"
         if key.is_storage:
             return {f"{key.native}.{suffix}": part for suffix, part in quantise(spec, dense, dtype, name=name).items()}
-        if not bool(dense.isfinite().all()):
+        if not all_finite(dense):
             raise NibbleError(f"{name}: some of its values are inf or NaN.\nThe checkpoint is damaged: get it again.")
         return {key.native: dense.to(dtype)}
 
@@ -121,6 +121,8 @@ class HubReader:
         carried = tuple(key for key in others if key_map.is_carried(key))
         unused = [key for key in others if not key_map.is_carried(key)]
         if missing or unused:
+            if self.checkpoint.config.get("quantization_config"):
+                raise self._quantised("config.json has a quantization_config")
             model_type = self.checkpoint.config.get("model_type")
             lines = [f"{self.checkpoint.path}: the weights don't fit {model_type} as config.json describes it."]
             if missing:
@@ -144,10 +146,13 @@ class HubReader:
                 f"{some(wrong, 3)}."
             )
         if unreadable:
-            raise NibbleError(
-                f"{self.checkpoint.path} is quantised already: {some(unreadable, 3)}.\n"
-                "Take the checkpoint in bfloat16, float16 or float32; it is quantised here."
-            )
+            raise self._quantised(some(unreadable, 3))
+
+    def _quantised(self, why: str) -> NibbleError:
+        return NibbleError(
+            f"{self.checkpoint.path} is quantised already: {why}.\n"
+            "Take the checkpoint in bfloat16, float16 or float32; it is quantised here."
+        )
 
     def _hub_shapes(self, key: Key) -> Iterator[tuple[str, tuple[int, ...]]]:
         if not key.parts or key.hub in self._fused:

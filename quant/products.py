@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -40,48 +41,56 @@ def row_padding(dtype: torch.dtype, device: torch.device) -> int:
     return 16 if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
-# The three products of a linear layer whose rows are sorted by expert. `ends` are the cumulative row counts of the c
-# experts. A single expert is an ordinary product: on CPU, where a grouped product is a loop anyway, experts come one
-# by one. Several go through one grouped kernel if it can take them: it wants rows of a multiple of 16 bytes.
+@dataclass(frozen=True)
+class Groups:
+    """Where the rows of c experts, sorted by expert, end.
+
+    ends: cumulative row counts, on the host. offsets: the same as int32 [c] on the rows' device, for grouped kernels;
+    given together so that no product has to wait for a copy. One expert alone needs no offsets.
+    """
+
+    ends: tuple[int, ...]
+    offsets: Tensor | None = None
+
+    def parts(self) -> list[slice]:
+        return [slice(start, stop) for start, stop in zip((0, *self.ends), self.ends, strict=False)]
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, ends: Sequence[int], *, add_to: Tensor | None = None) -> Tensor:
+# The three products of a linear layer whose rows are sorted by expert. A single expert is an ordinary product: on CPU,
+# where a grouped product is a loop anyway, experts come one by one. Several go through one grouped kernel if it can
+# take them: it wants rows of a multiple of 16 bytes.
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, groups: Groups, *, add_to: Tensor | None = None) -> Tensor:
     """rows [n, in] times each expert's weight [c, out, in] transposed: [n, out]; added to ``add_to`` when given."""
-    return _grouped(rows, weight.transpose(1, 2), ends, add_to)
+    return _grouped(rows, weight.transpose(1, 2), groups, add_to)
 
 
-def grouped_linear_input(grad: Tensor, weight: Tensor, ends: Sequence[int], *, add_to: Tensor | None = None) -> Tensor:
+def grouped_linear_input(grad: Tensor, weight: Tensor, groups: Groups, *, add_to: Tensor | None = None) -> Tensor:
     """The gradient of :func:`grouped_linear` for its rows: grad [n, out] times weight [c, out, in]: [n, in]."""
-    return _grouped(grad, weight, ends, add_to)
+    return _grouped(grad, weight, groups, add_to)
 
 
-def grouped_linear_weight(grad: Tensor, rows: Tensor, ends: Sequence[int]) -> Tensor:
+def grouped_linear_weight(grad: Tensor, rows: Tensor, groups: Groups) -> Tensor:
     """The gradient of :func:`grouped_linear` for its weight: grad [n, out], rows [n, in]: [c, out, in]."""
-    if len(ends) == 1:
+    if len(groups.ends) == 1:
         return torch.mm(grad.t(), rows).unsqueeze(0)
     if _aligned(grad) and _aligned(rows):
-        return F.grouped_mm(grad.t(), rows, offs=_offsets(ends, grad.device))
-    return torch.stack([torch.mm(grad[part].t(), rows[part]) for part in _parts(ends)])
+        return F.grouped_mm(grad.t(), rows, offs=groups.offsets)
+    return torch.stack([torch.mm(grad[part].t(), rows[part]) for part in groups.parts()])
 
 
-def _grouped(rows: Tensor, matrices: Tensor, ends: Sequence[int], add_to: Tensor | None) -> Tensor:
+def _grouped(rows: Tensor, matrices: Tensor, groups: Groups, add_to: Tensor | None) -> Tensor:
     """rows [n, a] times matrices [c, a, b], each expert's rows with its own: [n, b]."""
-    if len(ends) == 1:
+    if len(groups.ends) == 1:
         return torch.mm(rows, matrices[0]) if add_to is None else add_to.addmm_(rows, matrices[0])
-    if _aligned(rows) and rows.shape[0] and matrices.shape[2] * rows.element_size() % 16 == 0:
-        product = F.grouped_mm(rows, matrices, offs=_offsets(ends, rows.device))
+    if _aligned(rows) and matrices.shape[2] * rows.element_size() % 16 == 0:
+        product = F.grouped_mm(rows, matrices, offs=groups.offsets)
     else:
-        product = torch.cat([torch.mm(rows[part], matrix) for part, matrix in zip(_parts(ends), matrices, strict=True)])
+        parts = zip(groups.parts(), matrices, strict=True)
+        product = torch.cat([torch.mm(rows[part], matrix) for part, matrix in parts])
     return product if add_to is None else add_to.add_(product)
 
 
 def _aligned(rows: Tensor) -> bool:
     return rows.stride(0) * rows.element_size() % 16 == 0
-
-
-def _offsets(ends: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(ends, dtype=torch.int32, device=device)
-
-
-def _parts(ends: Sequence[int]) -> list[slice]:
-    return [slice(start, stop) for start, stop in zip((0, *ends), ends, strict=False)]

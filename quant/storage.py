@@ -277,14 +277,19 @@ def quantise(spec: StorageSpec, dense: Tensor, dtype: torch.dtype, *, name: str 
             "Weights that are already quantised must be turned into a floating dtype first."
         )
     _check(storage, spec, tuple(dense.shape), dtype, name)
-    low, high = torch.aminmax(dense)
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+    if not all_finite(dense):
         count = int((~torch.isfinite(dense)).sum())
         raise NibbleError(
             f"{name}: {count} of its {dense.numel()} values are inf or NaN and would spoil their neighbours' scales\n"
             "The checkpoint is damaged or overflowed when it was saved: get it again."
         )
     return storage.encode(spec, dense, dtype)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is inf or NaN. Makes no mask: `isfinite` needs 2.5 times an embedding's bfloat16 bytes."""
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _storage_class(spec: StorageSpec) -> type[Storage]:

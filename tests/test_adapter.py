@@ -129,6 +129,13 @@ def test_spec_of_a_loaded_adapter(saved: Path) -> None:
     )
 
 
+def test_rank_stabilised_scaling_of_rank_one_is_kept(tmp_path: Path) -> None:
+    """alpha / √1 is alpha / 1: the numbers alone don't tell it."""
+    spec = AdapterSpec(("experts",), 1, 8.0, rslora=True)
+    save_adapter(adapted(spec), tmp_path, "org/base")
+    assert load_adapter(model(), tmp_path, expected=spec).rslora
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     path = changed(saved, tmp_path, tensors=lambda values: values.update({k: v.to(dtype) for k, v in values.items()}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,10 +15,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models import convert as command
 from models.conversion import Interrupted, convert, count_parameters
+from models.glm4_moe_lite import Glm4MoeLiteConfig, key_map
+from models.hub import HubCheckpoint
 from models.native import MANIFEST, Manifest, NativeCheckpoint
+from models.progress import Bar
+from models.stream import HubReader
 from quant.errors import NibbleError
 from quant.storage import StorageSpec
 from tests.helpers import save_tiny_glm
@@ -151,9 +158,33 @@ def test_memory_does_not_grow_with_experts_or_layers(tmp_path: Path) -> None:
     assert loading < 6 * 2**20, f"peak grew by {loading / 2**20:.1f} MiB beyond the model"
 
 
-def test_parameters_of_the_real_model() -> None:
-    from models.glm4_moe_lite import Glm4MoeLiteConfig, key_map
+def test_reading_an_embedding_makes_no_other_tensor_of_its_size(hub: Path) -> None:
+    """The real one is as large as half a layer of experts, so a mask of it would be the peak of a conversion."""
 
+    class Recorder(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: list[torch.Tensor] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.made += [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+            return result
+
+    with HubCheckpoint(hub) as checkpoint:
+        keys = key_map(Glm4MoeLiteConfig.parse(checkpoint.config, ""))
+        reader = HubReader(checkpoint, keys, NF4, torch.float32)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            key = next(key for key in keys.keys if key.native == name)
+            with Recorder() as recorder:
+                (piece,) = reader.read(key)
+            (value,) = piece.tensors.values()
+            others = [made for made in recorder.made if made.data_ptr() != value.data_ptr()]
+            assert others, "the check for inf and NaN was seen"
+            assert max(made.nbytes for made in others) < value.numel()
+
+
+def test_parameters_of_the_real_model() -> None:
     assert count_parameters(key_map(Glm4MoeLiteConfig.parse({}, "")).keys) == 29_943_390_976
 
 
@@ -206,6 +237,16 @@ def test_checkpoint_that_is_quantised_already(hub: Path, tmp_path: Path) -> None
     text = broken(hub, tmp_path, change)
     assert "is quantised already: model.layers.1.self_attn.o_proj.weight (F8_E4M3)" in text
     assert "Take the checkpoint in bfloat16, float16 or float32" in text
+
+
+def test_checkpoint_whose_keys_are_those_of_a_quantiser(hub: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.o_proj.weight_scale_inv"] = torch.ones(1, 1)
+
+    text = broken(hub, tmp_path, change, quantization_config={"quant_method": "fp8"})
+    assert (
+        "broken is quantised already: config.json has a quantization_config.\nTake the checkpoint in bfloat16" in text
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -470,6 +511,9 @@ def test_verify(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     err = capsys.readouterr().err
     assert f"error: {target}: 1 files differ from their checksums: layer-00002.safetensors.\n" in err
     assert f"Delete them, then: python -m models.convert {hub} {target} --storage nf4" in err
+    (target / "tokenizer.json").unlink()
+    assert command.main(["--verify", str(target)]) == 2
+    assert "2 files differ from their checksums: layer-00002.safetensors, tokenizer.json.\n" in capsys.readouterr().err
     assert command.main(["--verify", str(hub)]) == 2
     assert "there is no nibble.json, so this isn't a converted checkpoint" in capsys.readouterr().err
 
@@ -498,6 +542,17 @@ def test_as_a_command(hub: Path, tmp_path: Path) -> None:
     assert data["storage"] == "int8, float32"
     assert data["files"] == 4
     assert data["bytes"] == sum(len(value) for value in contents(tmp_path / "out", "*.safetensors").values())
+
+
+def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Bar("converting") as bar:
+        bar.update(30, 40, "layer-00001.safetensors")
+    assert re.search(r"converting .*75%.*left  layer-00001\.safetensors", terminal.getvalue())
 
 
 @pytest.mark.parametrize(

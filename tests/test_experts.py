@@ -168,8 +168,9 @@ def test_linear_equals_autograd(kind: str, bias: bool) -> None:
 
 
 MEMORY = """
-import sys, torch
+import ctypes, sys, torch
 from models.experts import Experts
+from models.linear import LoRA
 from quant.storage import StorageSpec
 
 def resident(key):
@@ -180,8 +181,10 @@ torch.set_num_threads(1)
 def block(experts):
     made = Experts(experts, hidden, width, spec=StorageSpec("nf4"), dtype=torch.float32, device="cpu", name="x")
     for projection in (made.gate_up_proj, made.down_proj):
-        for expert in range(experts):
-            projection.weight.load_dense(torch.randn(projection.weight.shape[1:]) * 0.02, expert)
+        projection.lora = LoRA(projection.weight.shape, 1, alpha=1.0)
+        torch.nn.init.normal_(projection.lora.A)
+        for tensor in projection.weight.parameters():
+            tensor.random_(0, 256) if tensor.dtype == torch.uint8 else tensor.fill_(0.01)
     return made
 def step(made, experts):
     x = torch.randn(256, hidden, requires_grad=True)
@@ -189,8 +192,12 @@ def step(made, experts):
     made(x, chosen, weights).sum().backward()
 step(block(4), 4)  # libraries and thread pools take their memory before counting begins
 big = block(experts)
-# Only what the step adds on top of the packed experts counts: the peak is reset here.
-open("/proc/self/clear_refs", "w").write("5")
+# Only what the step adds on top of the packed experts counts. Freed memory that the process kept would hide it.
+try:
+    ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")
+except (OSError, AttributeError):
+    sys.exit("the peak can't be reset")
 before = resident("VmRSS")
 step(big, experts)
 print(resident("VmHWM") - before)
@@ -199,9 +206,12 @@ print(resident("VmHWM") - before)
 
 def test_working_memory_does_not_grow_with_the_number_of_experts() -> None:
     def working_memory(experts: int) -> int:
-        command = [sys.executable, "-c", MEMORY, str(experts)]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run([sys.executable, "-c", MEMORY, str(experts)], capture_output=True, text=True)
+        if "the peak can't be reset" in done.stderr:
+            pytest.skip("needs glibc's malloc_trim and a writable /proc/self/clear_refs")
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
 
     few, many = working_memory(8), working_memory(128)
-    dense = 120 * 3 * 512 * 512 * 4  # what the additional experts would take if they were made dense
+    dense = 120 * 3 * 512 * 512 * 4  # what the additional experts, or their B·A, would take if they were made dense
     assert many < few + 0.03 * dense, f"8 experts: {few / 2**20:.1f} MiB, 128 experts: {many / 2**20:.1f} MiB"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from models import load_model
 from models.conversion import convert
 from models.export import export_hub
+from models.lora import AdapterSpec, add_lora
 from quant.errors import NibbleError
 from quant.storage import StorageSpec
 from tests.helpers import save_tiny_glm
@@ -109,6 +110,15 @@ def test_quantised_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         NibbleError, match=r"format is dense, and this model's storage is nf4\.\nLoad it with storage none"
     ):
+        export_hub(model, tmp_path / "out", tmp_path / "hub")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_with_an_adapter_is_refused(tmp_path: Path) -> None:
+    save_tiny_glm(tmp_path / "hub")
+    model = load_model(tmp_path / "hub", "none", torch.float32)
+    add_lora(model, AdapterSpec(("experts",), rank=2, alpha=4.0))
+    with pytest.raises(NibbleError, match=r"has an adapter, and an export writes the base weights alone\.\nSave the"):
         export_hub(model, tmp_path / "out", tmp_path / "hub")
     assert not (tmp_path / "out").exists()
 

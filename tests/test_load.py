@@ -87,6 +87,17 @@ def test_tied_head_stays_one_parameter(tmp_path: Path) -> None:
         )
 
 
+def test_stored_copy_of_a_tied_head_is_left_out(tmp_path: Path) -> None:
+    save_tiny_glm(tmp_path / "tied", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "tied" / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.ones(128, 64)}, tmp_path / "tied" / "model.safetensors")
+    model = load_model(tmp_path / "tied", "none", torch.float32)
+    assert model.lm_head.weight.value is model.model.embed_tokens.weight
+    assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+    summary = convert(tmp_path / "tied", tmp_path / "x", StorageSpec("none"), torch.float32)
+    assert summary.carried == ("lm_head.weight",)
+
+
 def test_converted_copy_beside_the_hub_folder_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,5 +269,6 @@ def test_adapter_is_put_on_top(hub: Path, tmp_path: Path) -> None:
                 parameter.normal_(std=0.1)
     save_adapter(model, tmp_path / "adapter", str(hub))
     loaded = load_model(hub, "nf4", torch.float32, adapter=tmp_path / "adapter")
+    assert all(parameter.requires_grad == ("lora" in name) for name, parameter in loaded.named_parameters())
     assert torch.equal(loaded(tokens), model(tokens))
     assert not torch.equal(loaded(tokens), base)
