@@ -6,7 +6,6 @@ Shapes: n rows sorted by expert, c experts, `in` and `out` features of a weight 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
