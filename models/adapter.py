@@ -6,7 +6,7 @@ A matrix's tensors are an ordinary LoRA: lora_A [R, in], lora_B [out, R]. A stac
     lora_B [out, R·E]   column j·E + e is column j of expert e's B
 
 Where both stacks of a layer are adapted PEFT nests them in the order in which they are defined: gate_up_proj's tensors
-lie at ``experts.base_layer.lora_*``, down_proj's at ``experts.lora_*``. A single adapted stack lies at the latter. The
+lie at `experts.base_layer.lora_*`, down_proj's at `experts.lora_*`. A single adapted stack lies at the latter. The
 file doesn't say which stack a tensor belongs to; the config's target_parameters do.
 """
 

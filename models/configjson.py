@@ -9,7 +9,7 @@ from quant.errors import NibbleError
 
 
 def integer(config: dict[str, Any], key: str, default: int, where: str, *, least: int = 1) -> int:
-    """``key`` as an integer of at least ``least``, or ``default`` where the file leaves it out."""
+    """`key` as an integer of at least `least`, or `default` where the file leaves it out."""
     value = config.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
@@ -23,7 +23,7 @@ def optional_integer(config: dict[str, Any], key: str, default: int, where: str)
 
 
 def number(config: dict[str, Any], key: str, default: float, where: str) -> float:
-    """``key`` as a positive number, or ``default`` where the file leaves it out."""
+    """`key` as a positive number, or `default` where the file leaves it out."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise NibbleError(f"{where}: {key} must be a positive number, got {value!r}.")
@@ -31,7 +31,7 @@ def number(config: dict[str, Any], key: str, default: float, where: str) -> floa
 
 
 def flag(config: dict[str, Any], key: str, default: bool, where: str) -> bool:
-    """``key`` as true or false, or ``default`` where the file leaves it out."""
+    """`key` as true or false, or `default` where the file leaves it out."""
     value = config.get(key, default)
     if not isinstance(value, bool):
         raise NibbleError(f"{where}: {key} must be true or false, got {value!r}.")

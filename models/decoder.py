@@ -21,7 +21,7 @@ from .rope import RopeConfig
 
 
 class Embedding(nn.Module):
-    """Rows of ``weight`` [V, H], in its dtype, for tokens int64 [N]."""
+    """Rows of `weight` [V, H], in its dtype, for tokens int64 [N]."""
 
     def __init__(self, vocabulary: int, hidden: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``model.*`` of a hub checkpoint: everything but the head."""
+    """`model.*` of a hub checkpoint: everything but the head."""
 
     def __init__(
         self,

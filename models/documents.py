@@ -17,7 +17,7 @@ class Documents:
     so a packed batch computes what its documents would compute alone.
 
     lengths: tokens of each document, on the host: loops and kernels need them without waiting for the device.
-    offsets: int32 [D + 1], where each document starts, and N at the end (``cu_seqlens`` of the flash kernels).
+    offsets: int32 [D + 1], where each document starts, and N at the end (`cu_seqlens` of the flash kernels).
     positions: int64 [N], the position of each token in its document.
     """
 

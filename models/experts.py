@@ -1,6 +1,6 @@
 """The routed experts: a SwiGLU per expert, computed for the tokens that chose it.
 
-One token's way: its K choices become K rows, sorted by expert (``Routing``); each expert's rows go through gate and up
+One token's way: its K choices become K rows, sorted by expert (`Routing`); each expert's rows go through gate and up
 [2I, H], SwiGLU and down [H, I], with the expert's weights made dense for just as long; every row is written to its
 own slot (token, choice), and a token's K slots are summed with its routing weights in float32, in the order of its
 choices.
@@ -43,7 +43,7 @@ TOKENS_AT_A_TIME = 2048
 
 @dataclass(frozen=True)
 class Chunk:
-    """A few consecutive experts and their rows ``[start, stop)`` among the sorted ones."""
+    """A few consecutive experts and their rows `[start, stop)` among the sorted ones."""
 
     experts: slice
     groups: Groups  # where each expert's rows end, from the chunk's first row
@@ -71,7 +71,7 @@ class Routing:
         return Routing(slots, rows.cumsum(0, dtype=torch.int32), tuple(rows.tolist()))
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """The experts that have rows, up to ``size`` consecutive ones at a time."""
+        """The experts that have rows, up to `size` consecutive ones at a time."""
         start = 0
         for first in range(0, len(self.rows), size):
             counts = self.rows[first : first + size]
@@ -87,7 +87,7 @@ class Routing:
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer. ``gate_up_proj`` [E, 2I, H] holds gate above up; ``down_proj`` is [E, H, I]."""
+    """All routed experts of a layer. `gate_up_proj` [E, 2I, H] holds gate above up; `down_proj` is [E, H, I]."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class _Adapted:
 
 
 def _gather(source: Tensor, tokens: Tensor, padding: int) -> Tensor:
-    """The rows of ``source`` for these tokens, with zero rows up to a multiple of ``padding``."""
+    """The rows of `source` for these tokens, with zero rows up to a multiple of `padding`."""
     extra = -len(tokens) % padding
     if not extra:
         return source.index_select(0, tokens)
@@ -230,7 +230,7 @@ def _padded(chunk: Chunk, rows: Tensor) -> Chunk:
 
 
 def _combine(slots: Tensor, weights: Tensor | None, tokens: int, dtype: torch.dtype) -> Tensor:
-    """Sums each token's K slots [N·K, H], weighted when there are weights, in float32: [N, H] in ``dtype``."""
+    """Sums each token's K slots [N·K, H], weighted when there are weights, in float32: [N, H] in `dtype`."""
     out = torch.empty(tokens, slots.shape[1], dtype=dtype, device=slots.device)
     slots = slots.unflatten(0, (tokens, -1))
     for start in range(0, tokens, TOKENS_AT_A_TIME):

@@ -1,4 +1,4 @@
-"""GLM-4.7-Flash (``glm4_moe_lite``): latent attention, sigmoid-routed experts with shared ones, leading dense layers.
+"""GLM-4.7-Flash (`glm4_moe_lite`): latent attention, sigmoid-routed experts with shared ones, leading dense layers.
 
 Sizes of GLM-4.7-Flash: 47 layers (1 dense), hidden 2048, 20 heads, 64 experts of width 1536 of which 4 are chosen,
 one shared expert; 29.9 billion parameters, 3 billion of them active for a token.
@@ -189,7 +189,7 @@ class DecoderLayer(nn.Module):
 
 
 def build(config: Glm4MoeLiteConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
-    """The model with empty tensors; ``device`` may be "meta"."""
+    """The model with empty tensors; `device` may be "meta"."""
     c = config
     layers = [DecoderLayer(c, index, spec=spec, dtype=dtype, device=device) for index in range(c.layers)]
     decoder = Decoder(c.vocabulary, c.hidden, c.eps, layers, dtype=dtype, device=device)

@@ -20,11 +20,11 @@ TARGET_GROUPS: tuple[Group, ...] = ("attention", "experts", "shared_experts", "d
 class Key:
     """One native tensor, and the hub's key or keys for it.
 
-    native: dotted name in the native model of a Parameter or buffer, or of a Storage module (``is_storage``).
+    native: dotted name in the native model of a Parameter or buffer, or of a Storage module (`is_storage`).
     hub: the hub's key. For stacked experts, the fused key.
     shape: the dense shape, the same on both sides; stacked experts are [E, out, in].
-    stored: ``storage`` follows the model's storage, ``dense`` has the model's dtype, ``float32`` is always float32.
-    parts: stacked experts only: the per-expert keys with ``{e}`` for the expert, whose matrices are concatenated
+    stored: `storage` follows the model's storage, `dense` has the model's dtype, `float32` is always float32.
+    parts: stacked experts only: the per-expert keys with `{e}` for the expert, whose matrices are concatenated
         along their first dimension (gate above up).
     """
 
@@ -62,7 +62,7 @@ class KeyMap:
 
 
 class KeyMapBuilder:
-    """Collects keys layer by layer; native and hub names agree but for the fused experts' ``.weight``."""
+    """Collects keys layer by layer; native and hub names agree but for the fused experts' `.weight`."""
 
     def __init__(self) -> None:
         self._keys: list[Key] = []

@@ -22,7 +22,7 @@ from quant.storage import Storage, StorageSpec, new_storage
 class LoRA(nn.Module):
     """Low-rank update s · B A of a matrix [out, in], or of each matrix of a stack [E, out, in].
 
-    A [R, in] or [E, R, in]; B [out, R] or [E, out, R]; ``scaling`` is alpha / R, or alpha / √R when rank-stabilised
+    A [R, in] or [E, R, in]; B [out, R] or [E, out, R]; `scaling` is alpha / R, or alpha / √R when rank-stabilised
     (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
     """
 
@@ -49,7 +49,7 @@ class LoRA(nn.Module):
 class Linear(nn.Module):
     """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ for x [N, in]: [N, out], in the dtype of x.
 
-    ``weight`` is a Storage [out, in]; ``bias`` a Parameter [out] or None; ``lora`` a LoRA or None. A quantised weight
+    `weight` is a Storage [out, in]; `bias` a Parameter [out] or None; `lora` a LoRA or None. A quantised weight
     is made dense for the product and dropped; the backward pass makes it dense again rather than keep it.
     """
 

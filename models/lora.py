@@ -42,9 +42,9 @@ class AdapterSpec:
     """What to adapt, and how strongly.
 
     targets: groups (attention, experts, shared_experts, dense_mlp, router) or names in the hub's spelling. A name
-        matches as in PEFT, as a whole or behind a dot: ``o_proj``, ``mlp.experts.gate_up_proj``, ``mlp.gate.weight``,
-        ``model.layers.3.self_attn.o_proj``. A name that fits matrices and stacks of experts alike (``down_proj``)
-        means the matrices; ``experts.down_proj`` is the stack.
+        matches as in PEFT, as a whole or behind a dot: `o_proj`, `mlp.experts.gate_up_proj`, `mlp.gate.weight`,
+        `model.layers.3.self_attn.o_proj`. A name that fits matrices and stacks of experts alike (`down_proj`)
+        means the matrices; `experts.down_proj` is the stack.
     rank, alpha: one number, or a number per group; a name in place of a group goes before its group.
     rslora: scale by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732).
     layers: only these layers; None is all.
@@ -84,7 +84,7 @@ def layer_of(name: str) -> int | None:
 
 
 def within_layer(name: str) -> str:
-    """A name without the part that counts the layers: ``self_attn.o_proj``."""
+    """A name without the part that counts the layers: `self_attn.o_proj`."""
     return re.sub(r"^(?:.*?\.)?layers\.\d+\.", "", name)
 
 

@@ -41,7 +41,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_for(config_json: dict[str, Any], where: str) -> Architecture:
-    """The architecture of a config.json. ``where`` names the file in messages."""
+    """The architecture of a config.json. `where` names the file in messages."""
     model_type = config_json.get("model_type")
     if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))

@@ -16,9 +16,9 @@ from .configjson import number
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """``frequencies``: float32 [rotary/2] on the host, radians per position of each pair of dimensions.
+    """`frequencies`: float32 [rotary/2] on the host, radians per position of each pair of dimensions.
 
-    ``magnitude`` scales cosines and sines (YaRN's attention factor); ``score_scale`` multiplies the softmax scale
+    `magnitude` scales cosines and sines (YaRN's attention factor); `score_scale` multiplies the softmax scale
     (the square of YaRN's mscale over all dimensions, as DeepSeek-V2 applies it; 1 otherwise).
     """
 
@@ -48,7 +48,7 @@ def partial_rotary_factor(config: dict[str, Any], where: str) -> float:
 
 
 def parse_rope(config: dict[str, Any], dim: int, where: str) -> RopeConfig:
-    """Reads either spelling of config.json: ``rope_parameters`` (5.x) or ``rope_theta`` with ``rope_scaling`` (4.x).
+    """Reads either spelling of config.json: `rope_parameters` (5.x) or `rope_theta` with `rope_scaling` (4.x).
 
     dim: rotary dimensions of a head. Raises NibbleError for a rope type that isn't known, and for values that can't be
     computed with.
@@ -76,14 +76,14 @@ def _mscale(factor: float, weight: float = 1.0) -> float:
 def _yarn(
     given: dict[str, Any], config: dict[str, Any], theta: float, powers: Tensor, dim: int, where: str
 ) -> RopeConfig:
-    """Slow pairs are interpolated by ``factor``, fast ones are left alone, with a linear ramp in between (§3.2)."""
+    """Slow pairs are interpolated by `factor`, fast ones are left alone, with a linear ramp in between (§3.2)."""
     longest = number(config, "max_position_embeddings", 202752, where)
     spelled = config if config.get("original_max_position_embeddings") else given
     trained = number(spelled, "original_max_position_embeddings", longest, where)
     factor = number(given, "factor", longest / trained, where)
 
     def pair_with(rotations: float) -> float:
-        """The (fractional) index of the pair that turns ``rotations`` times within the trained context."""
+        """The (fractional) index of the pair that turns `rotations` times within the trained context."""
         return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = pair_with(number(given, "beta_fast", 32, where))

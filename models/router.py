@@ -30,7 +30,7 @@ class RoutingRule:
 class SigmoidRouter(Linear):
     """Scores every expert with a sigmoid, in float32 whatever the model's dtype.
 
-    ``e_score_correction_bias`` float32 [E] balances the experts' load: it takes part in choosing and never in the
+    `e_score_correction_bias` float32 [E] balances the experts' load: it takes part in choosing and never in the
     weights, has no gradient, and is never cast.
     """
 
@@ -42,7 +42,7 @@ class SigmoidRouter(Linear):
         self.e_score_correction_bias = nn.Buffer(torch.zeros(experts, dtype=torch.float32, device=device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmoidRouter:
-        """``to``, ``bfloat16`` … of a model end here: they may move the router but not round it."""
+        """`to`, `bfloat16` … of a model end here: they may move the router but not round it."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -112,7 +112,7 @@ class TensorWriter:
     """Writes one safetensors file from tensors whose shapes and dtypes are known beforehand.
 
     Every tensor is written whole or, along its dim 0, some rows at a time and in any order. The data goes to
-    ``path.partial``; `finish` flushes it to the disk and renames it, so a file named `path` is always whole.
+    `path.partial`; `finish` flushes it to the disk and renames it, so a file named `path` is always whole.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:

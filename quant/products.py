@@ -20,7 +20,7 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which matrices of ``dtype`` are multiplied on ``device``: float32 or ``dtype`` itself.
+    """The dtype in which matrices of `dtype` are multiplied on `device`: float32 or `dtype` itself.
 
     A bfloat16 product is a float32-accumulated product of bfloat16 values, rounded once at the end. A CPU without
     bfloat16 units emulates it 5 to 10 times slower than it multiplies float32, so there the operands are widened
@@ -32,7 +32,7 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def row_padding(dtype: torch.dtype, device: torch.device) -> int:
-    """Row counts that vary from call to call are rounded up to a multiple of this, in products of ``dtype``.
+    """Row counts that vary from call to call are rounded up to a multiple of this, in products of `dtype`.
 
     On CPU, oneDNN builds one bfloat16 kernel per distinct shape, and building costs more than multiplying when every
     expert has another number of rows in every layer and step. Sixteen keeps the set of shapes small.
@@ -61,7 +61,7 @@ class Groups:
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, groups: Groups, *, add_to: Tensor | None = None) -> Tensor:
-    """rows [n, in] times each expert's weight [c, out, in] transposed: [n, out]; added to ``add_to`` when given."""
+    """rows [n, in] times each expert's weight [c, out, in] transposed: [n, out]; added to `add_to` when given."""
     return _grouped(rows, weight.transpose(1, 2), groups, add_to)
 
 
