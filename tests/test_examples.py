@@ -299,6 +299,19 @@ def test_bad_rows_are_skipped_and_reported(tmp_path: Path) -> None:
     )
 
 
+def test_a_text_of_one_token_has_nothing_to_learn(tmp_path: Path) -> None:
+    setup = Setup(tmp_path)
+    (setup.folder / "generation_config.json").unlink()
+    write_json(setup.folder / "tokenizer_config.json", {})  # no eos, which would be a second token
+    setup.tokenizer = load_tokenizer(setup.folder)
+    told: list[str] = []
+    examples, report = setup.build({"text": "a"}, {"text": "ab"}, form="text", warn=told.append)
+    assert (examples.rows.tolist(), report.skipped) == ([1], {"nothing_to_learn": 1})
+    assert told == [
+        f"{setup.path}:1: no token is left to learn; row skipped (data.on_bad_row: skip). 1 such row so far."
+    ]
+
+
 def test_turns_of_which_the_template_writes_nothing(tmp_path: Path) -> None:
     setup = Setup(tmp_path)
     setup.template = ChatTemplate("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")

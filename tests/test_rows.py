@@ -249,6 +249,24 @@ def test_parquet(tmp_path: Path) -> None:
         read(path, "messages")
 
 
+def test_fields_that_parquet_fills_in_are_not_arguments(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = []
+    for name, argument in (("weather", {"city": "Paris"}), ("add", {"numbers": [1, 2]})):
+        call = {"function": {"name": name, "arguments": argument}}
+        spoken = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        rows.append({"chat": spoken, "functions": [{"name": name, "parameters": {next(iter(argument)): "…"}}]})
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    fields = {"messages": "chat", "tools": "functions"}
+    for row, expected in zip(read_rows(path, form="messages", fields=fields, key="data.train"), rows, strict=True):
+        chat = parse("messages", row.values or {}, **fields)
+        assert chat.messages[1]["tool_calls"] == expected["chat"][1]["tool_calls"]
+        assert chat.tools == expected["functions"]
+
+
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(NibbleError, match=rf"^data.train: {tmp_path}/no.jsonl does not exist \(relative to /"):
         read(tmp_path / "no.jsonl")

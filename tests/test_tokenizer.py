@@ -126,14 +126,6 @@ def test_document_prefix_is_what_the_tokenizer_itself_adds(tmp_path: Path) -> No
     assert loaded.encode("hello") == byte_level_tokenizer().encode("hello").ids
 
 
-def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
-    folder = save_checkpoint_texts(tmp_path)
-    first = load_tokenizer(folder).fingerprint
-    assert load_tokenizer(folder).fingerprint == first
-    write_json(folder / "generation_config.json", {"eos_token_id": 1, "temperature": 0.5})
-    assert load_tokenizer(folder).fingerprint != first
-
-
 def test_sentencepiece_where_that_is_all_there_is(tmp_path: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 

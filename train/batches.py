@@ -14,9 +14,9 @@ from torch import Tensor
 from models.documents import Documents
 from quant.errors import NibbleError
 from train.examples import Examples
+from train.loss import IGNORED
 from train.packing import Packing, shuffled
 
-IGNORED = -100  # label of a token that carries no loss
 MULTIPLE = 64  # flat batches are padded to a multiple of this
 _ORDER = 3  # keeps this shuffle apart from the others made with the same seed
 
@@ -139,13 +139,13 @@ class StepBatches:
         if state["seed"] != self._seed:
             raise NibbleError(
                 f"train.seed is {self._seed}, but the checkpoint was written with {state['seed']}.\n"
-                "Use the same seed, or start anew with train.resume: never or another output.dir."
+                "Use the same seed, or start anew in another output.dir."
             )
         if state["sequences"] != len(self._packing) or state["data"] != self._data():
             raise NibbleError(
                 f"the training rows are not those of the checkpoint ({state['sequences']:,} packed sequences there, "
                 f"{len(self._packing):,} here,\nor other tokens): a file, the tokenizer, its template or a data.* key "
-                "has changed.\nRestore them, or start anew with train.resume: never or another output.dir."
+                "has changed.\nRestore them, or start anew in another output.dir."
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._order = self._epoch_order()

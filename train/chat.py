@@ -20,7 +20,6 @@ is labelled, so the token that differs is always learnt.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,8 +104,6 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise NibbleError(f"{where}: line {error.lineno}: not a valid Jinja template: {error.message}") from error
         self._special_tokens = dict(special_tokens or {})
-        text = json.dumps([source, tool_source, sorted(self._special_tokens.items())])
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
     def render(
         self,

@@ -5,11 +5,21 @@ Nothing heavy is imported here (no torch): a mistake in a config must show at on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from quant.errors import NibbleError
@@ -18,7 +28,14 @@ from train.config_errors import problems_of
 from train.config_rules import FOUR_BIT, combination_problems
 from train.config_yaml import Document, Place, Problem, dotted
 
+
+def _from_home(path: str) -> str:
+    return os.path.expanduser(path) if path.startswith("~/") else path
+
+
 Text = Annotated[str, Field(min_length=1)]
+# A shell leaves the ~ of `--set output.dir=~/runs` alone; a folder of that name would be made.
+PathText = Annotated[Text, AfterValidator(_from_home)]
 # YAML has lists only; a list becomes a tuple, while its items stay strictly typed.
 Tuple = Strict(False)
 Rank = Annotated[int, Field(ge=1)]
@@ -33,7 +50,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """the checkpoint and how its frozen weights are kept"""
 
-    path: Text = Field(
+    path: PathText = Field(
         description="Hub id (zai-org/GLM-4.7-Flash), folder in the hub's format, or folder written by models.convert."
     )
     storage: Literal["none", "nf4", "fp4", "int8"] = Field(
@@ -79,7 +96,7 @@ class AdapterConfig(Section):
         "in the hub's spelling (o_proj, mlp.experts.gate_up_proj, mlp.gate.weight). One that matches nothing is an "
         "error.",
     )
-    init_from: Text | None = Field(
+    init_from: PathText | None = Field(
         default=None,
         description="Folder of an adapter in PEFT's format whose weights to start from; null: a fresh adapter.",
     )
@@ -93,8 +110,8 @@ class AdapterConfig(Section):
 class DataConfig(Section):
     """the rows to learn from, JSONL or parquet; relative paths start at the current directory"""
 
-    train: Text = Field(description="File of training rows (.jsonl or .parquet).")
-    eval: Text | None = Field(
+    train: PathText = Field(description="File of training rows (.jsonl or .parquet).")
+    eval: PathText | None = Field(
         default=None, description="File of held-out rows; null: data.eval_fraction of the training rows."
     )
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -197,11 +214,12 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
         default=0, description="Seed of the adapter's initial values, the held-out rows and the order of the data."
     )
-    resume: Text = Field(
+    resume: PathText = Field(
         default="auto",
         json_schema_extra={"x-wanted": "auto, never or the folder of a checkpoint"},
-        description="auto: continue from the newest checkpoint in output.dir where there is one. never: start anew. "
-        "Otherwise the folder of the checkpoint to continue from (a folder named auto or never: ./auto, ./never).",
+        description="auto: continue from the newest checkpoint in output.dir where there is one. never: start anew, "
+        "refused while output.dir holds checkpoints. Otherwise the folder of the checkpoint to continue from (a folder "
+        "named auto or never: ./auto, ./never).",
     )
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] | None = Field(
         default=None,
@@ -214,7 +232,7 @@ class TrainConfig(Section):
 class OutputConfig(Section):
     """where the run writes"""
 
-    dir: Text = Field(
+    dir: PathText = Field(
         description="Folder for the adapter, checkpoints, metrics, plots and the resolved config. A relative path "
         "starts at the current directory."
     )

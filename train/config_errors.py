@@ -24,7 +24,11 @@ def problems_of(error: ValidationError, document: Document, schema: Schema) -> l
             found += [_combination(keys_, text, document) for keys_, text in item["ctx"]["found"]]
         elif item["type"] == "extra_forbidden":
             name = dotted(location)
-            found.append(Problem(document.place(location), f"unknown key '{name}'. {suggest_key(name, schema)}"))
+            text = f"unknown key '{name}'. {suggest_key(name, schema)}"
+            if len(location) == 1 and name in keys(schema):
+                section, _, key = name.partition(".")
+                text = f"'{name}' is written with a dot in --set only; here it is {section}: {{{key}: …}}"
+            found.append(Problem(document.place(location), text))
         elif item["type"] == "missing" and (names := _missing_names(location, schema)):
             found += [_missing(name, document, schema) for name in names]
         else:

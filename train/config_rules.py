@@ -10,6 +10,7 @@ from train.schema import nearest
 if TYPE_CHECKING:
     from train.config import AdapterConfig, Config
 
+# As models.keymap.TARGET_GROUPS, which can't be imported without torch.
 GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "router")
 FOUR_BIT = ("nf4", "fp4")
 Found = list[tuple[tuple[str, ...], str]]
@@ -35,6 +36,12 @@ def combination_problems(config: Config) -> Found:
                 "adapter.init_from", "adapter.kind",
                 text="adapter.init_from with adapter.kind: none: there is no adapter to start from it. Set "
                 "adapter.init_from: null, or adapter.kind: lora.",
+            )  # fmt: skip
+        if adapter.layers is not None:
+            problem(
+                "adapter.layers", "adapter.kind",
+                text="adapter.layers with adapter.kind: none: full fine-tuning trains every layer. Set adapter.layers: "
+                "null, or adapter.kind: lora.",
             )  # fmt: skip
     else:
         found += _adapter_problems(adapter)

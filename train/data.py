@@ -8,7 +8,7 @@ from pathlib import Path
 
 from models.progress import Bar
 from train.batches import EvalBatches, StepBatches
-from train.chat import load_chat_template, missing_template
+from train.chat import load_chat_template
 from train.config import Config
 from train.examples import DataReport, Examples, build_examples, split_examples
 from train.packing import Packing, pack
@@ -42,8 +42,6 @@ def load_data(config: Config, folder: Path, skipped_path: Path, report: Report, 
     settings, train = config.data, config.train
     tokenizer = load_tokenizer(folder)
     template = load_chat_template(folder, tokenizer.special_tokens, now=now)
-    if settings.format == "messages" and template is None:
-        raise missing_template(folder)
 
     def read(file: str, key: str) -> tuple[Examples, DataReport]:
         with Bar(f"reading {Path(file).name}") as bar:

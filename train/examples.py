@@ -141,8 +141,9 @@ def build_examples(
     for row in read_rows(files, form=form, fields=fields, key=key):
         builder.rows += 1
         try:
-            if row.values is None:
-                raise row.problem or BadRow("malformed_json", "unreadable")
+            if row.problem is not None:
+                raise row.problem
+            assert row.values is not None
             pending.append(_Piece(row, builder.rows - 1, list(_texts(row.values, form, fields, template))))
         except BadRow as problem:
             builder.log.bad(row, problem)

@@ -234,9 +234,27 @@ def _read_parquet(
         for batch in table.iter_batches(batch_size=1024, columns=[*needed, *(n for n in extra if n in columns)]):
             for values in batch.to_pylist():
                 number += 1
+                if extra:
+                    _drop_filled_in(values, needed[0], extra[0])
                 yield Row(str(path), number, values, (before + size * number / rows) / total)
     except pyarrow.ArrowException as error:
         raise NibbleError(f"{key}: {path}: not a readable parquet file: {error}") from error
+
+
+def _drop_filled_in(values: dict[str, Any], messages: str, tools: str) -> None:
+    """Parquet gives all objects of a column the same fields, null where a row has none. Templates write tool calls and
+    tools out whole: there these nulls would be read, and learnt, as arguments."""
+    if values.get(tools) is not None:
+        values[tools] = _without_nulls(values[tools])
+    for message in values[messages] if isinstance(values[messages], list) else ():
+        if isinstance(message, dict) and message.get("tool_calls"):
+            message["tool_calls"] = _without_nulls(message["tool_calls"])
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def parse_row(

@@ -7,7 +7,6 @@ BOS or EOS is added, and every token knows the characters it covers: labels are 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -17,15 +16,6 @@ from typing import Any, NamedTuple, Protocol
 
 from quant.errors import NibbleError
 
-# The files that decide which ids a text becomes and which of them end a turn.
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -83,7 +73,6 @@ class Tokenizer:
     special_tokens: {"bos_token": "<s>", …}, as chat templates expect them.
     document_prefix: ids that begin a document without chat template, because the tokenizer puts them there.
     vocab_size: rows of the model's embedding when known, else one more than the tokenizer's highest id.
-    fingerprint: changes when a tokenizer file changes; for caches and resuming.
     """
 
     def __init__(
@@ -94,12 +83,10 @@ class Tokenizer:
         special_tokens: dict[str, str],
         generation_eos: Sequence[int] = (),
         vocab_size: int | None = None,
-        fingerprint: str = "",
     ):
         self._backend = backend
         self.where = where
         self.special_tokens = special_tokens
-        self.fingerprint = fingerprint
         self.vocab_size = backend.size if vocab_size is None else vocab_size
         self.bos_id = self._named("bos_token")
         self.pad_id = self._named("pad_token")
@@ -196,7 +183,6 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         special_tokens=named,
         generation_eos=eos,
         vocab_size=model_config.get("vocab_size") if vocab_size is None else vocab_size,
-        fingerprint=_fingerprint(folder),
     )
 
 
@@ -232,15 +218,6 @@ def _added_tokens(config: dict[str, Any]) -> dict[int, AddedTokenEntry]:
         int(index): AddedTokenEntry(entry["content"], **{flag: bool(entry.get(flag, False)) for flag in flags})
         for index, entry in sorted(decoder.items(), key=lambda item: int(item[0]))
     }
-
-
-def _fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in FILES:
-        path = folder / name
-        if path.is_file():
-            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def _load_tokenizers(path: Path, added: dict[int, AddedTokenEntry]) -> _Tokenizers:
