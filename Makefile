@@ -1,0 +1,46 @@
+# Every target that needs Python creates .venv first when there is none.
+PYTHON ?= python3
+PY := .venv/bin/python
+INSTALLED := .venv/.installed
+DEMO := outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format types check demo demo-clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED)  ## create .venv and install the pinned dependencies
+
+# The stamp is written last, so an interrupted installation is taken up again by the next call.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed; this is %s. Try: make setup PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(PY) -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+test: $(INSTALLED)  ## run the tests (ARGS="-k quant" passes options to pytest)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(INSTALLED)  ## ruff: rules and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(INSTALLED)  ## let ruff repair what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(INSTALLED)  ## mypy
+	$(PY) -m mypy
+
+check: lint types test  ## all three
+
+demo: $(INSTALLED)  ## the whole job at a size of a minute or two: checkpoint, base training, NF4, QLoRA, adapter
+	$(PY) -m train.demo prepare $(DEMO)
+	$(PY) -m train --config configs/glm47_tiny_pretrain.yaml
+	$(PY) -m models.convert $(DEMO)/base/model $(DEMO)/base-nf4 --storage nf4
+	$(PY) -m train --config configs/glm47_tiny_qlora.yaml
+	$(PY) -m train.demo report $(DEMO)
+
+demo-clean:  ## remove what the demo wrote, to start over
+	rm -rf $(DEMO)
