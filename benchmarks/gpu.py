@@ -1,171 +1,291 @@
-"""On a machine with CUDA: are its paths right, and what does full-size GLM-4.7-Flash take? Nothing is downloaded.
-
-    python -m benchmarks.gpu
-
-First the CUDA paths are compared with the CPU reference (benchmarks/gpu_checks.py). Then, each in a process of its
-own, the full-size model with random packed weights is trained for a few steps of 2 × 2048 tokens with recomputation and
-8-bit AdamW. Ends within 8 minutes; a case that fails or has no time left says so, and the table comes last.
-"""
+"""`python -m benchmarks.gpu`: CUDA paths against the CPU reference, then full-size GLM-4.7-Flash: memory and speed."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import queue
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from parallel.device import choose_device, device_name
 from quant.errors import NibbleError
 
-from .gpu_case import Case
+from .gpu_cases import CASES, Case, NamedCase
+from .report import table
 
-LIMIT_SECONDS = 460.0  # for everything, so that the whole command ends within 8 minutes
-CHECKS_SECONDS = 150.0
-CASE_SECONDS = 110.0
-GIB = 2**30
-
-BOTH = ("attention", "experts")
-# Peer: axolotl's own figures, examples/glm47-flash/README.md: same sequence length, micro-batch, rank and optimiser.
-PEER = {
-    "nf4, LoRA on attention": "~24 GiB",
-    "nf4, LoRA on attention and experts": "~34 GiB",
-    "int8, LoRA on attention and experts": "out of memory on 48 GB",
-}
-CASES = (
-    Case("nf4, LoRA on attention", "nf4", ("attention",)),
-    Case("nf4, LoRA on attention and experts", "nf4", BOTH),
-    Case("nf4, LoRA on attention and experts, bfloat16 LoRA", "nf4", BOTH, adapter_dtype="bfloat16"),
-    Case("int8, LoRA on attention and experts", "int8", BOTH),
-)
+ROOT = Path(__file__).resolve().parent.parent
+GiB = 1 << 30
+MINUTES = 7.5  # the command's default limit: it ends within 8
+CHECK_SECONDS = 150.0
+CASE_SECONDS = 120.0
+# A case that can't be built and warmed up in this time isn't started.
+LEAST_SECONDS = 20.0
+OUT_OF_MEMORY = "out of memory"
 
 
-@dataclass(frozen=True)
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description="First compares CUDA's results with the CPU's on tiny models, then trains GLM-4.7-Flash at full\n"
+        "size with random weights, made on the device (no download): peak memory and tokens per second.\n"
+        "Every case is a process of its own: one that runs out of memory doesn't hide the others.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--device", default="cuda", help="cuda, cuda:1 … or cpu, which needs --tiny (default: cuda)")
+    made.add_argument("--tiny", action="store_true", help="a tiny model, to try the command itself")
+    made.add_argument("--only", metavar="WORDS", help="cases whose name contains WORDS; 'checks' for the checks alone")
+    made.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default: %(default)s)")
+    made.add_argument("--sequences", type=int, default=2, help="packed into a step (default: %(default)s)")
+    made.add_argument("--steps", type=int, default=5, help="measured steps, after 2 others (default: %(default)s)")
+    made.add_argument(
+        "--memory-limit", type=float, metavar="GiB", help="let torch allocate no more, as on a smaller card"
+    )
+    made.add_argument("--minutes", type=float, default=MINUTES, help="when to stop (default: %(default)s)")
+    made.add_argument("--profile", action="store_true", help="also list the kernels of one step of every case")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+    return made
+
+
+@dataclass
 class Outcome:
-    """What a subprocess left: its JSON lines, or why there are none."""
+    """A case's result, or why there is none."""
 
-    results: list[dict[str, Any]]
-    failure: str = ""
+    name: str
+    published: str
+    result: dict[str, Any] | None
+    reason: str = ""
 
 
-def run_module(module: str, argument: str, seconds: float) -> Outcome:
-    """Runs `python -m module argument`, at most so long; standard error passes through."""
-    command = [sys.executable, "-m", module, argument]
+def require_device(name: str, tiny: bool) -> None:
+    import torch
+
+    if name == "cpu":
+        if not tiny:
+            raise NibbleError("--device cpu is for trying the command: add --tiny. The full model needs a CUDA device.")
+        return
+    if not torch.cuda.is_available():
+        raise NibbleError(
+            f"benchmarks.gpu needs a CUDA device, and torch {torch.__version__} finds none.\n"
+            "To try the command itself on a tiny model: python -m benchmarks.gpu --tiny --device cpu"
+        )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as expired:
-        return Outcome(json_lines(_text(expired.stdout)), f"stopped after {seconds:.0f} s")
-    sys.stderr.write(done.stderr)
-    failure = ""
-    if done.returncode:
-        reasons = [line for line in done.stderr.splitlines() if line.strip()]
-        failure = reasons[-1][:160] if reasons else f"exit code {done.returncode}"
-    return Outcome(json_lines(done.stdout), failure)
+        index = torch.device(name).index or 0
+    except RuntimeError as error:
+        raise NibbleError(f"--device {name}: there is no such device; choose cuda or cuda:<number>.") from error
+    if index >= torch.cuda.device_count():
+        raise NibbleError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
 
 
-def _text(output: str | bytes | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+def header(device_name: str) -> str:
+    import torch
+
+    from parallel.device import device_name as maker_name
+
+    device = torch.device(device_name)
+    parts = [maker_name(device)]
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        parts.append(f"{found.total_memory / GiB:.1f} GiB, compute capability {found.major}.{found.minor}")
+        parts.append(f"CUDA {torch.version.cuda}")
+    parts.append(f"torch {torch.__version__}")
+    for library in ("triton", "bitsandbytes"):
+        try:
+            parts.append(f"{library} {importlib.metadata.version(library)}")
+        except importlib.metadata.PackageNotFoundError:
+            parts.append(f"no {library}")
+    return "; ".join(parts)
 
 
-def json_lines(text: str) -> list[dict[str, Any]]:
+def lines_of(command: Sequence[str], limit: float) -> Iterator[tuple[str, str]]:
+    """Run a command: ("line", text) for each line of its standard output as it comes, and last ("end", reason).
+
+    reason is "" for a clean end, otherwise what happened; the command is killed after `limit` seconds.
+    """
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    out: queue.Queue[str | None] = queue.Queue()
+    said: list[str] = []
+    assert process.stdout is not None and process.stderr is not None
+
+    def read(stream: Any) -> None:
+        for line in stream:
+            out.put(line.rstrip("\n"))
+        out.put(None)
+
+    threads = [
+        threading.Thread(target=read, args=(process.stdout,), daemon=True),
+        threading.Thread(target=lambda stream: said.extend(stream), args=(process.stderr,), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + limit
+    try:
+        while True:
+            try:
+                line = out.get(timeout=max(0.01, deadline - time.monotonic()))
+            except queue.Empty:
+                yield "end", f"stopped after {limit:.0f} s"
+                return
+            if line is None:
+                break
+            yield "line", line
+        code = process.wait()
+        threads[1].join(timeout=5)
+        yield "end", "" if code == 0 else _reason(code, said)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _reason(code: int, said: Sequence[str]) -> str:
+    """The last line of a traceback, or the exit code."""
+    text = "".join(said)
+    if "OutOfMemoryError" in text or "CUDA out of memory" in text:
+        return OUT_OF_MEMORY
+    lines = [line.strip() for line in said if line.strip()]
+    errors = [line for line in lines if "Error" in line and not line.startswith(("File", "raise"))]
+    return (errors or lines or [f"exit code {code}"])[-1][:160]
+
+
+def run_checks(device: str, limit: float) -> list[dict[str, Any]]:
+    """Prints each check as it ends."""
     found = []
-    for line in text.splitlines():
-        if line.startswith("{"):
-            found.append(json.loads(line))
+    for kind, text in lines_of([sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_checks", device], limit):
+        if kind == "line":
+            check = json.loads(text)
+        elif text:
+            check = {"name": "the checks as a whole", "figure": text, "passed": False}
+        else:
+            break
+        found.append(check)
+        print(check_line(check), flush=True)
     return found
 
 
-def check_line(result: dict[str, Any]) -> str:
-    figure = f"error {result['error']:.1e}" if "error" in result else result.get("raised", "")
-    return (
-        f"{'pass' if result['passed'] else 'FAIL'}  {result['check']:<62} {figure} (at most {result['tolerance']:.0e})"
-    )
+def check_line(check: dict[str, Any]) -> str:
+    word = {True: "pass", False: "FAIL", None: "skip"}[check["passed"]]
+    return f"{word}  {check['name']}: {check['figure']}"
 
 
-def table(rows: Sequence[tuple[Case, Outcome]], passed: int, failed: int, unfinished: str) -> str:
-    """The closing table: checks in one line, then a line per case."""
-    lines = [f"checks of CUDA paths: {passed} passed, {failed} failed{f'; {unfinished}' if unfinished else ''}", ""]
-    header = ("case, rank 32, 2 × 2048 tokens", "weights", "peak", "reserved", "tokens/s", "peer's published peak")
-    cells = [header]
-    for case, outcome in rows:
-        peer = PEER.get(case.name, "–")
-        if not outcome.results:
-            cells.append((case.name, "–", "–", "–", outcome.failure or "no result", peer))
+def run_case(named: NamedCase, case: Case, limit: float) -> Outcome:
+    last = ""
+    for kind, text in lines_of([sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_train", case.dumps()], limit):
+        if kind == "line":
+            last = text
+        elif text:
+            return Outcome(named.name, named.published, None, text)
+    return Outcome(named.name, named.published, json.loads(last))
+
+
+def case_table(outcomes: Sequence[Outcome]) -> str:
+    rows = []
+    for outcome in outcomes:
+        found = outcome.result
+        if found is None:
+            short = "out of memory" if outcome.reason == OUT_OF_MEMORY else "no result"
+            rows.append([outcome.name, "", "", short, "", outcome.published, "", "", ""])
             continue
-        r = outcome.results[-1]
-        sizes = (f"{r[key] / GIB:.2f} GiB" for key in ("weights_bytes", "peak_bytes", "reserved_bytes"))
-        weights, peak, reserved = sizes
-        cells.append((case.name, weights, peak, reserved, f"{r['tokens_per_second']:,.0f}", peer))
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join(lines)
+        rows.append(
+            [
+                outcome.name,
+                f"{found['trainable'] / 1e6:,.1f}",
+                f"{found['weights'] / GiB:.2f}",
+                f"{found['peak'] / GiB:.2f}",
+                f"{found['reserved'] / GiB:.2f}",
+                outcome.published,
+                f"{found['tokens_per_second']:,.0f}",
+                f"{min(found['seconds']):.2f} to {max(found['seconds']):.2f}",
+                f"{found['busiest_expert']:.1f}",
+            ]
+        )
+    head = ["case", "trained M", "weights", "peak", "reserved", "peer's", "tokens/s", "s per step", "busiest expert"]
+    return table(head, rows)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 … (default: cuda); cpu only with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="a small model, to try the command itself")
-    parser.add_argument("--skip-checks", action="store_true", help="measure only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there too")
-    return parser.parse_args(arguments)
+def kernels_text(outcomes: Sequence[Outcome]) -> str:
+    blocks = []
+    for outcome in outcomes:
+        kernels = (outcome.result or {}).get("kernels")
+        if kernels:
+            rows = [[name[:90], f"{ms:,.1f}", f"{calls:,}"] for name, ms, calls in kernels]
+            blocks.append(table([outcome.name, "ms", "calls"], rows))
+    return "\n\n".join(blocks)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+def run(arguments: argparse.Namespace) -> int:
+    began = time.monotonic()
+    require_device(arguments.device, arguments.tiny)
+    head = header(arguments.device)
+    print(head, flush=True)
+    found: list[dict[str, Any]] = []
+    if arguments.only is None or arguments.only == "checks":
+        print("\nagainst the CPU, tiny models (error and tolerance)", flush=True)
+        found = run_checks(arguments.device, CHECK_SECONDS)
+    outcomes: list[Outcome] = []
+    for named in CASES:
+        if arguments.only is not None and arguments.only not in named.name:
+            continue
+        left = 60 * arguments.minutes - (time.monotonic() - began)
+        if left < LEAST_SECONDS:
+            outcomes.append(
+                Outcome(named.name, named.published, None, f"not run: {arguments.minutes:g} minutes are over")
+            )
+            continue
+        case = replace(
+            named.case,
+            device=arguments.device,
+            tiny=arguments.tiny,
+            length=arguments.length,
+            sequences=arguments.sequences,
+            steps=arguments.steps,
+            profile=arguments.profile,
+            memory_limit=arguments.memory_limit,
+        )
+        outcome = run_case(named, case, min(left, CASE_SECONDS))
+        outcomes.append(outcome)
+        said = outcome.reason or f"{outcome.result['tokens_per_second']:,.0f} tokens/s"  # type: ignore[index]
+        print(f"{time.monotonic() - began:4.0f} s  {named.name}: {said}", file=sys.stderr, flush=True)
+    if arguments.json:
+        everything = {"device": head, "checks": found, "cases": [vars(outcome) for outcome in outcomes]}
+        arguments.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    failed = [check for check in found if check["passed"] is False]
+    if found:
+        tried = [check for check in found if check["passed"] is not None]
+        print(
+            f"\n{len(tried) - len(failed)} of {len(tried)} checks passed"
+            + "".join(f"\n{check_line(c)}" for c in failed)
+        )
+    if text := kernels_text(outcomes):
+        print("\n" + text)
+    if outcomes:
+        what = "a tiny model" if arguments.tiny else "GLM-4.7-Flash, random weights"
+        limit = "" if arguments.memory_limit is None else f", no more than {arguments.memory_limit:g} GiB"
+        tokens = f"{arguments.sequences} × {arguments.length} tokens"
+        print(f"\n{what}: {tokens}, bfloat16, recomputation on, adamw_8bit; memory in GiB{limit}")
+        print(case_table(outcomes))
+    return 1 if failed or any(outcome.result is None for outcome in outcomes) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
     try:
-        return benchmark(options)
+        return run(arguments)
     except NibbleError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
-
-
-def benchmark(options: argparse.Namespace) -> int:
-    device = choose_device(options.device)
-    if device.type != "cuda" and not options.tiny:
-        raise NibbleError(
-            "benchmarks.gpu needs a CUDA device: the full-size model would take hours on a CPU.\n"
-            "Use --device cuda, or try the command at a small size: --tiny --device cpu."
-        )
-    deadline = time.monotonic() + LIMIT_SECONDS
-    print(f"{device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
-
-    checks = Outcome([])
-    if not options.skip_checks:
-        checks = run_module("benchmarks.gpu_checks", str(device), CHECKS_SECONDS)
-        for result in checks.results:
-            print(check_line(result), flush=True)
-    failed = sum(not result["passed"] for result in checks.results)
-
-    rows: list[tuple[Case, Outcome]] = []
-    for case in CASES:
-        case = replace(case, device=str(device), tiny=options.tiny, length=64 if options.tiny else case.length)
-        left = min(CASE_SECONDS, deadline - time.monotonic())
-        outcome = run_module("benchmarks.gpu_case", case.dumps(), left) if left > 20 else Outcome([], "no time left")
-        print(f"{case.name}: {outcome.failure or json.dumps(outcome.results[-1:])}", flush=True)
-        rows.append((case, outcome))
-
-    unfinished = checks.failure if checks.failure and not failed else ""
-    print("\n" + table(rows, len(checks.results) - failed, failed, unfinished), flush=True)
-    if options.json:
-        everything = {
-            "device": device_name(device),
-            "torch": torch.__version__,
-            "checks": checks.results,
-            "cases": [{"name": case.name, "results": o.results, "failure": o.failure} for case, o in rows],
-        }
-        options.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    complete = not failed and not checks.failure and all(outcome.results for _, outcome in rows)
-    return 0 if complete else 1
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""The CUDA paths against the CPU reference on small inputs: storages, experts, attention, loss, model, optimisers.
+"""A device's paths against the CPU reference, on tiny models: `python -m benchmarks.gpu_checks DEVICE`.
 
-`python -m benchmarks.gpu_checks DEVICE` prints one JSON object per check and ends with exit code 1 when one failed.
-On the CPU itself it compares the reference with itself: a test of this file.
+One JSON line on standard output for each check, as soon as it is known.
+
+Tolerances, relative to the largest expected value (or, where it says norm, in the 2-norm over everything):
+float32 differs from the CPU by the order of summation; bfloat16 is held against float32 on the same weights, where
+every operation may add half a unit of its last place, 2^-9.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -22,248 +26,324 @@ from models.experts import Experts
 from models.glm4_moe_lite import Glm4MoeLiteConfig, build
 from models.linear import LoRA
 from models.lora import AdapterSpec, add_lora, trainable_parameters
-from quant.storage import Storage, StorageSpec, new_storage
+from quant.errors import NibbleError
+from quant.storage import DenseStorage, Storage, StorageSpec, new_storage
 from train.loss import linear_cross_entropy
-from train.optim import build_optimizer
+from train.optim import build_optimizer, clip_gradients
 
+FLOAT32, BFLOAT16, BFLOAT16_MODEL = 2e-5, 2e-2, 5e-2
+SPECS = (
+    StorageSpec("nf4", True),
+    StorageSpec("nf4", False),
+    StorageSpec("fp4", True),
+    StorageSpec("fp4", False),
+    StorageSpec("int8"),
+    StorageSpec("none"),
+)
 CPU = torch.device("cpu")
-# float32 on both sides differs by the order of summation only. In bfloat16 the CPU's float32 result is the reference,
-# so that the figure shows what rounding to 8 bits of mantissa costs through the whole computation.
-FLOAT32 = 1e-5
-BFLOAT16 = 3e-2
 
-Check = tuple[str, Callable[[], float], float]  # name, the error that it measures, the largest error that passes
-
-SMALL: dict[str, Any] = {
-    "model_type": "glm4_moe_lite",
-    "vocab_size": 512,
+# Small, with GLM-4.7-Flash's head sizes (they decide which attention kernel runs) and more experts than are dense at
+# a time on an accelerator.
+TINY = {
+    "vocab_size": 500,
     "hidden_size": 128,
     "intermediate_size": 256,
     "moe_intermediate_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "n_routed_experts": 24,
-    "num_experts_per_tok": 4,
+    "num_experts_per_tok": 3,
     "q_lora_rank": 64,
     "kv_lora_rank": 64,
-    "qk_nope_head_dim": 48,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 64,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
 }
+LENGTHS = (37, 5, 86)
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest expected value."""
-    expected = expected.detach().to(CPU, torch.float64)
-    return ((actual.detach().to(CPU, torch.float64) - expected).abs().max() / expected.abs().max()).item()
+@dataclass(frozen=True)
+class Check:
+    """passed None: could not be tried here, `figure` says why."""
+
+    name: str
+    figure: str
+    passed: bool | None
 
 
-def normal(shape: tuple[int, ...], scale: float = 1.0, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+def checks(device: torch.device) -> Iterator[Check]:
+    """All of them; one that raises is a failure, and the others go on."""
+    groups: list[Callable[[torch.device], Iterator[Check]]] = [
+        _storages, _quantising, _experts, _attention, _loss, _model, _optimisers,
+    ]  # fmt: skip
+    for group in groups:
+        try:
+            yield from group(device)
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is this check's result)
+            lines = str(error).strip().splitlines() or [""]
+            yield Check(group.__name__.strip("_"), f"{type(error).__name__}: {lines[0]}", False)
 
 
-def storage_checks(device: torch.device) -> Iterator[Check]:
-    for kind in ("nf4", "fp4", "int8"):
-        for double in (True, False) if kind != "int8" else (False,):
-            spec = StorageSpec(kind, double)
-            reference = new_storage(spec, (5, 128, 256), torch.bfloat16, CPU, "stack")
-            reference.load_dense(normal((5, 128, 256)))
-            moved = new_storage(spec, (5, 128, 256), torch.bfloat16, CPU, "stack")
-            moved.load_state_dict(reference.state_dict())
-            moved.to(device)
-            for dtype in (torch.float32, torch.bfloat16):
-                name = f"dense() of {kind}{', double quantisation' if double else ''}, {str(dtype)[6:]}"
-                for which in (None, 3, slice(1, 4)):
-
-                    def dense(moved: Storage = moved, which: Any = which, dtype: torch.dtype = dtype) -> float:
-                        expected = reference_of(moved).dense(which, dtype=dtype)
-                        return relative_error(moved.dense(which, dtype=dtype), expected)
-
-                    yield f"{name}, {which if which is not None else 'all'}", dense, 0.0 if kind != "int8" else 1e-7
+def _compare(name: str, pairs: list[tuple[Tensor, Tensor]], tolerance: float) -> Check:
+    """Pairs of a result and what it should be."""
+    errors = []
+    for actual, expected in pairs:
+        assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
+        actual, expected = actual.detach().to(CPU, torch.float64), expected.detach().to(CPU, torch.float64)
+        scale = expected.abs().max().item()
+        errors.append((actual - expected).abs().max().item() / scale if scale else float("inf"))
+    worst = float("nan") if any(math.isnan(error) for error in errors) else max(errors)
+    return Check(name, f"{worst:.1e} of {tolerance:.0e}", worst <= tolerance)
 
 
-def reference_of(storage: Storage) -> Storage:
-    """The same packed tensors on the CPU."""
-    copy = new_storage(storage.spec, storage.shape, storage.dtype, CPU, storage.name)
-    copy.load_state_dict({name: tensor.to(CPU) for name, tensor in storage.state_dict().items()})
-    return copy
+def _compare_norm(name: str, pairs: list[tuple[Tensor, Tensor]], tolerance: float) -> Check:
+    actual, expected = (
+        torch.cat([pair[side].detach().to(CPU).double().flatten() for pair in pairs]) for side in (0, 1)
+    )
+    error = ((actual - expected).norm() / expected.norm()).item()
+    return Check(name, f"{error:.1e} of {tolerance:.0e} (norm)", error <= tolerance)
 
 
-def experts_block(kind: str, dtype: torch.dtype, device: torch.device) -> Experts:
-    block = Experts(24, 128, 64, spec=StorageSpec(kind), dtype=dtype, device=CPU, name="experts")  # type: ignore[arg-type]
-    for seed, projection in enumerate((block.gate_up_proj, block.down_proj)):
+def _random(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- storages
+
+
+def _storages(device: torch.device) -> Iterator[Check]:
+    for spec in SPECS:
+        name = spec.kind + (" with double quantisation" if spec.double_quant else "")
+        for dtype in (torch.float32, torch.bfloat16):
+            differ = total = 0
+            for shape in ((192, 256), (20, 96, 128), (3, 33, 64)):
+                here = new_storage(spec, shape, dtype, CPU, "matrix")
+                here.load_dense(_random(shape, 1).mul_(0.02))
+                there = copy.deepcopy(here).to(device)
+                asked: list[int | slice | None] = [None] if len(shape) == 2 else [None, 1, slice(1, 3)]
+                for which in asked:
+                    expected, actual = here.dense(which), there.dense(which).to(CPU)
+                    differ += int((expected != actual).sum())
+                    total += expected.numel()
+            yield Check(f"dense() of {name}, {_short(dtype)}", f"{differ} of {total:,} values differ", differ == 0)
+
+
+def _quantising(device: torch.device) -> Iterator[Check]:
+    """The bytes made on the device may differ from the CPU's where a value lies on the edge between two codes."""
+    for spec in SPECS[:-1]:
+        name = spec.kind + (" with double quantisation" if spec.double_quant else "")
+        matrix = _random((512, 512), 2, torch.bfloat16)
+        here = new_storage(spec, (512, 512), torch.bfloat16, CPU, "matrix")
+        there = new_storage(spec, (512, 512), torch.bfloat16, device, "matrix")
+        here.load_dense(matrix)
+        there.load_dense(matrix.to(device))
+        packed = dict(here.named_parameters())["packed"]
+        differ = int((packed != dict(there.named_parameters())["packed"].to(CPU)).sum())
+        bound = packed.numel() // 1000
+        yield Check(f"quantising to {name}", f"{differ} of {packed.numel():,} bytes differ", differ <= bound)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------------------ experts
+
+
+def _experts(device: torch.device) -> Iterator[Check]:
+    count, hidden, width, tokens, chosen = 24, 128, 64, 80, 3
+    for spec in (SPECS[0], SPECS[4], SPECS[5]):
+        reference = Experts(count, hidden, width, spec=spec, dtype=torch.float32, device=CPU, name="experts")
+        _fill_block(reference, spec)
+        x, upstream = _random((tokens, hidden), 3), _random((tokens, hidden), 4)
+        scores = _random((tokens, count), 5)
+        scores[:, 7] = -10.0  # no token chooses this one
+        picked = scores.topk(chosen, dim=-1)
+        weights = picked.values.softmax(-1)
+        expected = _run_block(reference, x, picked.indices, weights, upstream)
+        for dtype, tolerance in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
+            block = Experts(count, hidden, width, spec=spec, dtype=dtype, device=CPU, name="experts")
+            _fill_block(block, spec)
+            block.to(device)
+            actual = _run_block(
+                block, x.to(device, dtype), picked.indices.to(device), weights.to(device), upstream.to(device, dtype)
+            )
+            name = f"experts forward and backward, {spec.kind}, {_short(dtype)}"
+            yield _compare(name, list(zip(actual, expected, strict=True)), tolerance)
+
+
+def _fill_block(block: Experts, spec: StorageSpec) -> None:
+    for number, projection in enumerate((block.gate_up_proj, block.down_proj)):
         shape = projection.weight.shape
-        projection.weight.load_dense(normal(shape, 0.1, seed))
-        projection.lora = LoRA(shape, 8, alpha=16.0)
+        projection.weight.load_dense(_random(shape, 10 + number).mul_(shape[-1] ** -0.5))
+        projection.lora = LoRA(shape, 8, 16.0)
         with torch.no_grad():
-            projection.lora.A.copy_(normal(tuple(projection.lora.A.shape), 0.1, seed + 10))
-            projection.lora.B.copy_(normal(tuple(projection.lora.B.shape), 0.1, seed + 20))
-    return block.to(device)
+            projection.lora.A.copy_(_random(tuple(projection.lora.A.shape), 20 + number).mul_(shape[-1] ** -0.5))
+            projection.lora.B.copy_(_random(tuple(projection.lora.B.shape), 30 + number).mul_(0.1))
+        if isinstance(projection.weight, DenseStorage):
+            projection.weight.value.requires_grad_()
 
 
-def experts_gradients(kind: str, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Output and all gradients of a block, for the same inputs whatever the device."""
-    block = experts_block(kind, dtype, device)
-    x = normal((300, 128), seed=3).to(dtype).to(device).requires_grad_()
-    weights, chosen = normal((300, 24), seed=4).sigmoid().topk(4, dim=-1)
-    weights = weights.to(device).requires_grad_()
-    out = block(x, chosen.to(device), weights)
-    (out.float() * normal((300, 128), seed=5).to(device)).sum().backward()
-    named = {name: parameter.grad for name, parameter in block.named_parameters() if parameter.grad is not None}
-    return {"output": out, "x": _grad(x), "routing weights": _grad(weights), **named}
+def _run_block(block: Experts, x: Tensor, chosen: Tensor, weights: Tensor, upstream: Tensor) -> list[Tensor]:
+    """The output and every gradient."""
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    y = block(x, chosen, weights)
+    y.backward(upstream)
+    gradients = [tensor.grad for tensor in (x, weights, *block.parameters()) if tensor.requires_grad]
+    return [y, *(gradient for gradient in gradients if gradient is not None)]
 
 
-def _grad(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad
+# ----------------------------------------------------------------------------------------------- attention and the loss
 
 
-def experts_checks(device: torch.device) -> Iterator[Check]:
-    for kind in ("none", "nf4", "int8"):
+def _attention(device: torch.device) -> Iterator[Check]:
+    """On CUDA the flash kernel for documents of any length; the reference goes document by document."""
+    tokens = sum(LENGTHS)
+    for width, value_width, heads, kv_heads in ((256, 256, 4, 4), (24, 32, 4, 4), (64, 64, 4, 2)):
+        shapes = ((tokens, heads, width), (tokens, kv_heads, width), (tokens, kv_heads, value_width))
+        inputs = [_random(shape, 40 + number) for number, shape in enumerate(shapes)]
+        upstream = _random((tokens, heads, value_width), 44)
+
+        def run(
+            on: torch.device, dtype: torch.dtype, inputs: list[Tensor], upstream: Tensor, scale: float
+        ) -> list[Tensor]:
+            q, k, v = (x.to(on, dtype).requires_grad_() for x in inputs)
+            out = causal_attention(q, k, v, Documents.from_lengths(LENGTHS, on), scale)
+            out.backward(upstream.to(on, dtype))
+            return [out, *(x.grad for x in (q, k, v) if x.grad is not None)]
+
         for dtype, tolerance in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
-
-            def worst(kind: str = kind, dtype: torch.dtype = dtype) -> float:
-                expected = experts_gradients(kind, torch.float32, CPU)
-                actual = experts_gradients(kind, dtype, device)
-                return max(relative_error(actual[name], expected[name]) for name in expected)
-
-            yield f"experts, {kind}, {str(dtype)[6:]}: output and gradients", worst, tolerance
+            rounded = [x.to(dtype).float() for x in inputs]
+            expected = run(CPU, torch.float32, rounded, upstream.to(dtype).float(), width**-0.5)
+            actual = run(device, dtype, inputs, upstream, width**-0.5)
+            name = f"attention in documents, heads {heads}/{kv_heads} of {width}/{value_width}, {_short(dtype)}"
+            yield _compare(name, list(zip(actual, expected, strict=True)), tolerance)
 
 
-def attention_checks(device: torch.device) -> Iterator[Check]:
-    lengths = [1, 70, 129, 3]
+def _loss(device: torch.device) -> Iterator[Check]:
+    tokens, hidden, vocabulary = 200, 128, 1000
+    labels = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(50))
+    labels[::3] = -100
+    labelled = int((labels != -100).sum())
+    x, head = _random((tokens, hidden), 51), _random((vocabulary, hidden), 52).mul_(0.1)
 
-    def attend(dtype: torch.dtype, device: torch.device, heads: int, kv_heads: int, value_dim: int) -> list[Tensor]:
-        documents = Documents.from_lengths(lengths, device)
-        shapes = ((203, heads, 64), (203, kv_heads, 64), (203, kv_heads, value_dim))
-        query, key, value = (normal(s, seed=n).to(dtype).to(device).requires_grad_() for n, s in enumerate(shapes))
-        out = causal_attention(query, key, value, documents, 0.125)
-        (out.float() * normal(tuple(out.shape), seed=9).to(device)).sum().backward()
-        return [out, _grad(query), _grad(key), _grad(value)]
+    def run(on: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        h, w = x.to(dtype).to(on).requires_grad_(), head.to(dtype).to(on).requires_grad_()
+        if on == CPU:
+            h, w = (t.detach().float().requires_grad_() for t in (h, w))
+        loss = linear_cross_entropy(h, w, labels.to(on), labelled, labelled=labelled, chunk_bytes=1 << 17)
+        loss.backward()
+        assert h.grad is not None and w.grad is not None
+        return [loss, h.grad, w.grad]
 
-    for heads, kv_heads, value_dim in ((4, 4, 64), (4, 4, 32), (4, 2, 64)):
-        for dtype, tolerance in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
-
-            def worst(
-                dtype: torch.dtype = dtype, heads: int = heads, kv_heads: int = kv_heads, value_dim: int = value_dim
-            ) -> float:
-                expected = attend(torch.float32, CPU, heads, kv_heads, value_dim)
-                actual = attend(dtype, device, heads, kv_heads, value_dim)
-                return max(map(relative_error, actual, expected))
-
-            name = f"attention, {heads}/{kv_heads} heads, value {value_dim}, {str(dtype)[6:]}: packed documents"
-            yield name, worst, tolerance
+    for dtype, tolerance in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
+        yield _compare(
+            f"loss in chunks, {_short(dtype)}", list(zip(run(device, dtype), run(CPU, dtype), strict=True)), tolerance
+        )
 
 
-def small_model(dtype: torch.dtype, device: torch.device, storage: str = "nf4") -> CausalLM:
-    spec = StorageSpec(storage)  # type: ignore[arg-type]
-    model = build(Glm4MoeLiteConfig.parse(SMALL, "benchmark"), spec=spec, dtype=dtype, device=CPU)
-    generator = torch.Generator().manual_seed(0)
-    quantised = {id(p) for module in model.modules() if isinstance(module, Storage) for p in module.parameters()}
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Storage):
-                module.load_dense(torch.randn(module.shape, generator=generator) * 0.1)
-        for parameter in model.parameters():
-            if id(parameter) not in quantised and parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+# ------------------------------------------------------------------------------------------------------ the whole model
+
+
+def tiny_model(
+    dtype: torch.dtype, device: torch.device, adapter_dtype: torch.dtype = torch.float32, **changes: int
+) -> CausalLM:
+    """Random weights in nf4 with double quantisation, the same for every dtype and device; LoRA with B not zero."""
+    config = Glm4MoeLiteConfig.parse(TINY | changes, "config.json")
+    model = build(config, spec=SPECS[0], dtype=dtype, device=CPU)
     model.requires_grad_(False)
-    add_lora(model, AdapterSpec(("attention", "experts", "router"), rank=8, alpha=16.0))
-    with torch.no_grad():
-        for number, (_, parameter) in enumerate(trainable_parameters(model)):
-            parameter.add_(normal(tuple(parameter.shape), 0.05, number))
+    seed = 100
+    for name, module in model.named_modules():
+        seed += 1
+        if isinstance(module, Storage):
+            module.load_dense(_random(module.shape, seed).mul_(module.shape[-1] ** -0.5))
+        elif name.endswith("norm"):
+            module.weight.data.copy_(1 + 0.1 * _random(tuple(module.weight.shape), seed))
+    model.model.embed_tokens.weight.data.copy_(_random(tuple(model.model.embed_tokens.weight.shape), 99))
+    add_lora(model, AdapterSpec(("attention", "experts"), rank=8, alpha=16, dtype=adapter_dtype))
+    for _, parameter in trainable_parameters(model):
+        seed += 1
+        if not parameter.any():
+            parameter.data.copy_(_random(tuple(parameter.shape), seed).mul_(0.05))
     return model.to(device).train()
 
 
-def model_gradients(dtype: torch.dtype, device: torch.device, recompute: bool) -> dict[str, Tensor]:
-    model = small_model(dtype, device)
-    model.activation_checkpointing = recompute
-    lengths = [40, 1, 59]
-    tokens = torch.randint(0, 512, (100,), generator=torch.Generator().manual_seed(1))
-    hidden = model.hidden(tokens.to(device), Documents.from_lengths(lengths, device))
-    labels = tokens.roll(-1)
-    labels[::3] = -100
-    loss = linear_cross_entropy(hidden, model.head.weight.dense(), labels.to(device), 60)
+def _step(model: CausalLM, device: torch.device, seed: int = 60) -> Tensor:
+    """The loss of three packed documents, after backward."""
+    total = sum(LENGTHS)
+    tokens = torch.randint(0, model.vocabulary, (total,), generator=torch.Generator().manual_seed(seed))
+    labels = torch.cat((tokens[1:], tokens[:1]))
+    ends = torch.tensor(LENGTHS).cumsum(0) - 1
+    labels[ends] = -100
+    labelled = total - len(LENGTHS)
+    hidden = model.hidden(tokens.to(device), Documents.from_lengths(LENGTHS, device))
+    head = model.head.weight
+    assert isinstance(head, DenseStorage)
+    loss = linear_cross_entropy(hidden, head.value, labels.to(device), labelled, labelled=labelled)
     loss.backward()
-    return {"loss": loss, **{name: _grad(parameter) for name, parameter in trainable_parameters(model)}}
+    return loss
 
 
-def model_checks(device: torch.device) -> Iterator[Check]:
+def _gradients(model: CausalLM) -> list[Tensor]:
+    return [parameter.grad for _, parameter in trainable_parameters(model) if parameter.grad is not None]
+
+
+def _model(device: torch.device) -> Iterator[Check]:
+    reference = tiny_model(torch.float32, CPU)
+    loss = _step(reference, CPU)
     for recompute in (False, True):
-
-        def worst(recompute: bool = recompute) -> float:
-            expected = model_gradients(torch.float32, CPU, False)
-            actual = model_gradients(torch.float32, device, recompute)
-            return max(relative_error(actual[name], expected[name]) for name in expected)
-
-        yield f"model, float32, recompute {'on' if recompute else 'off'}: loss and LoRA gradients", worst, 5e-5
-
-    def loss_only() -> float:
-        # A choice of experts may flip when rounded to bfloat16, and gradients with it; the loss hardly notices.
-        expected = model_gradients(torch.float32, CPU, False)["loss"]
-        return relative_error(model_gradients(torch.bfloat16, device, True)["loss"], expected)
-
-    yield "model, bfloat16, recompute on: loss", loss_only, BFLOAT16
-
-
-def loss_checks(device: torch.device) -> Iterator[Check]:
-    def both(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        hidden = normal((90, 128)).to(dtype).to(device).requires_grad_()
-        head = normal((3000, 128), 0.1, 1).to(dtype).to(device).requires_grad_()
-        labels = torch.randint(0, 3000, (90,), generator=torch.Generator().manual_seed(2))
-        labels[::4] = -100
-        loss = linear_cross_entropy(hidden, head, labels.to(device), 60, chunk_bytes=2**18)
-        loss.backward()
-        return [loss, _grad(hidden), _grad(head)]
-
-    for dtype, tolerance in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
-
-        def worst(dtype: torch.dtype = dtype) -> float:
-            return max(map(relative_error, both(dtype, device), both(torch.float32, CPU)))
-
-        yield f"linear cross-entropy, {str(dtype)[6:]}: loss and gradients", worst, tolerance
+        model = tiny_model(torch.float32, device)
+        model.activation_checkpointing = recompute
+        actual = _step(model, device)
+        name = f"model, float32{', recomputing' if recompute else ''}"
+        yield _compare(f"{name}: loss", [(actual, loss)], 1e-5)
+        gradients = list(zip(_gradients(model), _gradients(reference), strict=True))
+        yield _compare(f"{name}: gradients of LoRA", gradients, 1e-4)
+    # Between experts that are nearly as good, rounding would choose: here every token goes to all of them.
+    everywhere = TINY["n_routed_experts"]
+    reference = tiny_model(torch.float32, CPU, num_experts_per_tok=everywhere)
+    model = tiny_model(torch.bfloat16, device, num_experts_per_tok=everywhere)
+    model.activation_checkpointing = True
+    loss, actual = _step(reference, CPU), _step(model, device)
+    yield _compare("model, bfloat16, recomputing: loss", [(actual, loss)], 5e-3)
+    gradients = list(zip(_gradients(model), _gradients(reference), strict=True))
+    yield _compare_norm("model, bfloat16, recomputing: gradients of LoRA", gradients, BFLOAT16_MODEL)
 
 
-def optimizer_checks(device: torch.device) -> Iterator[Check]:
-    paged = ["paged_adamw", "paged_adamw_8bit"] if device.type == "cuda" else []
-    for name in ("adamw", "adamw_8bit", *paged):
-
-        def distance(name: str = name) -> float:
-            """Largest difference of three steps from torch's AdamW on the CPU, relative to how far those moved."""
-            moved = []
-            for optimizer, where in ((name, device), ("adamw", CPU)):
-                parameter = torch.nn.Parameter(normal((64, 512)).to(where))
-                made = build_optimizer(optimizer, [("weight", parameter)], 1e-2, (0.9, 0.999), 1e-8, 0.01)
-                for step in range(3):
-                    parameter.grad = normal((64, 512), seed=step + 1).to(where)
-                    made.step()
-                moved.append((parameter.detach() - normal((64, 512)).to(where)).to(CPU))
-            return relative_error(moved[0], moved[1])
-
-        # 8-bit states are coarse by design: bitsandbytes' moments have 8 bits, in blocks of 256.
-        yield f"optimiser {name}: three steps", distance, 0.3 if "8bit" in name else 1e-4
+def _optimisers(device: torch.device) -> Iterator[Check]:
+    """Three steps of each; how far the weights moved, against float32 AdamW on the CPU."""
+    expected = _trained("adamw", CPU)
+    for name, tolerance in (("adamw", 2e-2), ("adamw_8bit", 0.1), ("paged_adamw", 2e-2), ("paged_adamw_8bit", 0.1)):
+        label = f"three steps of {name}"
+        try:
+            actual = _trained(name, device)
+        except NibbleError as error:
+            yield Check(label, str(error).splitlines()[0], None)
+            continue
+        yield _compare_norm(label, list(zip(actual, expected, strict=True)), tolerance)
+    moved = _trained("adamw_8bit", device, torch.bfloat16)
+    finite = all(bool(tensor.isfinite().all()) and bool(tensor.any()) for tensor in moved)
+    yield Check("three steps of adamw_8bit on bfloat16 LoRA", "all finite, all moved" if finite else "not", finite)
 
 
-GROUPS = (storage_checks, experts_checks, attention_checks, loss_checks, model_checks, optimizer_checks)
+def _trained(optimizer_name: str, device: torch.device, adapter_dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    model = tiny_model(torch.float32 if adapter_dtype == torch.float32 else torch.bfloat16, device, adapter_dtype)
+    model.activation_checkpointing = True
+    named = trainable_parameters(model)
+    before = [parameter.detach().clone() for _, parameter in named]
+    optimizer = build_optimizer(optimizer_name, named, learning_rate=1e-3)
+    for number in range(3):
+        _step(model, device, seed=60 + number)
+        clip_gradients(named, 1.0, number)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return [parameter.detach() - then for (_, parameter), then in zip(named, before, strict=True)]
 
 
-def run_checks(device: torch.device, report: Callable[[dict[str, Any]], None]) -> bool:
-    """Runs every check; one that raises is a failed check, and the others go on."""
-    passed = True
-    for group in GROUPS:
-        for name, measure, tolerance in group(device):
-            result: dict[str, Any] = {"check": name, "tolerance": tolerance}
-            try:
-                result["error"] = measure()
-                result["passed"] = result["error"] <= tolerance
-            except Exception as error:  # noqa: BLE001  whatever it is, it is this check's result
-                result |= {"passed": False, "raised": f"{type(error).__name__}: {error}".splitlines()[0]}
-                traceback.print_exc()
-            passed &= bool(result["passed"])
-            report(result)
-    return passed
+def main(device_name: str) -> None:
+    for check in checks(torch.device(device_name)):
+        print(json.dumps(asdict(check)), flush=True)
 
 
 if __name__ == "__main__":
-    ok = run_checks(torch.device(sys.argv[1]), lambda result: print(json.dumps(result), flush=True))
-    sys.exit(0 if ok else 1)
+    main(sys.argv[1])

@@ -1,0 +1,68 @@
+"""The native side of `benchmarks.step`: loads the checkpoint as a run does and trains on it with the run's own step.
+
+The last line of standard output is the result as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from models.documents import Documents
+from models.load import load_model
+from models.lora import AdapterSpec, add_lora, parameter_table, trainable_parameters
+from quant.fourbit import import_bitsandbytes
+from quant.products import product_dtype
+from train.batches import Batch
+from train.loop import training_step
+from train.optim import build_optimizer
+
+from .measure import CPU, Measured, begin, loaded, note_trained, run_steps
+from .setting import ALPHA, ATTENTION, EXPERTS, LEARNING_RATE, MAX_GRAD_NORM, RANK, Request
+
+
+def one_document(tokens: Tensor) -> Batch:
+    """Tokens [N] as a batch in which every token but the last predicts the next, as the peer's `labels` do."""
+    labels = torch.cat((tokens[1:], tokens.new_full((1,), -100)))
+    return Batch(tokens, labels, Documents.from_lengths([len(tokens)]), len(tokens), len(tokens) - 1)
+
+
+def measure(request: Request) -> Measured:
+    library = import_bitsandbytes()  # here, so that it counts among the imports as it does on the peer's side
+    measured = begin("nibble", request)
+    measured.versions["bitsandbytes"] = library.__version__
+    start = time.perf_counter()
+    dtype = getattr(torch, request.dtype)
+    model = load_model(request.checkpoint, storage="nf4", dtype=dtype)
+    model.activation_checkpointing = True
+    add_lora(model, AdapterSpec((*ATTENTION, *EXPERTS), RANK, ALPHA), seed=request.seed)
+    model.train()
+    named = trainable_parameters(model)
+    optimizer = build_optimizer("adamw", named, LEARNING_RATE)
+    loaded(measured, start)
+
+    def step(tokens: Tensor) -> tuple[float, float]:
+        done = training_step(
+            model, named, optimizer, [one_document(tokens)], step=0, max_grad_norm=MAX_GRAD_NORM, device=CPU
+        )
+        return done.loss, done.grad_norm
+
+    before = [parameter.detach().clone() for _, parameter in named]
+    run_steps(measured, request, model.vocabulary, step)
+    note_trained(measured, [parameter for _, parameter in named], before)
+    total = parameter_table(model)[-1]
+    measured.parameters, measured.frozen_bytes = total.parameters, total.nbytes
+    measured.notes["products"] = str(product_dtype(CPU, dtype)).removeprefix("torch.")
+    if request.profile:
+        from .profile import profile_step
+
+        measured.notes["profile"] = profile_step(model, named, optimizer, request)
+    return measured
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Request.loads(sys.argv[1])).as_dict()))
