@@ -22,6 +22,8 @@ from .hub import HubCheckpoint, some
 from .keymap import Key, KeyMap
 
 _READABLE = ("BF16", "F16", "F32", "F64")
+# Missing or unused keys named one by one; a checkpoint of another model has tens of thousands.
+LISTED = 50
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,9 @@ class HubReader:
             model_type = self.checkpoint.config.get("model_type")
             lines = [f"{self.checkpoint.path}: the weights don't fit {model_type} as config.json describes it."]
             if missing:
-                lines.append(f"{len(missing)} missing: {some(missing)}.")
+                lines.append(f"{len(missing)} missing: {some(missing, LISTED)}.")
             if unused:
-                lines.append(f"{len(unused)} not used: {some(unused)}.")
+                lines.append(f"{len(unused)} not used: {some(unused, LISTED)}.")
             raise NibbleError("\n".join(lines))
         return carried
 

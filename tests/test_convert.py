@@ -204,16 +204,20 @@ def broken(hub: Path, tmp_path: Path, change: Any, **config: Any) -> str:
 def test_missing_and_unused_keys_are_listed_together(hub: Path, tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.norm.weight"]
-        for expert in range(8):
-            del tensors[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"]
+        for layer in (1, 2):
+            for expert in range(8):
+                for part in ("gate", "up", "down"):
+                    del tensors[f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"]
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            del tensors[f"model.layers.2.{norm}.weight"]
         tensors["model.extra.weight"] = torch.ones(3)
         tensors["model.layers.4.surplus"] = torch.ones(3)
 
     text = broken(hub, tmp_path, change)
     assert "the weights don't fit glm4_moe_lite as config.json describes it" in text
-    assert "9 missing: model.layers.1.mlp.experts.0.down_proj.weight, " in text
-    assert text.count("down_proj") == 5
-    assert " and 4 more.\n" in text
+    assert "51 missing: model.layers.1.mlp.experts.0.down_proj.weight, " in text
+    assert text.count("_proj.weight") == 48
+    assert " and 1 more.\n" in text
     assert "2 not used: model.extra.weight, model.layers.4.surplus." in text
     assert not (tmp_path / "out").exists()
 
