@@ -192,6 +192,16 @@ def test_evaluation_has_everything_once_in_the_same_order() -> None:
     assert sum(batch.labelled for batch in first) == examples.total_labelled
 
 
+def test_the_fingerprint_of_held_out_rows_follows_their_content() -> None:
+    def fingerprint(examples: Examples, size: int = 4) -> str:
+        return EvalBatches(examples, pack(examples.lengths, ROOM, 0), micro_batch_size=size).fingerprint()
+
+    same, other = fingerprint(some_examples(41)), some_examples(41)
+    assert fingerprint(other, size=2) == same
+    other.tokens[3] += 1
+    assert fingerprint(other) != same
+
+
 def test_a_batch_moves_as_a_whole() -> None:
     batch = make_batch(some_examples(3), range(3))
     moved = batch.to("meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -70,6 +71,21 @@ def test_print_schema() -> None:
     done = run_cli("--print-schema")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == config_schema()
+
+
+@pytest.mark.parametrize("arguments", [["--print-schema"], ["--help"], ["--config", "nowhere.yaml"]], ids=str)
+def test_a_reader_that_has_gone_away_is_no_error(arguments: list[str]) -> None:
+    """`| head`, which closes the pipe when it has seen enough."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "train", *arguments]
+    failing = arguments[0] == "--config"
+    streams = (
+        {"stdout": subprocess.PIPE, "stderr": writing} if failing else {"stdout": writing, "stderr": subprocess.PIPE}
+    )
+    done = subprocess.run(command, cwd=ROOT, text=True, timeout=60, check=False, **streams)  # type: ignore[call-overload]
+    os.close(writing)
+    assert (done.returncode, done.stdout or "", done.stderr or "") == (2 if failing else 0, "", "")
 
 
 def test_config_error_is_one_line_and_exit_2(tmp_path: Path) -> None:

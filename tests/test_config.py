@@ -22,7 +22,7 @@ from train.config import (
     parse_config,
 )
 from train.config_rules import GROUPS
-from train.fingerprint import fingerprint_hash, resume_differences, resume_fingerprint
+from train.fingerprint import fingerprint_hash, resume_differences, resume_fingerprint, run_identity
 from train.optim import NAMES
 from train.rows import OPTIONAL, REQUIRED
 from train.schema import help_text, keys, required_keys
@@ -330,6 +330,15 @@ def test_combination_points_at_the_line_that_was_written_or_the_set() -> None:
     assert message(text, "model.storage=fp4").startswith("--set model.storage=fp4: adapter.kind: none with")
 
 
+def test_combination_of_a_part_points_at_the_set_that_wrote_the_whole() -> None:
+    text = MINIMAL + "adapter:\n  targets: [attention]\n"
+    override = "adapter.rank={attention: 4, experts: 8}"
+    assert message(text, override) == (
+        f"--set {override}: adapter.rank gives a value for 'experts', which adapter.targets does not list. Add or drop "
+        "it."
+    )
+
+
 def test_several_combinations_are_all_listed() -> None:
     lines = message(MINIMAL, "adapter.kind=none", "train.optimizer=paged_adamw", "train.device=cpu").splitlines()
     assert len(lines) == 2
@@ -582,7 +591,6 @@ def test_fields_of_every_format() -> None:
 
 # A value other than the one in MINIMAL for each key that may not change.
 CHANGES = {
-    "model.path": "other",
     "model.storage": "int8",
     "model.double_quant": "false",
     "model.dtype": "float32",
@@ -594,8 +602,6 @@ CHANGES = {
     "adapter.rslora": "true",
     "adapter.layers": "[1]",
     "adapter.dtype": "bfloat16",
-    "data.train": "other.jsonl",
-    "data.eval": "held.jsonl",
     "data.eval_fraction": "0.2",
     "data.format": "text",
     "data.fields": "{messages: chat}",
@@ -615,7 +621,11 @@ CHANGES = {
     "train.eps": "1e-6",
     "train.seed": "1",
 }
+# Of the first three the content counts, which train.run compares.
 FREE = {
+    "model.path": "other",
+    "data.train": "other.jsonl",
+    "data.eval": "held.jsonl",
     "data.on_bad_row": "error",
     "train.activation_checkpointing": "false",
     "train.log_every": "7",
@@ -645,10 +655,13 @@ def test_resume_names_the_key_that_changed(key: str) -> None:
 
 @pytest.mark.parametrize("key", FREE)
 def test_keys_that_may_change_on_resume(key: str) -> None:
-    before = resume_fingerprint(parse_config(MINIMAL))
-    after = resume_fingerprint(parse_config(MINIMAL, [f"{key}={FREE[key]}"]))
-    assert resume_differences(before, after) == []
-    assert fingerprint_hash(before) == fingerprint_hash(after)
+    companion = ["data.eval=some.jsonl"] if key == "data.eval" else []
+    before = parse_config(MINIMAL, companion)
+    after = parse_config(MINIMAL, [*companion, f"{key}={FREE[key]}"])
+    assert resume_differences(resume_fingerprint(before), resume_fingerprint(after)) == []
+    assert fingerprint_hash(resume_fingerprint(before)) == fingerprint_hash(resume_fingerprint(after))
+    # Whether a finished run is the one that is asked for is decided before any file is read.
+    assert (run_identity(before) == run_identity(after)) == (key not in ("model.path", "data.train", "data.eval"))
 
 
 def test_resume_differences_read_well_and_survive_json() -> None:

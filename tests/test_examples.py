@@ -229,6 +229,29 @@ def test_long_documents_are_cut_and_counted(tmp_path: Path) -> None:
     )
 
 
+def test_a_long_text_is_split_and_every_token_of_it_learnt(tmp_path: Path) -> None:
+    setup = Setup(tmp_path)
+    told: list[str] = []
+    text = " ".join(map(str, range(40)))
+    whole, _ = setup.build({"text": text}, form="text")
+    ids = whole[0][0].tolist()
+    for limit in (2, 7, len(ids) - 1, len(ids)):
+        examples, report = setup.build({"text": "1"}, {"text": text}, form="text", sequence_length=limit)
+        parts = [examples[index] for index in range(1, len(examples))]
+        assert all(2 <= len(tokens) <= limit for tokens, _ in parts)
+        assert all(len(tokens) == limit for tokens, _ in parts[:-1])
+        assert [int(token) for tokens, mask in parts for token in tokens[mask]] == ids[1:], "each once, in order"
+        assert [*parts[0][0], *(token for tokens, _ in parts[1:] for token in tokens[1:])] == ids
+        assert examples.rows.tolist() == [0] + [1] * len(parts)
+        assert (report.split, report.cut, report.lost) == (int(limit < len(ids)), 0, 0)
+        assert (report.longest, report.labelled) == (len(ids), 1 + len(ids) - 1)
+    setup.build({"text": text}, form="text", sequence_length=len(ids) - 1, warn=told.append)
+    assert told == [
+        f"{setup.path}:1: {len(ids)} tokens, split into 2 documents of at most data.sequence_length {len(ids) - 1}. "
+        "1 such row so far."
+    ]
+
+
 def test_documents_with_nothing_left_after_cutting_are_bad_rows(tmp_path: Path) -> None:
     setup = Setup(tmp_path)
     told: list[str] = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
+import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 from quant.errors import NibbleError
 from train.metrics import MetricsLog, read_metrics
 from train.plots import _running_mean, loss_curve
-from train.report import Report, format_bytes, format_seconds, table
+from train.report import Report, counted, format_bytes, format_seconds, table
 from train.signals import StopOnSignal
 
 
@@ -25,6 +28,17 @@ def step(number: int, loss: float) -> dict[str, Any]:
 
 def held_out(number: int, loss: float) -> dict[str, Any]:
     return {"kind": "eval", "step": number, "loss": loss}
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Writing beyond the first `size` bytes of a file fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -81,6 +95,47 @@ def test_no_file_means_no_records(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
+def test_metrics_on_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def write_much() -> None:
+        with full_disk(200), MetricsLog(path, None, resume_step=None) as log:
+            for number in range(1, 9):
+                log.write(step(number, 2.5))
+
+    with pytest.raises(NibbleError) as caught:
+        write_much()
+    assert str(caught.value) == (
+        f"the disk is full: {path} can't be written (File too large).\nMake room and run again."
+    )
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+
+    folder = tmp_path / "file"
+    folder.touch()
+    with pytest.raises(NibbleError, match=r"file/metrics\.jsonl can't be written: (Not a directory|File exists)\."):
+        MetricsLog(folder / "metrics.jsonl", None, resume_step=None)
+
+
+def test_events_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "events", resume_step=None) as log:
+        monkeypatch.setattr(log._events, "add_scalar", failing_write)
+        with pytest.raises(NibbleError, match=rf"^the disk is full: {tmp_path / 'events'} can't be written"):
+            log.write(step(1, 2.5))
+
+
+def failing_write(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_loss_curve_on_a_full_disk(tmp_path: Path) -> None:
+    loss_curve([step(1, 2.5)], tmp_path / "loss.png", "a run")
+    before = (tmp_path / "loss.png").read_bytes()
+    with full_disk(1000), pytest.raises(NibbleError, match=r"^the disk is full: .*/loss\.png can't be written"):
+        loss_curve([step(1, 2.5), step(2, 2.0)], tmp_path / "loss.png", "a run")
+    assert (tmp_path / "loss.png").read_bytes() == before
+    assert os.listdir(tmp_path) == ["loss.png"]
+
+
 def test_loss_curve_is_a_png(tmp_path: Path) -> None:
     records = [held_out(0, 3.0), *(step(i, 3.0 / i) for i in range(1, 41)), held_out(40, 0.5)]
     for shown in (records, records[1:2], []):
@@ -114,6 +169,48 @@ def test_report_sends_results_and_progress_their_ways(tmp_path: Path, capsys: py
     for text in ("a result", "a note", "step 1", "Traceback (most recent call last)", "ValueError: broken"):
         assert text in log
     assert "step 2" not in log
+
+
+def test_a_log_on_a_full_disk_hides_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def speak_and_fail() -> None:
+        with full_disk(100), Report(tmp_path / "run.log") as report:
+            for _ in range(5):
+                report.result("a result that takes some room in the log")
+            raise NibbleError("broken")
+
+    with pytest.raises(NibbleError, match="broken"):
+        speak_and_fail()
+    assert capsys.readouterr().out.count("a result") == 5
+    assert (tmp_path / "run.log").stat().st_size <= 100
+
+
+def test_a_log_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "run.log").mkdir()
+    with pytest.raises(NibbleError, match=r"run\.log can't be written: Is a directory\."):
+        Report(tmp_path / "run.log")
+
+
+def test_a_terminal_that_was_closed_takes_only_the_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        terminal = False
+
+        def isatty(self) -> bool:
+            return self.terminal
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError if not self.terminal else OSError(5, "Input/output error")
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout", Closed())
+    monkeypatch.setattr("sys.stderr", stream := Closed())
+    with Report(tmp_path / "run.log") as report:
+        for stream.terminal in (False, True):
+            report.result("a result")
+            report.note("a note")
+            report.progress("step 1", keep=True)
+            report.end_progress()
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert lines[1:] == ["a result", "a note", "step 1"] * 2
 
 
 def test_on_a_terminal_the_progress_line_is_redrawn_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,20 +257,38 @@ def test_lengths_of_time(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
+def test_counts_agree_with_their_nouns() -> None:
+    counts = [(0, "0 steps"), (1, "1 step"), (1214, "1,214 steps"), (1.0, "1 step"), (0.5, "0.5 steps")]
+    assert [counted(number, "step") for number, _ in counts] == [text for _, text in counts]
+
+
 def test_table_aligns_its_columns() -> None:
     rows = [["group", "size"], ["experts", "1,024"], ["head", "8"]]
     assert table(rows, right=[1]) == "  group      size\n  experts   1,024\n  head          8"
 
 
-def test_the_first_signal_asks_and_the_second_interrupts(capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_asks_and_the_second_interrupts(
+    first: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with StopOnSignal() as stop:
         assert not stop.requested
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(first)
         assert stop.requested
-        assert stop.name == "SIGTERM"
-        signal.raise_signal(signal.SIGTERM)  # a scheduler's second reminder changes nothing
+        assert stop.name == first.name
+        signal.raise_signal(first)  # a scheduler's second reminder changes nothing
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert "SIGTERM: finishing this step, then saving" in capfd.readouterr().err
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    assert f"{first.name}: finishing this step, then saving" in capfd.readouterr().err
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopOnSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,17 +1,10 @@
-"""Whole runs at a tiny size: from a checkpoint and rows to an adapter, resumed, stopped, refused."""
+"""Whole runs at a tiny size: from a checkpoint and rows to an adapter, or a model."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
 import re
-import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -22,62 +15,14 @@ import torch
 import yaml
 
 from models import load_model
-from tests.helpers import assert_close, save_tiny_glm
+from tests.helpers import assert_close
+from tests.run_helpers import ROOT, World, curve, losses, make_world, settings
 from train.__main__ import main
 from train.config import load_config
 from train.data import load_data
 from train.metrics import read_metrics
 from train.report import Report
 from train.run import run
-
-ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE = """[gMASK]<sop>
-{%- for message in messages %}{{ '<|' + message.role + '|>' + message.content }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
-SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"]
-
-
-@dataclass(frozen=True)
-class World:
-    """A checkpoint that transformers saved, with tokenizer and template, and rows for it."""
-
-    model: Path
-    rows: Path
-    prompts: Path
-
-
-def questions(count: int, seed: int) -> list[tuple[str, str]]:
-    """Sums in words of very different lengths, so that the labelled tokens of micro-batches are uneven."""
-    draw = random.Random(seed)
-    made = []
-    for _ in range(count):
-        numbers = [draw.randint(1, 9) for _ in range(draw.randint(2, 12))]
-        made.append(
-            ("add " + " and ".join(map(str, numbers)), " ".join(str(n) for n in numbers) + f" = {sum(numbers)}")
-        )
-    return made
-
-
-def messages(pairs: list[tuple[str, str]]) -> str:
-    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
-    return "".join(json.dumps({"messages": row}) + "\n" for row in rows)
-
-
-def write_tokenizer(folder: Path, texts: list[str]) -> int:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    described = {"eos_token": SPECIAL[0], "pad_token": SPECIAL[0], "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    return tokenizer.get_vocab_size()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,60 +36,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("world")
-    pairs = questions(96, seed=0)
-    (folder / "model").mkdir()
-    size = write_tokenizer(folder / "model", [q + a for q, a in pairs])
-    save_tiny_glm(folder / "model", vocab_size=size, num_hidden_layers=2, n_routed_experts=4, num_experts_per_tok=2)
-    (folder / "rows.jsonl").write_text(messages(pairs))
-    prompts = "".join(json.dumps({"question": q, "reply": a}) + "\n" for q, a in pairs)
-    (folder / "prompts.jsonl").write_text(prompts)
-    return World(folder / "model", folder / "rows.jsonl", folder / "prompts.jsonl")
-
-
-def settings(world: World, out: Path, **changes: Any) -> list[str]:
-    """`--config FILE --set …` of a small float32 run; changes are `section__key=value`."""
-    values: dict[str, dict[str, Any]] = {
-        "model": {"path": str(world.model), "storage": "nf4", "dtype": "float32"},
-        "adapter": {"rank": 4, "alpha": 8},
-        "data": {"train": str(world.rows), "sequence_length": 128},
-        "train": {
-            "micro_batch_size": 2,
-            "gradient_accumulation": 1,
-            "max_steps": 6,
-            "optimizer": "adamw",
-            "learning_rate": 1e-2,
-            "device": "cpu",
-            "tensorboard": False,
-        },
-        "output": {"dir": str(out)},
-    }
-    for name, value in changes.items():
-        section, key = name.split("__")
-        values[section][key] = value
-    path = out.with_name(out.name + ".yaml")
-    path.write_text(yaml.safe_dump(values))
-    return ["--config", str(path)]
-
-
-def curve(out: Path) -> list[tuple[str, int, float, float | None]]:
-    """What must not depend on how often a run was interrupted."""
-    return [(r["kind"], r["step"], r["loss"], r.get("grad_norm")) for r in read_metrics(out / "metrics.jsonl")]
-
-
-def losses(out: Path, kind: str) -> list[float]:
-    return [r["loss"] for r in read_metrics(out / "metrics.jsonl") if r["kind"] == kind]
-
-
-def in_a_process(arguments: list[str], meddle: str) -> subprocess.CompletedProcess[str]:
-    """`python -m train` in a process of its own, with `meddle` run before: it may wrap functions to cause trouble."""
-    code = f"import os, signal, sys\nimport train.loop, train.checkpoint\n{meddle}\n"
-    code += f"from train.__main__ import main\nsys.exit(main({arguments!r}))\n"
-    # As many threads as here: sums are split among them, so their number shows in the last bits.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 # --- the main job
@@ -176,7 +68,7 @@ def test_qlora_from_checkpoint_to_adapter(
     parameters = sum(p.numel() for p in reference(world).parameters())
     assert re.search(rf"^  total +{parameters:,} ", shown.out, re.M)
     assert re.search(
-        r"^  data +96 rows → \d+ packed sequences of at most 128 tokens .*; 10 rows held out", shown.out, re.M
+        r"^  data +86 rows → \d+ packed sequences of at most 128 tokens .*; 10 rows held out", shown.out, re.M
     )
     assert re.search(r"^  plan +30 steps × about \d+ tokens", shown.out, re.M)
     assert f"loss      {held_out[0][1]:.4f} before → {held_out[-1][1]:.4f} after" in shown.out
@@ -215,7 +107,9 @@ def test_qlora_from_checkpoint_to_adapter(
 
     # The same command again finds everything done.
     before = {path: path.stat().st_mtime_ns for path in (out / "adapter").iterdir()}
-    monkeypatch.setattr("train.run.load_model", lambda *a, **k: pytest.fail("a finished run loaded the model"))
+    monkeypatch.setattr(
+        "train.run.load_trainable_model", lambda *a, **k: pytest.fail("a finished run loaded the model")
+    )
     assert main(arguments) == 0
     again = capsys.readouterr().out
     assert again.startswith("This run finished on ")
@@ -306,11 +200,47 @@ def test_without_held_out_rows_there_is_nothing_to_evaluate(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert main(settings(world, out, data__eval_fraction=None, train__max_steps=1)) == 0
+    assert main(settings(world, out, data__eval_fraction=None, train__max_steps=2)) == 0
     assert losses(out, "eval") == []
     shown = capsys.readouterr().out
-    assert "no rows held out" in shown
+    assert re.search(r"^  data +96 rows → .*; no rows held out$", shown, re.M)
     assert "before →" not in shown
+    assert "warning" not in shown
+
+
+def test_a_run_that_will_learn_nothing_says_so(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(world.rows.read_text().splitlines(keepends=True)[:3]))
+    changes = {"data__train": str(rows), "data__eval": str(rows), "model__storage": "none"}
+    changes |= {"data__sequence_length": 512, "train__max_steps": None}
+    assert main(settings(world, tmp_path / "run", **changes)) == 0
+    shown = capsys.readouterr().out
+    assert " from " in shown.splitlines()[0]
+    assert " · float32 · " in shown.splitlines()[0]
+    assert re.search(
+        r"^  data +3 rows → 1 packed sequence of at most 512 tokens \(\S+% filled\); 3 rows held out$", shown, re.M
+    )
+    assert re.search(r"^  plan +1 step × about [\d,]+ tokens \(1 epoch\)$", shown, re.M)
+    assert (
+        "  warning   nothing will be learnt: the first step of a warm-up has learning rate 0, and this run has no "
+        "other.\n            Set train.warmup_ratio: 0 (it is 0.1), or train for more steps.\n" in shown
+    )
+    before, after = losses(tmp_path / "run", "eval")
+    assert before == after
+
+
+def test_what_became_of_long_rows_is_shown(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "1 and 2 and 3 " * 40}) + '\n{"text": "4"}\n')
+    changes = {"data__train": str(rows), "data__format": "text", "data__eval_fraction": None, "train__max_steps": 2}
+    assert main(settings(world, tmp_path / "run", data__sequence_length=16, **changes)) == 0
+    shown = capsys.readouterr()
+    assert "; 1 row split into documents of at most 16 tokens" in shown.out
+    assert re.search(
+        r"rows\.jsonl:1: \d+ tokens, split into \d+ documents of at most data\.sequence_length 16", shown.err
+    )
 
 
 def test_epochs_count_steps(world: World, tmp_path: Path) -> None:
@@ -327,249 +257,13 @@ def test_adapter_init_from_goes_on_where_the_first_ended(world: World, tmp_path:
     assert losses(tmp_path / "second", "eval")[0] == losses(tmp_path / "first", "eval")[-1]
 
 
-# --- stopping and resuming
-
-
-RESUMED = {"train__max_steps": 10, "train__save_every": 4, "train__eval_every": 5, "train__gradient_accumulation": 2}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(world: World, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    changes = {**RESUMED, "train__optimizer": request.param}
-    assert main(settings(world, out, **changes)) == 0
-    return changes, curve(out), (out / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-WRAP_STEP = """
-original = train.loop.clip_gradients
-def meddled(parameters, max_norm, step):
-    if step == {step}:
-        {action}
-    return original(parameters, max_norm, step)
-train.loop.clip_gradients = meddled
-"""
-
-
-@pytest.mark.parametrize("uninterrupted", ["adamw_8bit"], indirect=True)
-def test_sigterm_saves_and_the_resumed_run_is_the_same_bit_for_bit(
-    world: World, tmp_path: Path, uninterrupted: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changes, expected, adapter = uninterrupted
-    out = tmp_path / "run"
-    arguments = settings(world, out, **changes)
-    stopped = in_a_process(arguments, WRAP_STEP.format(step=7, action="os.kill(os.getpid(), signal.SIGTERM)"))
-    assert stopped.returncode == 0, stopped.stderr
-    assert "SIGTERM: finishing this step, then saving." in stopped.stderr
-    assert f"stopped   by SIGTERM after step 7 of 10; saved in {out / 'checkpoints'}" in stopped.stdout
-    assert f"resume    python -m train --config {out / 'config.yaml'}\n" in stopped.stdout
-    assert curve(out) == [entry for entry in expected if entry[1] <= 7]
-    assert (out / "loss.png").is_file()
-    assert not (out / "adapter").exists()
-
-    assert main(["--config", str(out / "config.yaml")]) == 0
-    assert "step-000007, after step 7 of 10" in capsys.readouterr().err
-    assert curve(out) == expected
-    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
-
-
-@pytest.mark.parametrize("uninterrupted", ["adamw"], indirect=True)
-def test_kill_in_the_middle_of_a_save(world: World, tmp_path: Path, uninterrupted: Any) -> None:
-    changes, expected, adapter = uninterrupted
-    out = tmp_path / "run"
-    arguments = settings(world, out, **changes)
-    # The second checkpoint, of step 8: the weights are written, the state is not.
-    kill = """
-original = train.checkpoint.write_atomically
-def meddled(path, data):
-    if "step-000008" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(path, data)
-train.checkpoint.write_atomically = meddled
-"""
-    assert in_a_process(arguments, kill).returncode == -signal.SIGKILL
-    assert any(path.name != "step-000004" for path in (out / "checkpoints").iterdir())  # something half-written
-    assert max(entry[1] for entry in curve(out)) == 8
-    assert main(arguments) == 0
-    assert curve(out) == expected
-    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
-
-
-def test_a_second_interrupt_stops_at_once(world: World, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    interrupts = "signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)"
-    stopped = in_a_process(settings(world, out), WRAP_STEP.format(step=2, action=interrupts))
-    assert stopped.returncode == 130, stopped.stderr
-    assert "Ctrl-C again stops at once" in stopped.stderr
-    assert stopped.stderr.endswith("interrupted\n")
-    assert "Traceback" not in stopped.stderr
-    assert not (out / "checkpoints").exists()
-
-
-def test_a_signal_during_the_first_evaluation_loses_nothing(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert main(settings(world, whole, train__max_steps=2)) == 0
-    import train.evaluate
-
-    original = train.evaluate.batch_loss
-
-    def stopping(*args: Any, **kwargs: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr("train.evaluate.batch_loss", stopping)
-    arguments = settings(world, out, train__max_steps=2, train__micro_batch_size=1, train__gradient_accumulation=2)
-    assert main(arguments) == 0
-    assert read_metrics(out / "metrics.jsonl") == []
-    monkeypatch.undo()
-    assert main(arguments) == 0
-    assert [entry[:2] for entry in curve(out)] == [entry[:2] for entry in curve(whole)]
-
-
-def test_a_kill_between_the_last_checkpoint_and_the_end(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-    arguments = settings(world, out, train__max_steps=3)
-    monkeypatch.setattr("train.loop.Loop._evaluate", lambda self: None if self.progress.step == 0 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        main(arguments)
-    assert "ZeroDivisionError" in (out / "run.log").read_text()
-    monkeypatch.undo()
-    assert main(arguments) == 0
-    assert [entry[:2] for entry in curve(out)] == [("train", 1), ("train", 2), ("train", 3), ("eval", 3)]
-    assert (out / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def test_resume_from_a_named_checkpoint_of_another_folder(world: World, tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert main(settings(world, first, train__save_every=4)) == 0
-    resume = str(first / "checkpoints" / "step-000004")
-    assert main(settings(world, second, train__save_every=4, train__resume=resume)) == 0
-    assert curve(second) == curve(first)
-
-
-def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    shown = capsys.readouterr().err
-    assert "Traceback" not in shown
-    return shown[shown.index("error: ") :]
-
-
-def test_resume_never_does_not_overwrite(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    assert main(settings(world, out, train__max_steps=2, train__resume="never")) == 0
-    arguments = settings(world, out, train__max_steps=2, train__resume="never")
-    message = error_of(arguments, capsys)
-    assert f"train.resume: never, but {out / 'checkpoints'} holds checkpoints (the newest: step-000002)" in message
-    assert f"rm -r {out / 'checkpoints'}" in message
-    shutil.rmtree(out / "checkpoints")
-    assert main(arguments) == 0
-    assert [entry[:2] for entry in curve(out)] == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2)]
-
-
-def test_another_config_in_the_same_folder_is_refused(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    assert main(settings(world, out, train__max_steps=1)) == 0
-    message = error_of(settings(world, out, train__max_steps=1, train__seed=5), capsys)
-    assert "train.seed is 5, the checkpoint has 0" in message
-
-
-def test_a_constant_rate_run_can_be_made_longer_but_not_shorter(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, constant = tmp_path / "run", {"train__schedule": "constant", "train__warmup_ratio": 0.0}
-    assert main(settings(world, out, train__max_steps=2, **constant)) == 0
-    assert main(settings(world, out, train__max_steps=4, **constant)) == 0
-    assert len(losses(out, "train")) == 4
-    message = error_of(settings(world, out, train__max_steps=3, **constant), capsys)
-    assert "is at step 4, beyond this run's last step, 3" in message
-
-
-def test_two_runs_in_one_folder_are_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import fcntl
-
-    out = tmp_path / "run"
-    out.mkdir()
-    with (out / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert f"another run is writing to {out}" in error_of(settings(world, out), capsys)
-
-
-# --- what is wrong with a run
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    changes = {"train__learning_rate": 1e15, "train__warmup_ratio": 0.5, "train__save_every": 1}
-    message = error_of(settings(world, out, **changes), capsys)
-    done = len(losses(out, "train"))
-    assert 1 <= done < 6, message
-    what = rf"step {done + 1}: the (loss|gradient of \S+) is not finite \(\S+\)\. No weight was changed in this step\."
-    assert re.match(f"error: {what}", message)
-    assert "Lower train.learning_rate" in message
-    assert f"The last checkpoint is {out / 'checkpoints' / f'step-{done:06d}'}." in message
-    assert len(message.splitlines()) == 3
-    assert not (out / "adapter").exists()
-    assert (out / "loss.png").is_file()
-    log = (out / "run.log").read_text()
-    assert "Traceback (most recent call last)" in log
-    assert re.search(what, log)
-
-
-def test_weights_that_are_not_finite_are_not_saved(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    changes = {"train__learning_rate": 1e38, "train__warmup_ratio": 0.0, "train__save_every": 1}
-    message = error_of(settings(world, out, **changes), capsys)
-    assert re.match(r"error: after step 1 \S+ is not finite, so that no checkpoint is written\.", message)
-    assert "No checkpoint was written yet" in message
-    assert not (out / "checkpoints").exists()
-
-
-def test_a_missing_checkpoint_is_named(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    missing = tmp_path / "nothing" / "here"
-    message = error_of(settings(world, tmp_path / "run", model__path=str(missing)), capsys)
-    assert str(missing) in message
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without CUDA")
-def test_a_missing_device_is_named(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = error_of(settings(world, tmp_path / "run", train__device="cuda"), capsys)
-    assert message.startswith("error: device 'cuda' is not here")
-
-
-def test_an_output_folder_that_cannot_be_made(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = settings(world, tmp_path / "run")
-    (tmp_path / "file").write_text("")
-    message = error_of([*arguments, "--set", f"output.dir={tmp_path / 'file' / 'run'}"], capsys)
-    assert message.startswith(f"error: output.dir: {tmp_path / 'file' / 'run'} can't be written to")
-
-
-def test_bad_rows_are_counted_and_listed(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, rows = tmp_path / "run", tmp_path / "rows.jsonl"
-    rows.write_text(world.rows.read_text() + '{"messages": null}\nnot json\n')
-    assert main(settings(world, out, data__train=str(rows), train__max_steps=1)) == 0
-    shown = capsys.readouterr()
-    assert f"{rows}:97: " in shown.err
-    assert f"2 skipped (see {out / 'skipped_rows.jsonl'})" in shown.out
-    skipped = [json.loads(line) for line in (out / "skipped_rows.jsonl").read_text().splitlines()]
-    assert [row["line"] for row in skipped] == [97, 98]
-
-
 # --- the configs that come with the project
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_run_at_a_tiny_size(path: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs_run_at_a_tiny_size(
+    path: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     values = yaml.safe_load(path.read_text())
     changes = {
@@ -589,6 +283,11 @@ def test_configs_run_at_a_tiny_size(path: Path, world: World, tmp_path: Path, mo
     overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     assert main(["--config", str(path), *overrides]) == 0
     assert len(losses(out, "train")) == 2
+    model = {"storage": "nf4", "dtype": "bfloat16", **values["model"]}
+    stored = model["dtype"] if model["storage"] == "none" else model["storage"]
+    table = capsys.readouterr().out
+    for group in ("routed experts", "attention"):
+        assert re.search(rf"^  {group} +[\d,]+ +{stored} ", table, re.M), group
     assert (out / ("model" if values["adapter"]["kind"] == "none" else "adapter")).is_dir()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from train.schedule import Schedule, learning_rate, set_learning_rate, warmup_steps
+from train.schedule import Schedule, learning_rate, learns, set_learning_rate, warmup_steps
 
 PEAK = 3e-4
 
@@ -43,6 +43,14 @@ def test_past_the_end_stays_at_zero() -> None:
     assert learning_rate("linear", PEAK, 30, 20, 5) == 0
     assert learning_rate("cosine", PEAK, 30, 20, 5) == 0
     assert learning_rate("constant", PEAK, 30, 20, 5) == PEAK
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_only_a_single_step_of_warm_up_learns_nothing(schedule: Schedule) -> None:
+    assert not learns(schedule, 1, 0.1)
+    assert learns(schedule, 1, 0.0)
+    assert learns(schedule, 2, 0.1)
+    assert learns(schedule, 2, 1.0)
 
 
 def test_unknown_schedule() -> None:

@@ -23,8 +23,9 @@ from train.config import Config, parse_config
 from train.data import Data, load_data
 from train.loop import training_step
 from train.metrics import read_metrics
+from train.model import load_trainable_model
 from train.report import Report
-from train.run import load_trainable_model, run
+from train.run import run
 
 CPU = torch.device("cpu")
 # None is the default of its key, nor a number that a forgotten one could stand in for.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from quant.errors import NibbleError
 from train.config import check_files, config_schema, dump_config, load_config
+from train.console import flush_streams, say
 from train.schema import help_text
 
 EXAMPLE = "python -m train --config configs/glm47_qlora.yaml --set train.max_steps=3 --print-config"
@@ -42,18 +43,18 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.print_schema:
-        print(json.dumps(config_schema(), indent=2, ensure_ascii=False))
+        say(json.dumps(config_schema(), indent=2, ensure_ascii=False), sys.stdout)
         return 0
     if arguments.config is None:
         parser().error("--config FILE is required, e.g. --config configs/glm47_qlora.yaml")
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
-            print(dump_config(config), end="")
+            say(dump_config(config).removesuffix("\n"), sys.stdout)
             return 0
         check_files(config)
         if arguments.check:
-            print(f"{arguments.config}: ok")
+            say(f"{arguments.config}: ok", sys.stdout)
             return 0
         # Only now: importing torch takes seconds, and a mistake in a config must show at once.
         from train.run import run
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(error)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", sys.stderr)
         return 130
 
 
@@ -71,8 +72,12 @@ def print_error(error: NibbleError) -> None:
     """`error: …` on standard error, its further lines indented under the first."""
     first, *rest = str(error).splitlines()
     indent = " " * len("error: ")
-    print("\n".join([f"error: {first}", *(indent + line.removeprefix(indent) for line in rest)]), file=sys.stderr)
+    say("\n".join([f"error: {first}", *(indent + line.removeprefix(indent) for line in rest)]), sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    finally:
+        flush_streams()  # argparse, too, prints and leaves: --help | head
+    sys.exit(code)

@@ -152,10 +152,7 @@ class StepBatches:
 
     def _data(self) -> str:
         if self._fingerprint is None:
-            digest = hashlib.sha256(self._examples.fingerprint().encode())
-            digest.update(self._packing.order.astype(np.int64).tobytes())
-            digest.update(self._packing.offsets.astype(np.int64).tobytes())
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = _fingerprint(self._examples, self._packing)
         return self._fingerprint
 
 
@@ -164,6 +161,13 @@ class EvalBatches:
 
     def __init__(self, examples: Examples, packing: Packing, *, micro_batch_size: int):
         self._examples, self._packing, self._size = examples, packing, micro_batch_size
+        self._fingerprint: str | None = None
+
+    def fingerprint(self) -> str:
+        """Changes when any token or its place does: losses are then not to be compared."""
+        if self._fingerprint is None:
+            self._fingerprint = _fingerprint(self._examples, self._packing)
+        return self._fingerprint
 
     def __len__(self) -> int:
         return -(-len(self._packing) // self._size)
@@ -172,3 +176,10 @@ class EvalBatches:
         for start in range(0, len(self._packing), self._size):
             sequences = range(start, min(start + self._size, len(self._packing)))
             yield make_batch(self._examples, np.concatenate([self._packing[s] for s in sequences]))
+
+
+def _fingerprint(examples: Examples, packing: Packing) -> str:
+    digest = hashlib.sha256(examples.fingerprint().encode())
+    digest.update(packing.order.astype(np.int64).tobytes())
+    digest.update(packing.offsets.astype(np.int64).tobytes())
+    return digest.hexdigest()

@@ -132,7 +132,8 @@ class DataConfig(Section):
         "completion; text.",
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(
-        default=2048, description="Tokens in a training sequence; a longer row is cut."
+        default=2048,
+        description="Tokens in a training sequence; a longer row is cut, with data.format: text split into several.",
     )
     packing: bool = Field(
         default=True,

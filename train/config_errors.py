@@ -52,10 +52,11 @@ def _missing(name: str, document: Document, schema: Schema) -> Problem:
 
 
 def _combination(names: tuple[str, ...], text: str, document: Document) -> Problem:
-    # Point at the first of the keys that was written (a default stands on no line); a --set goes before the file,
-    # since it is what turned a working file into this.
+    # Point at the first of the keys that was written (a default stands on no line), be it as a part of a mapping that
+    # was written whole; a --set goes before the file, since it is what turned a working file into this.
     paths: list[KeyPath] = [tuple(name.split(".", 2)) for name in names]
-    written = [document.place(path) for path in paths if path in document.places] or [document.place(paths[0])]
+    written = [document.place(path) for path in paths if {path, path[:2]} & document.places.keys()]
+    written = written or [document.place(paths[0])]
     return Problem(max(written, key=lambda place: place.source), text)
 
 

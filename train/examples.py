@@ -14,6 +14,10 @@ appended. `text` and joined completions end with eos.
 
 A token belongs to a span when it covers any of its characters, also when it begins before it: what the model
 must write has to be learnt, whatever the prompt shares with its first token.
+
+Rows longer than data.sequence_length. A conversation or a prompt and its completion is cut: what would follow has lost
+what it answers. A text is split into documents that fill the sequence, so that all of it is learnt: each begins with
+the last token of the one before, which is learnt there and here is what the next token is predicted from.
 """
 
 from __future__ import annotations
@@ -43,8 +47,8 @@ class Examples:
     """n tokenised examples over shared storage; subsets copy no tokens.
 
     tokens: int32 and mask: bool, all examples one after another; mask is True where a token carries loss.
-    starts: int64 [n]; lengths: int32 [n]; rows: int64 [n], the row each is made from (a row of messages may make
-    several); labelled: int32 [n], tokens that carry loss. The first token of an example has nothing before it
+    starts: int64 [n]; lengths: int32 [n]; rows: int64 [n], the row each is made from (a row of messages or a long text
+    may make several); labelled: int32 [n], tokens that carry loss. The first token of an example has nothing before it
     to be predicted from, so it never does.
     """
 
@@ -99,8 +103,9 @@ class DataReport:
     """What became of the rows.
 
     rows: read, usable or not. examples, tokens, labelled: made of the usable ones. skipped: rows by reason.
-    cut: examples cut to sequence_length. lost: examples of usable rows dropped because nothing to learn was left
-    after cutting. longest: tokens of the longest example before cutting.
+    cut: examples cut to sequence_length. split: texts longer than sequence_length, made into several examples. lost:
+    examples of usable rows dropped because nothing to learn was left after cutting. longest: tokens of the longest
+    example before cutting or splitting.
     """
 
     rows: int
@@ -109,6 +114,7 @@ class DataReport:
     labelled: int
     longest: int
     cut: int
+    split: int
     lost: int
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_rows: list[SkippedRow] = field(default_factory=list, repr=False)
@@ -129,14 +135,14 @@ def build_examples(
 ) -> tuple[Examples, DataReport]:
     """Read, check and tokenise all rows of `files`; the same files give the same arrays.
 
-    An example longer than sequence_length is cut to it if something to learn is left, else dropped.
+    An example longer than sequence_length is cut to it if something to learn is left, else dropped; a text is split.
     warn: receives one line for a bad or cut row (see RowLog). progress: receives the share done, 0 to 1.
     Raises NibbleError for files that can't be read, for the first bad row with on_bad_row "error", and when no row
     is usable, and for messages when there is no template.
     """
     if form == "messages" and template is None:
         raise missing_template(tokenizer.where)
-    builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn))
+    builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn), splits=form == "text")
     pending: list[_Piece] = []
     for row in read_rows(files, form=form, fields=fields, key=key):
         builder.rows += 1
@@ -224,9 +230,12 @@ def _texts(
 
 
 class _Builder:
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, sequence_length: int, log: RowLog):
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, sequence_length: int, log: RowLog, splits: bool
+    ):
         self.tokenizer, self.template, self.sequence_length, self.log = tokenizer, template, sequence_length, log
-        self.rows = self.longest = self.cut = self.lost = 0
+        self.splits = splits
+        self.rows = self.longest = self.cut = self.split = self.lost = 0
         self._ids: list[NDArray[np.int32]] = []
         self._masks: list[NDArray[np.bool_]] = []
         self._rows: list[int] = []
@@ -290,16 +299,25 @@ class _Builder:
         for ids, mask in examples:
             self.longest = max(self.longest, len(ids))
             mask[:1] = False
-            if not mask[:limit].any():
+            if not (mask if self.splits else mask[:limit]).any():
                 continue
             kept += 1
-            if len(ids) > limit:
+            # Neighbours share a token: the first of a document is not predicted there.
+            starts = range(0, len(ids) - 1, limit - 1) if self.splits else (0,)
+            if len(starts) > 1:
+                self.split += 1
+                what = f"{len(ids):,} tokens, split into {len(starts):,} documents of at most data.sequence_length"
+                self.log.note("split", f"{row.file}:{row.line}: {what} {limit:,}")
+            elif len(ids) > limit:
                 self.cut += 1
                 what = f"{len(ids):,} tokens, cut to data.sequence_length {limit:,}"
                 self.log.note("cut", f"{row.file}:{row.line}: {what}")
-            self._ids.append(np.array(ids[:limit], np.int32))
-            self._masks.append(mask[:limit].copy())
-            self._rows.append(piece.index)
+            for start in starts:
+                self._ids.append(np.array(ids[start : start + limit], np.int32))
+                part = mask[start : start + limit].copy()
+                part[:1] = False
+                self._masks.append(part)
+                self._rows.append(piece.index)
         if kept:
             self.lost += len(examples) - kept
             if kept < len(examples):
@@ -338,6 +356,7 @@ class _Builder:
             labelled=examples.total_labelled,
             longest=self.longest,
             cut=self.cut,
+            split=self.split,
             lost=self.lost,
             skipped=dict(Counter(row.reason for row in skipped)),
             skipped_rows=skipped,

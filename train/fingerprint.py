@@ -1,4 +1,4 @@
-"""What a resumed run must share with its checkpoint."""
+"""What a resumed run must share with its checkpoint, and what makes two runs the same."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 
 from train.config import Config
 
+# Files may have moved: what they hold counts, and is compared by train.run.
+_FILES = ("model.path", "data.train", "data.eval")
+
 # Keys that may change between a checkpoint and its resumption: they leave every later weight as it would have been
 # (on the same device; another device changes rounding only).
 _FREE_ON_RESUME = (
+    *_FILES,
     "data.on_bad_row",
     "train.activation_checkpointing",
     "train.log_every",
@@ -30,8 +34,7 @@ def resume_fingerprint(config: Config) -> dict[str, Any]:
     The length of the run counts, since the warm-up and the decay are shares of it; with a constant schedule and no
     warm-up it does not, so that such a run can be extended.
     """
-    values = config.model_dump(mode="json")
-    flat = {f"{name}.{key}": value for name, section in values.items() for key, value in section.items()}
+    flat = _flat(config)
     dropped = set(_FREE_ON_RESUME)
     if config.adapter.kind == "none":
         dropped |= {key for key in flat if key.startswith("adapter.") and key != "adapter.kind"}
@@ -41,6 +44,18 @@ def resume_fingerprint(config: Config) -> dict[str, Any]:
     elif train.max_steps is not None:
         dropped.add("train.epochs")
     return {key: value for key, value in flat.items() if key not in dropped}
+
+
+def run_identity(config: Config) -> str:
+    """Two configs with the same identity describe the same run of the same length, from files of the same names."""
+    flat = _flat(config)
+    also = {key: flat[key] for key in (*_FILES, "train.epochs", "train.max_steps")}
+    return fingerprint_hash({**resume_fingerprint(config), **also})
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    return {f"{name}.{key}": value for name, section in values.items() for key, value in section.items()}
 
 
 def fingerprint_hash(fingerprint: dict[str, Any]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from models.tensorfile import disk_error
 from quant.errors import NibbleError
 
 Record = dict[str, Any]
@@ -41,34 +44,42 @@ class MetricsLog:
     Records of training steps have kind "train", evaluations kind "eval"; the fields are those that `train.loop` gives.
     `resume_step` is the step of the checkpoint that the run goes on from: records of later steps, which the run is
     about to make again, are dropped, so that the file holds each step once. None starts an empty file.
+
+    Every method but `close` raises NibbleError naming the file when the disk is full or not writable.
     """
 
     def __init__(self, path: Path, tensorboard_dir: Path | None, resume_step: int | None) -> None:
         self.path = path
         kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-        os.replace(partial, path)
         self._evaluated = {int(record["step"]) for record in kept if record["kind"] == "eval"}
-        self._file = path.open("a", encoding="utf-8")
+        with _disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+            os.replace(partial, path)
+            self._file = path.open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # TensorBoard never rewrites its files: purge_step tells it to hide what an earlier run wrote from there on.
-            self._events = SummaryWriter(str(tensorboard_dir), purge_step=0 if resume_step is None else resume_step + 1)
+            purge = 0 if resume_step is None else resume_step + 1
+            with _disk_errors(tensorboard_dir):
+                # TensorBoard never rewrites its files: purge_step tells it to hide what an earlier run wrote from there
+                # on.
+                self._events = SummaryWriter(str(tensorboard_dir), purge_step=purge)
 
     def write(self, record: Record) -> None:
         """Append a record; it must have `kind` and `step`."""
-        self._file.write(_line(record))
-        self._file.flush()  # to the system: a killed process loses nothing
+        with _disk_errors(self.path):
+            self._file.write(_line(record))
+            self._file.flush()  # to the system: a killed process loses nothing
         if record["kind"] == "eval":
             self._evaluated.add(int(record["step"]))
         if self._events is not None:
-            for name, value in record.items():
-                if name not in ("kind", "step") and isinstance(value, int | float):
-                    self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            with _disk_errors(Path(self._events.log_dir)):
+                for name, value in record.items():
+                    if name not in ("kind", "step") and isinstance(value, int | float):
+                        self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def evaluated(self, step: int) -> bool:
         """Whether the held-out loss after `step` is already on record."""
@@ -76,15 +87,20 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Bring everything to the disk. To be called before a checkpoint is written, which counts on these records."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _disk_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if self._events is not None:
-            self._events.flush()
+            with _disk_errors(Path(self._events.log_dir)):
+                self._events.flush()
 
     def close(self) -> None:
-        self._file.close()
+        # Whatever could not be written was an error when it was written: here it would only hide that one.
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):
+                self._events.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -93,6 +109,14 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def _line(record: Record) -> str:

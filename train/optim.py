@@ -66,12 +66,8 @@ def build_optimizer(
     if name == "adamw" and all(parameter.dtype == torch.float32 for _, parameter in trained):
         return torch.optim.AdamW(groups, fused=True, **options)
 
-    device = next((parameter.device for _, parameter in trained if not parameter.is_cuda), None)
-    if name.startswith("paged_") and device is not None:
-        raise NibbleError(
-            f"train.optimizer: {name} needs CUDA (it pages its state between GPU and host); this run is on"
-            f" {device.type}.\nUse {name.removeprefix('paged_')}, or train.device: cuda."
-        )
+    for device in {parameter.device for _, parameter in trained}:
+        require_device(name, device)
     from quant.fourbit import import_bitsandbytes  # slow to import, and not needed for the common case
 
     library = import_bitsandbytes().optim
@@ -83,6 +79,15 @@ def build_optimizer(
     }
     optimizer: Optimizer = classes[name](groups, **options)
     return optimizer
+
+
+def require_device(name: str, device: torch.device) -> None:
+    """Raises NibbleError when the optimiser `name` can't work on `device`."""
+    if name.startswith("paged_") and device.type != "cuda":
+        raise NibbleError(
+            f"train.optimizer: {name} needs CUDA (it pages its state between GPU and host); this run is on"
+            f" {device.type}.\nUse {name.removeprefix('paged_')}, or train.device: cuda."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- before the step

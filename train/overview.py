@@ -14,7 +14,8 @@ from models.native import describe
 from parallel.device import device_name
 from train.config import Config
 from train.data import Data
-from train.report import format_bytes, format_seconds, table
+from train.report import counted, format_bytes, format_seconds, table
+from train.schedule import learns
 
 _GROUP_NAMES = {
     "experts": "routed experts",
@@ -30,8 +31,8 @@ def model_text(model: CausalLM, name: str, folder: Path, device: torch.device) -
     where = f"1 × {device_name(device)}"
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        where = f"{device_name(device)}, {threads} thread{'s' if threads > 1 else ''}"
-    stored = describe(model.spec, model.dtype)
+        where = f"{device_name(device)}, {counted(threads, 'thread')}"
+    stored = describe(model.spec, model.dtype).removeprefix("none, ")
     title = f"{Path(name).name} ({model.model_type}) from {folder} · {stored} · {where}"
     header = ("group", "parameters", "stored", "size", "trained", "")
     rows = [header, *(_cells(row) for row in parameter_table(model))]
@@ -51,18 +52,19 @@ def _cells(row: GroupRow) -> tuple[str, ...]:
 
 
 def data_text(data: Data, config: Config, skipped_path: Path) -> str:
-    """What became of the rows."""
-    rows = sum(report.rows for report in data.reports)
+    """What became of the rows: those trained on, those held out, and those that could not be used as they are."""
     length, examples = config.data.sequence_length, data.examples
-    kind = "packed sequences" if config.data.packing else "sequences"
+    sequences = counted(len(data.packing), "packed sequence" if config.data.packing else "sequence")
     text = (
-        f"  data      {rows:,} rows → {len(data.packing):,} {kind} of at most {length:,} tokens "
+        f"  data      {counted(examples.total_rows, 'row')} → {sequences} of at most {length:,} tokens "
         f"({data.packing.fill:.1%} filled)"
     )
-    text += f"; {data.held_out_rows:,} rows held out" if data.held_out is not None else "; no rows held out"
+    text += f"; {counted(data.held_out_rows, 'row')} held out" if data.held_out is not None else "; no rows held out"
     text += f"; {data.skipped:,} skipped (see {skipped_path})" if data.skipped else ""
-    cut = sum(report.cut for report in data.reports)
+    cut, split, lost = (sum(getattr(report, name) for report in data.reports) for name in ("cut", "split", "lost"))
     text += f"; {cut:,} cut to {length:,} tokens" if cut else ""
+    text += f"; {counted(split, 'row')} split into documents of at most {length:,} tokens" if split else ""
+    text += f"; {counted(lost, 'turn')} left out, with nothing to learn within {length:,} tokens" if lost else ""
     return text + (
         f"\n            {examples.total_tokens:,} tokens to train on, {examples.total_labelled:,} of them carry loss"
     )
@@ -70,16 +72,23 @@ def data_text(data: Data, config: Config, skipped_path: Path) -> str:
 
 def plan_text(model: CausalLM, data: Data, config: Config, total_steps: int) -> str:
     """How long the run is, and the memory that is known beforehand."""
+    train = config.train
     per_step = round(data.examples.total_tokens / data.train.steps_per_epoch)
     epochs = total_steps / data.train.steps_per_epoch
     trained = [parameter for _, parameter in trainable_parameters(model)]
     weights = parameter_table(model)[-1].nbytes
     own = sum(p.numel() * p.element_size() for p in trained)
-    state = sum(_state_bytes(p.numel(), config.train.optimizer.endswith("8bit")) for p in trained)
+    state = sum(_state_bytes(p.numel(), train.optimizer.endswith("8bit")) for p in trained)
     lora = f"LoRA {format_bytes(own)}, " if config.adapter.kind == "lora" else ""
+    warning = ""
+    if not learns(train.schedule, total_steps, train.warmup_ratio):
+        warning = (
+            f"  warning   nothing will be learnt: the first step of a warm-up has learning rate 0, and this run has no "
+            f"other.\n            Set train.warmup_ratio: 0 (it is {train.warmup_ratio:g}), or train for more steps.\n"
+        )
     return (
-        f"  plan      {total_steps:,} steps × about {per_step:,} tokens ({epochs:.3g} epochs)\n"
-        f"  memory    weights {format_bytes(weights)}, {lora}gradients {format_bytes(own)}, optimiser "
+        f"  plan      {counted(total_steps, 'step')} × about {per_step:,} tokens ({counted(epochs, 'epoch')})\n"
+        f"{warning}  memory    weights {format_bytes(weights)}, {lora}gradients {format_bytes(own)}, optimiser "
         f"{format_bytes(state)}; activations come on top\n"
     )
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from models.tensorfile import disk_error
 from train.metrics import Record
 
 
@@ -14,6 +15,7 @@ def loss_curve(records: Sequence[Record], path: Path, title: str) -> None:
     """Write the loss curve of these records (metrics.jsonl's) to `path` as a PNG of 960 × 540 pixels.
 
     A noisy training loss is drawn faint beneath its running mean, so that both the noise and the trend can be seen.
+    Raises NibbleError when the disk is full or not writable; a picture that was there before is then as it was.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,8 +50,12 @@ def loss_curve(records: Sequence[Record], path: Path, title: str) -> None:
         axes.legend(frameon=False)
 
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
 
 
 def _running_mean(values: Sequence[float], reach: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -11,14 +12,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from train.console import say, silence
+
 
 class Report:
     """The voice of a run. As a context manager it also writes the traceback of an error that ends the run to the log,
-    which is where a traceback belongs: the terminal gets the message alone."""
+    which is where a traceback belongs: the terminal gets the message alone.
+
+    A terminal that has gone away and a full disk take its words, and nothing else: training goes on, and what matters
+    (metrics, checkpoints) has errors of its own."""
 
     def __init__(self, log_path: Path) -> None:
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log_path.open("a", encoding="utf-8")
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = log_path.open("a", encoding="utf-8")
+        except OSError as error:
+            from models.tensorfile import disk_error  # needs torch, which the demo's --help must not wait for
+
+            raise disk_error(error, log_path) from error
         self._write_log(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} ---")
         self._live: Any = None  # rich.live.Live while a progress line is on the terminal
         # What the models have to say (which converted copy they read, …) belongs among the rest.
@@ -27,30 +38,37 @@ class Report:
     def result(self, text: str = "") -> None:
         """Something that the user asked for: a table, the summary."""
         self._above_live()
-        print(text, file=sys.stdout, flush=True)
+        say(text, sys.stdout)
         self._write_log(text)
 
     def note(self, text: str) -> None:
         """Something that happened on the way."""
         self._above_live()
-        print(text, file=sys.stderr, flush=True)
+        say(text, sys.stderr)
         self._write_log(text)
 
     def progress(self, text: str, keep: bool) -> None:
         """The state of long work in one line. On a terminal the line is redrawn in place; elsewhere, and in the log, a
         line is written when `keep` says that this one is worth keeping."""
         if sys.stderr.isatty():
-            self._redraw(text)
+            try:
+                self._redraw(text)
+            except OSError:  # the terminal was closed
+                self.end_progress()
+                silence(sys.stderr)
         elif keep:
-            print(text, file=sys.stderr, flush=True)
+            say(text, sys.stderr)
         if keep:
             self._write_log(text)
 
     def end_progress(self) -> None:
         """Leave the last progress line where it is and go on below it."""
         if self._live is not None:
-            self._live.stop()
-            self._live = None
+            live, self._live = self._live, None
+            try:
+                live.stop()
+            except OSError:
+                silence(sys.stderr)
 
     def __enter__(self) -> Report:
         self._logger.addHandler(self._handler)
@@ -66,7 +84,8 @@ class Report:
         self._logger.setLevel(self._logger_level)
         if error is not None:
             self._write_log("".join(traceback.format_exception(error)).rstrip())
-        self._log.close()
+        with contextlib.suppress(OSError):  # of a full disk; it would hide the error that ended the run
+            self._log.close()
 
     def _above_live(self) -> None:
         # A line printed now would be overdrawn by the next refresh; ending the display keeps both, in order.
@@ -80,13 +99,15 @@ class Report:
         line = Text(text)
         if self._live is None:
             # Without its refresh thread: the line changes when a step ends and at no other time.
-            self._live = Live(line, console=Console(stderr=True), auto_refresh=False, redirect_stdout=False)
-            self._live.start()
+            live = Live(line, console=Console(stderr=True), auto_refresh=False, redirect_stdout=False)
+            live.start()
+            self._live = live
         self._live.update(line, refresh=True)
 
     def _write_log(self, text: str) -> None:
-        self._log.write(text + "\n")
-        self._log.flush()
+        with contextlib.suppress(OSError):
+            self._log.write(text + "\n")
+            self._log.flush()
 
 
 class _Notes(logging.Handler):
@@ -109,6 +130,12 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         ]
         lines.append(("  " + "   ".join(cells)).rstrip())
     return "\n".join(lines)
+
+
+def counted(number: float, noun: str) -> str:
+    """ "1 step", "1,214 steps", "0.5 epochs" """
+    text = f"{number:,}" if isinstance(number, int) else f"{number:,.3g}"
+    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
 
 
 def format_bytes(count: int, digits: int = 2) -> str:

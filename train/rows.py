@@ -153,6 +153,10 @@ def read_rows(
             raise NibbleError(f"{key}: {path} does not exist (relative to {Path.cwd()}).")
         if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
             raise NibbleError(f"{key}: {path} is neither .jsonl, .json (one object per line) nor .parquet.")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise NibbleError(f"{key}: {path} can't be read: {error.strerror}.") from error
     return _rows_of(paths, form, fields or {}, key)
 
 

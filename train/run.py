@@ -14,6 +14,7 @@ output.dir/
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -25,27 +26,26 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from models.adapter import load_adapter, save_adapter
+from models.adapter import save_adapter
 from models.decoder import CausalLM
 from models.export import export_hub
-from models.load import ModelFolder, load_model, open_folder
-from models.lora import AdapterSpec, add_lora, trainable_parameters
-from models.tensorfile import write_atomically
+from models.load import ModelFolder, open_folder
+from models.lora import trainable_parameters
+from models.tensorfile import disk_error, write_atomically
 from parallel.device import choose_device
 from quant.errors import NibbleError
 from train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
 from train.config import Config, dump_config
 from train.data import Data, load_data
-from train.fingerprint import fingerprint_hash, resume_fingerprint
+from train.fingerprint import resume_fingerprint, run_identity
 from train.loop import Loop, Progress
 from train.metrics import MetricsLog, read_metrics
+from train.model import check_model, content_fingerprint, load_trainable_model
 from train.optim import build_optimizer, load_optimizer_state, optimizer_state
 from train.overview import data_text, model_text, plan_text, summary_text
 from train.plots import loss_curve
 from train.report import Report
 from train.signals import StopOnSignal
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RunFolder:
@@ -71,23 +71,28 @@ def run(config: Config, config_path: Path | None = None) -> int:
     `config_path` is the file that it was read from, for messages.
     """
     folder = RunFolder(Path(config.output.dir))
-    with _sole_run_in(folder.path), Report(folder.log) as report, _explained_memory_errors():
+    with _sole_run_in(folder.path), Report(folder.log) as report, _explained_errors(folder.path):
         device = choose_device(config.train.device)
         checkpoint = find_checkpoint(config, folder, report)
         if (result := finished_result(config, folder, checkpoint)) is not None:
             report.result(f"This run finished on {result['finished']}; there is nothing left to do.")
             report.result(summary_text(result, config, folder.path))
             return 0
-        folder.finished.unlink(missing_ok=True)
-        write_atomically(folder.config, dump_config(config).encode())
-        started = datetime.fromisoformat(checkpoint.state["started"]) if checkpoint else datetime.now()
+        # What a small file can tell comes before large ones are read: first config.json, then rows, then weights.
+        source = open_folder(config.model.path)
+        check_model(config, source, device)
+        base = {"name": source.name, "fingerprint": content_fingerprint(source)}
+        require_same_base(checkpoint, base, config)
 
         torch.manual_seed(config.train.seed)
-        source = open_folder(config.model.path)
+        started = datetime.fromisoformat(checkpoint.state["started"]) if checkpoint else datetime.now()
         data = load_data(config, source.path, folder.skipped_rows, report, now=started)
+        total_steps = config.train.max_steps or config.train.epochs * data.train.steps_per_epoch
+        restore_data(checkpoint, data, total_steps)
+        folder.finished.unlink(missing_ok=True)
+        write_atomically(folder.config, dump_config(config).encode())
         model = load_trainable_model(config, source, device)
         parameters = trainable_parameters(model)
-        total_steps = config.train.max_steps or config.train.epochs * data.train.steps_per_epoch
 
         report.result(model_text(model, source.name, source.path, device))
         report.result(data_text(data, config, folder.skipped_rows))
@@ -97,14 +102,16 @@ def run(config: Config, config_path: Path | None = None) -> int:
         optimizer = build_optimizer(
             train.optimizer, parameters, train.learning_rate, train.betas, train.eps, train.weight_decay
         )
-        progress = restore(checkpoint, config, folder, model, optimizer, data, total_steps, report)
+        progress = restore(checkpoint, folder, model, optimizer, total_steps, report)
 
         def save() -> None:
             state = {
                 "fingerprint": resume_fingerprint(config),
                 "started": started.isoformat(),
                 "progress": asdict(progress),
+                "base": base,
                 "batches": data.train.state(),
+                "held_out": data.held_out.fingerprint() if data.held_out is not None else None,
             }
             tensors = dict(trainable_parameters(model))
             kept, saved = train.keep_checkpoints, optimizer_state(optimizer)
@@ -135,7 +142,8 @@ def run(config: Config, config_path: Path | None = None) -> int:
             try:
                 complete = loop.run()
             except NibbleError:
-                draw()  # where a loss went wrong is a thing to see
+                with contextlib.suppress(NibbleError):  # of a full disk, which is then what is being raised
+                    draw()  # where a loss went wrong is a thing to see
                 raise
             draw()
             if not complete:
@@ -175,17 +183,11 @@ def finished_result(config: Config, folder: RunFolder, checkpoint: Checkpoint | 
         return None
     try:
         result: dict[str, Any] = json.loads(folder.finished.read_text(encoding="utf-8"))
-        same = result["identity"] == _identity(config) and Path(result["saved"]).is_dir()
+        same = result["identity"] == run_identity(config) and Path(result["saved"]).is_dir()
     except (ValueError, KeyError, TypeError):
         same = False  # a damaged file; the checkpoint knows how far the run is
     older = checkpoint is not None and same and checkpoint.step < result["steps"]
     return result if same and not older else None
-
-
-def _identity(config: Config) -> str:
-    """Two configs with the same identity describe the same run of the same length."""
-    length = {"train.epochs": config.train.epochs, "train.max_steps": config.train.max_steps}
-    return fingerprint_hash({**resume_fingerprint(config), **length})
 
 
 @contextlib.contextmanager
@@ -208,59 +210,57 @@ def _sole_run_in(folder: Path) -> Iterator[None]:
         yield
 
 
-# --- the model
+# --- going on from a checkpoint
 
 
-def load_trainable_model(config: Config, source: ModelFolder, device: torch.device) -> CausalLM:
-    """The model with what the config trains ready to be trained, and all else frozen."""
-    settings, adapter = config.model, config.adapter
-    model = load_model(
-        source.path,
-        storage=settings.storage,
-        dtype=_DTYPES[settings.dtype],
-        device=device,
-        double_quant=settings.double_quant,
-        progress=True,
+def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], config: Config) -> None:
+    """Raises NibbleError when the checkpoint was trained on another base model, wherever that lay.
+
+    base: name and fingerprint (train.model.content_fingerprint) of this run's.
+    """
+    if checkpoint is None or checkpoint.state["base"]["fingerprint"] == base["fingerprint"]:
+        return
+    was = checkpoint.state["base"]["name"]
+    was = "what was there then" if was == base["name"] else was
+    raise NibbleError(
+        f"model.path: {config.model.path} is not the model that {checkpoint.path} was trained on ({was}):\n"
+        "config.json or the weights differ. Set model.path to that model, or start anew in another output.dir."
     )
-    if adapter.kind == "none":
-        model.requires_grad_(True)  # parameters only: the router's correction bias, a buffer, is never trained
-        return model
-    spec = AdapterSpec(
-        targets=adapter.targets,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        rslora=adapter.rslora,
-        layers=adapter.layers,
-        dtype=_DTYPES[adapter.dtype],
-    )
-    if adapter.init_from is not None:
-        load_adapter(model, adapter.init_from, dtype=spec.dtype, expected=spec)
-    else:
-        add_lora(model, spec, config.train.seed)
-    return model
+
+
+def restore_data(checkpoint: Checkpoint | None, data: Data, total_steps: int) -> None:
+    """Let the rows go on after those that the checkpoint has seen.
+
+    Raises NibbleError when they are other rows, or the run has fewer steps than the checkpoint.
+    """
+    if checkpoint is None:
+        return
+    if checkpoint.step > total_steps:
+        raise NibbleError(
+            f"{checkpoint.path} is at step {checkpoint.step}, beyond this run's last step, {total_steps}.\n"
+            "Raise train.max_steps or train.epochs, or name an earlier checkpoint in train.resume."
+        )
+    data.train.restore(checkpoint.state["batches"])
+    if checkpoint.state["held_out"] != (data.held_out.fingerprint() if data.held_out is not None else None):
+        raise NibbleError(
+            f"the held-out rows are not those of {checkpoint.path}, so that losses could not be compared: data.eval\n"
+            "has changed. Restore it, or start anew in another output.dir."
+        )
 
 
 def restore(
     checkpoint: Checkpoint | None,
-    config: Config,
     folder: RunFolder,
     model: CausalLM,
     optimizer: Optimizer,
-    data: Data,
     total_steps: int,
     report: Report,
 ) -> Progress:
     """Put everything back to where the checkpoint was taken, so that the run goes on as if it had not stopped."""
     if checkpoint is None:
         return Progress()
-    if checkpoint.step > total_steps:
-        raise NibbleError(
-            f"{checkpoint.path} is at step {checkpoint.step}, beyond this run's last step, {total_steps}.\n"
-            "Raise train.max_steps or train.epochs, or name an earlier checkpoint in train.resume."
-        )
     checkpoint.load_tensors(trainable_parameters(model))
     load_optimizer_state(optimizer, checkpoint.optimizer_state())
-    data.train.restore(checkpoint.state["batches"])
     checkpoint.restore_rng()
     elsewhere = checkpoint.path.parent.parent / folder.metrics.name
     if not folder.metrics.exists() and elsewhere.exists():
@@ -286,7 +286,7 @@ def write_result(
     """The figures of the finished run, also written to run.json."""
     held_out = {record["step"]: record["loss"] for record in read_metrics(folder.metrics) if record["kind"] == "eval"}
     result = {
-        "identity": _identity(config),
+        "identity": run_identity(config),
         "finished": datetime.now().isoformat(sep=" ", timespec="seconds"),
         "steps": progress.step,
         "held_out_loss_before": held_out.get(0),
@@ -318,9 +318,14 @@ def _last_checkpoint(folder: RunFolder) -> str:
 
 
 @contextlib.contextmanager
-def _explained_memory_errors() -> Iterator[None]:
+def _explained_errors(folder: Path) -> Iterator[None]:
+    """Memory and disk can be full in any step of a run that writes to `folder`: no step has to see to it by itself."""
     try:
         yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise disk_error(error, Path(error.filename or folder)) from error
     except torch.OutOfMemoryError as error:
         raise NibbleError(
             f"the GPU's memory is full: {str(error).splitlines()[0]}\n"

@@ -35,6 +35,12 @@ def learning_rate(schedule: Schedule, peak: float, step: int, total_steps: int, 
     raise ValueError(f"unknown schedule {schedule!r}: constant, linear or cosine")
 
 
+def learns(schedule: Schedule, total_steps: int, warmup_ratio: float) -> bool:
+    """Whether any step has a learning rate above 0. A run of one step with a warm-up has none."""
+    warmup = warmup_steps(total_steps, warmup_ratio)
+    return any(learning_rate(schedule, 1.0, step, total_steps, warmup) > 0 for step in range(total_steps))
+
+
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     """Let the optimiser's next step use `value`, in all groups of parameters."""
     for group in optimizer.param_groups:

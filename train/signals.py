@@ -1,4 +1,4 @@
-"""Stopping on SIGINT and SIGTERM at the end of a step rather than in the middle of one."""
+"""Stopping on SIGINT, SIGTERM and SIGHUP at the end of a step rather than in the middle of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 
 class StopOnSignal:
-    """While this context is open, SIGINT or SIGTERM sets `requested`; a second SIGINT raises KeyboardInterrupt at once.
+    """While this context is open, SIGINT, SIGTERM or SIGHUP (the terminal was closed) sets `requested`; a second SIGINT
+    raises KeyboardInterrupt at once. A SIGHUP that is ignored, as under nohup, stays ignored.
 
     The handlers that were there before are put back on leaving. Outside the main thread Python allows no handlers:
     there the context does nothing and `requested` stays False.
@@ -25,7 +26,9 @@ class StopOnSignal:
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
