@@ -12,6 +12,7 @@ from typing import Any
 
 from models.tensorfile import disk_error
 from quant.errors import NibbleError
+from train.events import ScalarEvents
 
 Record = dict[str, Any]
 
@@ -58,15 +59,10 @@ class MetricsLog:
             partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
             os.replace(partial, path)
             self._file = path.open("a", encoding="utf-8")
-        self._events: Any = None
+        self._events: ScalarEvents | None = None
         if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge = 0 if resume_step is None else resume_step + 1
             with _disk_errors(tensorboard_dir):
-                # TensorBoard never rewrites its files: purge_step tells it to hide what an earlier run wrote from there
-                # on.
-                self._events = SummaryWriter(str(tensorboard_dir), purge_step=purge)
+                self._events = ScalarEvents(tensorboard_dir, 0 if resume_step is None else resume_step + 1)
 
     def write(self, record: Record) -> None:
         """Append a record; it must have `kind` and `step`."""
@@ -76,10 +72,11 @@ class MetricsLog:
         if record["kind"] == "eval":
             self._evaluated.add(int(record["step"]))
         if self._events is not None:
-            with _disk_errors(Path(self._events.log_dir)):
+            with _disk_errors(self._events.folder):
                 for name, value in record.items():
                     if name not in ("kind", "step") and isinstance(value, int | float):
-                        self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+                        self._events.add(f"{record['kind']}/{name}", value, record["step"])
+                self._events.flush()
 
     def evaluated(self, step: int) -> bool:
         """Whether the held-out loss after `step` is already on record."""
@@ -91,7 +88,7 @@ class MetricsLog:
             self._file.flush()
             os.fsync(self._file.fileno())
         if self._events is not None:
-            with _disk_errors(Path(self._events.log_dir)):
+            with _disk_errors(self._events.folder):
                 self._events.flush()
 
     def close(self) -> None:
