@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,6 @@ TOKENS = random_tokens((2, 32))
 GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "router")
 # What PEFT says of patterns that fit parameters; it applies them all the same, as the logits show.
 PATTERN_WARNING = "keys did not match any targeted module and were ignored"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small are not worth sharing out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import relative_error
 
 from models import load_model
 from models.convert import main as convert
 from models.hub import HubCheckpoint
+from tests.helpers import relative_error
 from train import demo, demo_checkpoint
 from train.__main__ import main as train
 from train.chat import load_chat_template
