@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from quant.errors import NibbleError
+
+
+def text_section(config: dict[str, Any]) -> dict[str, Any]:
+    """What describes the text model: the section of its own that a vision-language model's file has, or all of it."""
+    section = config.get("text_config")
+    return section if isinstance(section, dict) else config
 
 
 def integer(config: dict[str, Any], key: str, default: int, where: str, *, least: int = 1) -> int:
@@ -36,6 +43,23 @@ def flag(config: dict[str, Any], key: str, default: bool, where: str) -> bool:
     if not isinstance(value, bool):
         raise NibbleError(f"{where}: {key} must be true or false, got {value!r}.")
     return value
+
+
+def choices(
+    config: dict[str, Any], key: str, default: Sequence[str], allowed: Sequence[str], where: str
+) -> tuple[str, ...]:
+    """`key` as a list of one of `allowed` per layer, or `default`, which has the right length, where it is absent."""
+    value = config.get(key)
+    if value is None:
+        return tuple(default)
+    if not isinstance(value, list) or not set(allowed).issuperset(map(str, value)):
+        wanted = " and ".join(map(repr, allowed))
+        raise NibbleError(f"{where}: {key} must be a list of {wanted}, got {value!r}.")
+    if len(value) != len(default):
+        raise NibbleError(
+            f"{where}: {key} names {len(value)} layers, num_hidden_layers is {len(default)}; make them agree."
+        )
+    return tuple(value)
 
 
 def refuse_unknown_activation(config: dict[str, Any], where: str) -> None:

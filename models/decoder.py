@@ -5,7 +5,8 @@ Shapes: N tokens of a flat batch, B batch, T sequence, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from quant.storage import StorageSpec
 
+from .balance import Balance
 from .documents import Documents
 from .linear import Linear
-from .norm import RMSNorm
 from .rope import RopeConfig
+
+Run = Callable[..., Any]  # run(layer, *inputs): the layer's output, perhaps to be computed again for its gradients
 
 
 class Embedding(nn.Module):
@@ -32,14 +35,15 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`model.*` of a hub checkpoint: everything but the head."""
+    """`model.*` of a hub checkpoint: everything but the head. norm: the final one."""
 
     def __init__(
         self,
         vocabulary: int,
         hidden: int,
-        eps: float,
         layers: Sequence[nn.Module],
+        norm: nn.Module,
+        rope: RopeConfig,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -47,7 +51,19 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(vocabulary, hidden, dtype=dtype, device=device)
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(hidden, eps, dtype=dtype, device=device)
+        self.norm = norm
+        self.rope = rope
+
+    def forward(self, tokens: Tensor, documents: Documents, run: Run) -> Tensor:
+        """tokens int64 [N] of packed documents: the hidden states [N, H] after the final norm.
+
+        run: calls each layer. An architecture whose layers pass on more than hidden states has a forward of its own.
+        """
+        x = self.embed_tokens(tokens)
+        tables = self.rope.tables(documents.positions)
+        for layer in self.layers:
+            x = run(layer, x, documents, tables)
+        return self.norm(x)
 
 
 class CausalLM(nn.Module):
@@ -56,13 +72,13 @@ class CausalLM(nn.Module):
     config: the architecture's parsed configuration. model_type: as in config.json. spec, dtype: how the frozen
     matrices are stored, and the dtype of everything else and of activations.
     activation_checkpointing: in training, keep only every layer's input and compute the layer again for its gradients.
+    balance: what watches how evenly the experts are chosen (models/balance.py); None: nothing does.
     """
 
     def __init__(
         self,
         config: Any,
         decoder: Decoder,
-        rope: RopeConfig,
         *,
         model_type: str,
         tied: bool,
@@ -72,8 +88,8 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.model_type, self.spec, self.dtype = config, model_type, spec, dtype
-        self.rope = rope
         self.activation_checkpointing = False
+        self.balance: Balance | None = None
         self.model = decoder
         vocabulary, hidden = decoder.embed_tokens.weight.shape
         dense = StorageSpec("none")
@@ -91,19 +107,23 @@ class CausalLM(nn.Module):
 
     def hidden(self, tokens: Tensor, documents: Documents) -> Tensor:
         """tokens int64 [N] of packed documents: the hidden states [N, H] after the final norm."""
-        x = self.model.embed_tokens(tokens)
-        tables = self.rope.tables(documents.positions)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for layer in self.model.layers:
-            if recompute:
-                # Nothing in a layer is random, so there is no generator state to keep.
-                x = checkpoint(layer, x, documents, tables, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, documents, tables)
-        return self.model.norm(x)
+        if self.balance is not None:
+            self.balance.begin(documents)
+        return self.model(tokens, documents, self._run)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int64 [B, T], every row a document of its own: logits [B, T, V] in the model's dtype."""
         batch, length = tokens.shape
         documents = Documents.from_lengths([length] * batch, tokens.device)
         return self.lm_head(self.hidden(tokens.flatten(), documents)).unflatten(0, (batch, length))
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> Any:
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return layer(*inputs)
+        # Nothing in a layer is random, so there is no generator state to keep.
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=self._contexts)
+
+    def _contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        """Around a layer's computation and its recomputation, which must not count the experts' choices again."""
+        again = self.balance.paused() if self.balance is not None else contextlib.nullcontext()
+        return contextlib.nullcontext(), again

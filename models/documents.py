@@ -19,22 +19,29 @@ class Documents:
     lengths: tokens of each document, on the host: loops and kernels need them without waiting for the device.
     offsets: int32 [D + 1], where each document starts, and N at the end (`cu_seqlens` of the flash kernels).
     positions: int64 [N], the position of each token in its document.
+    padding: tokens at the end that only fill up the batch. They are computed like the others; what is counted over
+        tokens leaves them out.
     """
 
     lengths: tuple[int, ...]
     offsets: Tensor
     positions: Tensor
+    padding: int = 0
 
     @staticmethod
-    def from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+    def from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu", padding: int = 0) -> Documents:
         if not lengths or min(lengths) < 1:
             raise ValueError(f"documents need a length of at least one token each, got {list(lengths)}")
         ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
         starts = torch.cat((ends.new_zeros(1), ends))
         # Not repeat_interleave: it wakes every thread for a few hundred numbers, milliseconds on a busy machine.
         positions = torch.cat([torch.arange(length) for length in lengths])
-        return Documents(tuple(lengths), starts.to(device, torch.int32), positions.to(device))
+        return Documents(tuple(lengths), starts.to(device, torch.int32), positions.to(device), padding)
 
     @property
     def longest(self) -> int:
         return max(self.lengths)
+
+    @property
+    def real_tokens(self) -> int:
+        return sum(self.lengths) - self.padding

@@ -7,13 +7,32 @@ groups that LoRA can target. A hub key that the table neither names nor declares
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal["attention", "experts", "shared_experts", "dense_mlp", "router", "norm", "embedding", "head"]
+Group = Literal[
+    "attention",
+    "linear_attention",
+    "experts",
+    "shared_experts",
+    "dense_mlp",
+    "router",
+    "indexer",
+    "norm",
+    "embedding",
+    "head",
+]
 # The groups whose matrices LoRA can adapt, in the order in which tables show them.
-TARGET_GROUPS: tuple[Group, ...] = ("attention", "experts", "shared_experts", "dense_mlp", "router")
+TARGET_GROUPS: tuple[Group, ...] = (
+    "attention",
+    "linear_attention",
+    "experts",
+    "shared_experts",
+    "dense_mlp",
+    "router",
+)
+Stored = Literal["storage", "dense", "float32"]
 
 
 @dataclass(frozen=True)
@@ -26,17 +45,21 @@ class Key:
     stored: `storage` follows the model's storage, `dense` has the model's dtype, `float32` is always float32.
     parts: stacked experts only: the per-expert keys with `{e}` for the expert, whose matrices are concatenated
         along their first dimension (gate above up).
+    fused: stacked experts only: an export writes the fused key rather than the parts. Both can be read.
+    is_buffer: not among the parameters that are counted, as transformers counts them.
     """
 
     native: str
     hub: str
     group: Group
     shape: tuple[int, ...]
-    stored: Literal["storage", "dense", "float32"]
+    stored: Stored
     is_storage: bool
     parts: tuple[str, ...] = ()
+    fused: bool = False
+    is_buffer: bool = False
 
-    def hub_keys(self) -> Iterator[str]:
+    def part_keys(self) -> Iterator[str]:
         """The keys under which the hub may hold this tensor unfused: one, or E × parts for stacked experts."""
         if not self.parts:
             yield self.hub
@@ -44,6 +67,13 @@ class Key:
         for expert in range(self.shape[0]):
             for part in self.parts:
                 yield part.format(e=expert)
+
+    def hub_keys(self) -> Iterator[str]:
+        """The keys that an export writes."""
+        if self.fused:
+            yield self.hub
+        else:
+            yield from self.part_keys()
 
 
 @dataclass(frozen=True)
@@ -62,21 +92,47 @@ class KeyMap:
 
 
 class KeyMapBuilder:
-    """Collects keys layer by layer; native and hub names agree but for the fused experts' `.weight`."""
+    """Collects keys layer by layer. Native names are the hub's, but for the fused experts' `.weight`.
 
-    def __init__(self) -> None:
+    hub_model: what the hub has in the place of the leading `model` of native names.
+    Where a single name differs, `hub` gives the hub's.
+    """
+
+    def __init__(self, hub_model: str = "model") -> None:
         self._keys: list[Key] = []
+        self._carried: list[str] = []
+        self._hub_model = hub_model
 
-    def plain(self, name: str, group: Group, shape: tuple[int, ...], *, float32: bool = False) -> None:
+    def _hub(self, name: str) -> str:
+        return f"{self._hub_model}.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+    def plain(
+        self,
+        name: str,
+        group: Group,
+        shape: tuple[int, ...],
+        *,
+        float32: bool = False,
+        is_buffer: bool = False,
+        hub: str | None = None,
+    ) -> None:
         """A norm, an embedding, a bias or a buffer."""
-        self._keys.append(Key(name, name, group, shape, "float32" if float32 else "dense", is_storage=False))
+        stored: Stored = "float32" if float32 else "dense"
+        self._keys.append(
+            Key(name, self._hub(hub or name), group, shape, stored, is_storage=False, is_buffer=is_buffer)
+        )
 
-    def matrix(self, name: str, group: Group, shape: tuple[int, int], stored: str = "storage") -> None:
+    def matrix(
+        self, name: str, group: Group, shape: tuple[int, int], *, stored: Stored = "storage", hub: str | None = None
+    ) -> None:
         """The weight [out, in] of a linear layer."""
-        self._keys.append(Key(f"{name}.weight", f"{name}.weight", group, shape, stored, is_storage=True))  # type: ignore[arg-type]
+        hub_name = self._hub(hub or name)
+        self._keys.append(Key(f"{name}.weight", f"{hub_name}.weight", group, shape, stored, is_storage=True))
 
-    def linear(self, name: str, group: Group, shape: tuple[int, int], *, bias: bool = False) -> None:
-        self.matrix(name, group, shape)
+    def linear(
+        self, name: str, group: Group, shape: tuple[int, int], *, bias: bool = False, stored: Stored = "storage"
+    ) -> None:
+        self.matrix(name, group, shape, stored=stored)
         if bias:
             self.plain(f"{name}.bias", group, shape[:1])
 
@@ -86,15 +142,23 @@ class KeyMapBuilder:
         self.linear(f"{name}.up_proj", group, (width, hidden))
         self.linear(f"{name}.down_proj", group, (hidden, width))
 
-    def experts(self, name: str, experts: int, hidden: int, width: int) -> None:
+    def experts(self, name: str, experts: int, hidden: int, width: int, *, fused: bool = False) -> None:
         """Routed experts: gate and up fused into [E, 2I, H], down [E, H, I]."""
-        gate, up, down = (f"{name}.{{e}}.{part}_proj.weight" for part in ("gate", "up", "down"))
+        hub = self._hub(name)
+        gate, up, down = (f"{hub}.{{e}}.{part}_proj.weight" for part in ("gate", "up", "down"))
         for stack, shape, parts in (
             ("gate_up_proj", (experts, 2 * width, hidden), (gate, up)),
             ("down_proj", (experts, hidden, width), (down,)),
         ):
-            hub = f"{name}.{stack}"
-            self._keys.append(Key(f"{hub}.weight", hub, "experts", shape, "storage", is_storage=True, parts=parts))
+            native, key = f"{name}.{stack}.weight", f"{hub}.{stack}"
+            self._keys.append(Key(native, key, "experts", shape, "storage", is_storage=True, parts=parts, fused=fused))
 
-    def build(self, carried: tuple[str, ...] = ()) -> KeyMap:
-        return KeyMap(tuple(self._keys), carried)
+    def head(self, name: str, shape: tuple[int, int], *, tied: bool) -> None:
+        """The output head; a tied one is the embedding, of which some files hold a copy all the same."""
+        if tied:
+            self._carried.append(re.escape(f"{name}.weight"))
+        else:
+            self.matrix(name, "head", shape, stored="dense")
+
+    def build(self, carried: Iterable[str] = ()) -> KeyMap:
+        return KeyMap(tuple(self._keys), (*carried, *self._carried))

@@ -8,18 +8,21 @@ Shapes: N tokens, H hidden, h heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quant.errors import NibbleError
 from quant.storage import StorageSpec
 
 from .attention import causal_attention
+from .configjson import flag, integer, optional_integer
 from .documents import Documents
 from .keymap import KeyMapBuilder
 from .linear import Linear
 from .norm import RMSNorm
-from .rope import rotate
+from .rope import RopeConfig, partial_rotary_factor, rotate
 
 # The norms inside the attention keep the reference's default instead of following rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -41,6 +44,29 @@ class LatentAttentionConfig:
     @property
     def key_dim(self) -> int:
         return self.nope_dim + self.rope_dim
+
+    @staticmethod
+    def parse(config: dict[str, Any], where: str, defaults: dict[str, Any], rope: RopeConfig) -> LatentAttentionConfig:
+        """Reads config.json; `defaults` has the architecture's values for absent keys, by their names in the file."""
+        nope_dim = integer(config, "qk_nope_head_dim", 192, where)
+        rope_dim = integer(config, "qk_rope_head_dim", 64, where)
+        if (share := partial_rotary_factor(config, where)) != 1:
+            raise NibbleError(
+                f"{where}: partial_rotary_factor is {share}; latent attention rotates all of qk_rope_head_dim "
+                f"({rope_dim}).\nSet it to 1.0, and qk_rope_head_dim to what is rotated."
+            )
+        return LatentAttentionConfig(
+            hidden=integer(config, "hidden_size", defaults["hidden_size"], where),
+            heads=integer(config, "num_attention_heads", defaults["num_attention_heads"], where),
+            query_rank=optional_integer(config, "q_lora_rank", defaults["q_lora_rank"], where),
+            latent_rank=integer(config, "kv_lora_rank", 512, where),
+            nope_dim=nope_dim,
+            rope_dim=rope_dim,
+            value_dim=integer(config, "v_head_dim", 256, where),
+            bias=flag(config, "attention_bias", False, where),
+            interleaved=flag(config, "rope_interleave", True, where),
+            scale=(nope_dim + rope_dim) ** -0.5 * rope.score_scale,
+        )
 
 
 class LatentAttention(nn.Module):
@@ -76,18 +102,29 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, H] and the rotary tables float32 [N, rope_dim/2] of its positions: [N, H]."""
+        query, _ = self.query(x, tables)
+        key, value = self.key_value(x, tables)
+        return self.o_proj(causal_attention(query, key, value, documents, self.config.scale).flatten(1))
+
+    def query(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries [N, h, key_dim], and what they are expanded from: [N, query_rank], or x."""
         c = self.config
-        query = self.q_proj(x) if c.query_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query = query.unflatten(-1, (c.heads, c.key_dim))
+        if c.query_rank is None:
+            latent, query = x, self.q_proj(x)
+        else:
+            latent = self.q_a_layernorm(self.q_a_proj(x))
+            query = self.q_b_proj(latent)
+        nope, rope = query.unflatten(-1, (c.heads, c.key_dim)).split((c.nope_dim, c.rope_dim), dim=-1)
+        return torch.cat((nope, rotate(rope, tables, interleaved=c.interleaved)), dim=-1), latent
+
+    def key_value(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys [N, h, key_dim] and values [N, h, value_dim]."""
+        c = self.config
         latent, shared_key = self.kv_a_proj_with_mqa(x).split((c.latent_rank, c.rope_dim), dim=-1)
         expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (c.heads, c.nope_dim + c.value_dim))
         key, value = expanded.split((c.nope_dim, c.value_dim), dim=-1)
-
-        query_nope, query_rope = query.split((c.nope_dim, c.rope_dim), dim=-1)
-        query = torch.cat((query_nope, rotate(query_rope, tables, interleaved=c.interleaved)), dim=-1)
         rotated = rotate(shared_key[:, None], tables, interleaved=c.interleaved).expand(-1, c.heads, -1)
-        key = torch.cat((key, rotated), dim=-1)
-        return self.o_proj(causal_attention(query, key, value, documents, c.scale).flatten(1))
+        return torch.cat((key, rotated), dim=-1), value
 
 
 def latent_attention_keys(keys: KeyMapBuilder, name: str, c: LatentAttentionConfig) -> None:

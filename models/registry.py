@@ -11,7 +11,7 @@ import torch
 from quant.errors import NibbleError
 from quant.storage import StorageSpec
 
-from . import glm4_moe_lite
+from . import afmoe, glm4_moe, glm4_moe_lite, glm_moe_dsa, qwen3_5_moe
 from .decoder import CausalLM
 from .keymap import KeyMap
 
@@ -33,10 +33,20 @@ class Architecture:
         return self.build_model(config, spec=spec, dtype=dtype, device=device)
 
 
+_QWEN = qwen3_5_moe.Qwen3_5MoeConfig
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "glm4_moe_lite": Architecture(
-        "glm4_moe_lite", glm4_moe_lite.Glm4MoeLiteConfig.parse, glm4_moe_lite.build, glm4_moe_lite.key_map
-    ),
+    architecture.model_type: architecture
+    for architecture in (
+        Architecture(
+            "glm4_moe_lite", glm4_moe_lite.Glm4MoeLiteConfig.parse, glm4_moe_lite.build, glm4_moe_lite.key_map
+        ),
+        Architecture("glm_moe_dsa", glm_moe_dsa.GlmMoeDsaConfig.parse, glm_moe_dsa.build, glm_moe_dsa.key_map),
+        Architecture("glm4_moe", glm4_moe.Glm4MoeConfig.parse, glm4_moe.build, glm4_moe.key_map),
+        Architecture("afmoe", afmoe.AfmoeConfig.parse, afmoe.build, afmoe.key_map),
+        Architecture("qwen3_5_moe", _QWEN.parse_vision_language, qwen3_5_moe.build, qwen3_5_moe.key_map),
+        Architecture("qwen3_5_moe_text", _QWEN.parse_text, qwen3_5_moe.build, qwen3_5_moe.key_map),
+    )
 }
 
 

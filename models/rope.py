@@ -41,10 +41,18 @@ def _entries(config: dict[str, Any], where: str) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if value or value is False}
 
 
-def partial_rotary_factor(config: dict[str, Any], where: str) -> float:
-    """The share of a head's dimensions that is rotated, in either spelling; 1 where the file doesn't say."""
+def partial_rotary_factor(config: dict[str, Any], where: str, default: float = 1.0) -> float:
+    """The share of a head's dimensions that is rotated, in either spelling, or `default` where the file doesn't say."""
     given = _entries(config, where)
-    return number(given if "partial_rotary_factor" in given else config, "partial_rotary_factor", 1.0, where)
+    return number(given if "partial_rotary_factor" in given else config, "partial_rotary_factor", default, where)
+
+
+def rotary_dimensions(config: dict[str, Any], head_dim: int, default: float, where: str) -> int:
+    """How many of a head's dimensions partial_rotary_factor rotates."""
+    share = partial_rotary_factor(config, where, default)
+    if share > 1:
+        raise NibbleError(f"{where}: partial_rotary_factor is {share}; it is a share of a head, at most 1.")
+    return int(head_dim * share)
 
 
 def parse_rope(config: dict[str, Any], dim: int, where: str) -> RopeConfig:
@@ -103,6 +111,14 @@ def _yarn(
     magnitude = number(given, "attention_factor", magnitude, where)
     score_scale = _mscale(factor, weight_all) ** 2 if "mscale_all_dim" in given else 1.0
     return RopeConfig(tuple(frequencies.tolist()), magnitude, score_scale)
+
+
+def rotate_first(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Partial rotary embedding: rotates as many of the first dimensions of x [N, heads, d] as the tables are for."""
+    rotary = 2 * tables[0].shape[-1]
+    if rotary == x.shape[-1]:
+        return rotate(x, tables, interleaved=False)
+    return torch.cat((rotate(x[..., :rotary], tables, interleaved=False), x[..., rotary:]), dim=-1)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor], *, interleaved: bool) -> Tensor:

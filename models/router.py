@@ -1,4 +1,4 @@
-"""Choosing experts: the sigmoid router with a correction bias and expert groups (DeepSeek-V3, arXiv:2412.19437 §2.1.2).
+"""Choosing experts: by sigmoid scores with a correction bias, or by softmax probabilities.
 
 Shapes: N tokens, E experts, K chosen per token, H hidden.
 """
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from quant.storage import StorageSpec
 
 from .linear import Linear
+from .precision import KeptInFloat32
+
+# Takes the chosen experts int64 [N, K] and all scores float32 [N, E], differentiable.
+Observer = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
 class RoutingRule:
-    """How scores become a choice of K experts and their weights."""
+    """How sigmoid scores become a choice of K experts and their weights."""
 
     chosen: int
     groups: int = 1
@@ -27,34 +31,42 @@ class RoutingRule:
     scale: float = 1.0
 
 
-class SigmoidRouter(Linear):
-    """Scores every expert with a sigmoid, in float32 whatever the model's dtype.
+class Router(KeptInFloat32, Linear):
+    """A matrix [E, H] that scores every expert, in float32 whatever the model's dtype.
 
-    `e_score_correction_bias` float32 [E] balances the experts' load: it takes part in choosing and never in the
-    weights, has no gradient, and is never cast.
+    A router's forward takes x [N, H] and returns the chosen experts int64 [N, K] and their weights float32 [N, K],
+    differentiable in x. `observer` is told of every choice that is made with gradients (models/balance.py).
+    """
+
+    def __init__(self, hidden: int, experts: int, *, device: torch.device | str, name: str) -> None:
+        super().__init__(hidden, experts, spec=StorageSpec("none"), dtype=torch.float32, device=device, name=name)
+        self.observer: Observer | None = None
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.float32))
+
+    def observe(self, chosen: Tensor, probabilities: Tensor) -> None:
+        if self.observer is not None and torch.is_grad_enabled():
+            self.observer(chosen, probabilities)
+
+
+class SigmoidRouter(Router):
+    """Scores with a sigmoid, a bias that balances, and groups of experts (DeepSeek-V3, arXiv:2412.19437 §2.1.2).
+
+    `e_score_correction_bias` float32 [E] takes part in choosing and never in the weights, has no gradient, and is
+    never cast.
     """
 
     e_score_correction_bias: Tensor
 
     def __init__(self, hidden: int, experts: int, rule: RoutingRule, *, device: torch.device | str, name: str) -> None:
-        super().__init__(hidden, experts, spec=StorageSpec("none"), dtype=torch.float32, device=device, name=name)
+        super().__init__(hidden, experts, device=device, name=name)
         self.rule = rule
         self.e_score_correction_bias = nn.Buffer(torch.zeros(experts, dtype=torch.float32, device=device))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmoidRouter:
-        """`to`, `bfloat16` … of a model end here: they may move the router but not round it."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move, recurse)
-        return self
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """x [N, H]: the chosen experts int64 [N, K] and their weights float32 [N, K], differentiable in x."""
         rule = self.rule
-        scores = super().forward(x.to(torch.float32)).sigmoid()
+        scores = self.logits(x).sigmoid()
         with torch.no_grad():
             choice = scores + self.e_score_correction_bias
             if rule.groups > 1:
@@ -64,7 +76,22 @@ class SigmoidRouter(Linear):
                 closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
                 choice = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
             chosen = choice.topk(rule.chosen, dim=-1).indices
+        self.observe(chosen, scores)
         weights = scores.gather(-1, chosen)
         if rule.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return chosen, weights * rule.scale
+
+
+class SoftmaxRouter(Router):
+    """The K most probable experts, with their probabilities scaled to sum to one (Qwen3's)."""
+
+    def __init__(self, hidden: int, experts: int, chosen: int, *, device: torch.device | str, name: str) -> None:
+        super().__init__(hidden, experts, device=device, name=name)
+        self.chosen = chosen
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        probabilities = self.logits(x).softmax(-1)
+        weights, chosen = probabilities.topk(self.chosen, dim=-1)
+        self.observe(chosen, probabilities)
+        return chosen, weights / weights.sum(-1, keepdim=True)

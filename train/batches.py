@@ -43,7 +43,7 @@ class Batch:
         return Batch(
             self.tokens.to(device),
             self.labels.to(device),
-            Documents.from_lengths(self.documents.lengths, device),
+            Documents.from_lengths(self.documents.lengths, device, self.documents.padding),
             self.real_tokens,
             self.labelled,
         )
@@ -66,7 +66,8 @@ def make_batch(examples: Examples, indices: Iterable[int], multiple: int = MULTI
         labels[start : end - 1] = np.where(mask[1:], tokens[1:], IGNORED)
         start = end
     labelled = int(np.count_nonzero(labels != IGNORED))
-    return Batch(torch.from_numpy(flat), torch.from_numpy(labels), Documents.from_lengths(lengths), real, labelled)
+    documents = Documents.from_lengths(lengths, padding=padding)
+    return Batch(torch.from_numpy(flat), torch.from_numpy(labels), documents, real, labelled)
 
 
 class StepBatches:

@@ -1,0 +1,235 @@
+"""Trinity (`afmoe`): gated attention in a sliding window, every fourth layer global and without positions.
+
+Norms stand before and behind each half of a layer.
+
+Sizes of Trinity-Nano: 56 layers (2 dense), hidden 1024, 8 heads on 2 key and value heads, window 2048, 128 experts of
+width 256 of which 8 are chosen, one shared expert; 6.1 billion parameters, 1 billion of them active for a token
+(technical report: arXiv:2602.17004).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import NibbleError
+from quant.storage import StorageSpec
+
+from .configjson import choices, flag, integer, number, refuse_dropout, refuse_unknown_activation
+from .decoder import CausalLM, Decoder, Run
+from .documents import Documents
+from .experts import Experts
+from .gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, grouped_query_attention_keys, kv_heads
+from .keymap import KeyMap, KeyMapBuilder
+from .mlp import SwiGLU
+from .norm import RMSNorm
+from .rope import RopeConfig, parse_rope
+from .router import RoutingRule, SigmoidRouter
+
+
+@dataclass(frozen=True)
+class AfmoeConfig:
+    vocabulary: int
+    hidden: int
+    sliding: tuple[bool, ...]  # per layer: attention in the window, with rotary positions; else global, without any
+    window: int
+    dense_layers: int  # the leading ones
+    dense_width: int
+    expert_width: int
+    experts: int
+    shared_experts: int
+    routing: RoutingRule
+    embedding_scale: float
+    eps: float
+    tied: bool
+    attention: GroupedQueryAttentionConfig
+    rope: RopeConfig
+
+    @staticmethod
+    def parse(config: dict[str, Any], where: str) -> AfmoeConfig:
+        """Reads config.json; absent keys have transformers' defaults, which are no published model's."""
+        refuse_unknown_activation(config, where)
+        refuse_dropout(config, where)
+        _refuse_other_routing(config, where)
+        hidden, heads = integer(config, "hidden_size", 2048, where), integer(config, "num_attention_heads", 16, where)
+        head_dim, bias = integer(config, "head_dim", 128, where), flag(config, "attention_bias", False, where)
+        experts, chosen = integer(config, "num_experts", 64, where), integer(config, "num_experts_per_tok", 6, where)
+        if chosen > experts:
+            raise NibbleError(
+                f"{where}: num_experts_per_tok is {chosen}, but num_experts is {experts}; choose at most that many."
+            )
+        return AfmoeConfig(
+            vocabulary=integer(config, "vocab_size", 200192, where),
+            hidden=hidden,
+            sliding=_sliding_layers(config, where),
+            window=integer(config, "sliding_window", 1024, where),
+            dense_layers=integer(config, "num_dense_layers", 1, where, least=0),
+            dense_width=integer(config, "intermediate_size", 6144, where),
+            expert_width=integer(config, "moe_intermediate_size", 1408, where),
+            experts=experts,
+            shared_experts=integer(config, "num_shared_experts", 2, where),
+            routing=RoutingRule(chosen, scale=number(config, "route_scale", 1.0, where)),
+            embedding_scale=math.sqrt(hidden) if flag(config, "mup_enabled", False, where) else 1.0,
+            eps=number(config, "rms_norm_eps", 1e-5, where),
+            tied=flag(config, "tie_word_embeddings", False, where),
+            attention=GroupedQueryAttentionConfig(
+                hidden=hidden,
+                heads=heads,
+                kv_heads=kv_heads(config, heads, heads, where),
+                head_dim=head_dim,
+                bias=bias,
+                output_bias=bias,
+                norms=True,
+                gate="gate_proj",
+            ),
+            rope=parse_rope(config, head_dim, where),
+        )
+
+    @property
+    def layers(self) -> int:
+        return len(self.sliding)
+
+    @property
+    def shared_width(self) -> int:
+        return self.expert_width * self.shared_experts
+
+
+def _sliding_layers(config: dict[str, Any], where: str) -> tuple[bool, ...]:
+    layers = integer(config, "num_hidden_layers", 32, where)
+    every = integer(config, "global_attn_every_n_layers", 4, where)
+    kinds = ["full_attention" if (index + 1) % every == 0 else "sliding_attention" for index in range(layers)]
+    types = choices(config, "layer_types", kinds, ("sliding_attention", "full_attention"), where)
+    return tuple(kind == "sliding_attention" for kind in types)
+
+
+def _refuse_other_routing(config: dict[str, Any], where: str) -> None:
+    """What files may say of the routing, and every published Trinity has alike."""
+    fixed = {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
+    fixed |= {"num_expert_groups": 1, "num_limited_groups": 1}
+    for key, only in fixed.items():
+        if config.get(key, only) not in (only, None):
+            raise NibbleError(
+                f"{where}: {key} is {config[key]!r}; only {only!r} is implemented, and another routing "
+                "would choose other experts."
+            )
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared ones, which see every token."""
+
+    def __init__(
+        self, config: AfmoeConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str, name: str
+    ) -> None:
+        super().__init__()
+        c = config
+        self.router = SigmoidRouter(c.hidden, c.experts, c.routing, device=device, name=f"{name}.router")
+        self.shared_experts = SwiGLU(
+            c.hidden, c.shared_width, spec=spec, dtype=dtype, device=device, name=f"{name}.shared_experts"
+        )
+        self.experts = Experts(
+            c.experts, c.hidden, c.expert_width, spec=spec, dtype=dtype, device=device, name=f"{name}.experts"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, weights = self.router(x)
+        shared = self.shared_experts(x)
+        return self.experts(x, chosen, weights) + shared
+
+
+class DecoderLayer(nn.Module):
+    """Norms before and behind the attention, and before and behind the feed-forward half, all kept in float32."""
+
+    def __init__(
+        self, config: AfmoeConfig, index: int, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        c, name = config, f"model.layers.{index}"
+
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(size, c.eps, dtype=torch.float32, device=device)
+
+        self.sliding = c.sliding[index]
+        self.input_layernorm = norm(c.hidden)
+        self.self_attn = GroupedQueryAttention(
+            c.attention,
+            norm=norm,
+            window=c.window if self.sliding else None,
+            spec=spec,
+            dtype=dtype,
+            device=device,
+            name=f"{name}.self_attn",
+        )
+        self.post_attention_layernorm = norm(c.hidden)
+        self.pre_mlp_layernorm = norm(c.hidden)
+        self.mlp: SwiGLU | MoE
+        if index < c.dense_layers:
+            self.mlp = SwiGLU(c.hidden, c.dense_width, spec=spec, dtype=dtype, device=device, name=f"{name}.mlp")
+        else:
+            self.mlp = MoE(c, spec=spec, dtype=dtype, device=device, name=f"{name}.mlp")
+        self.post_mlp_layernorm = norm(c.hidden)
+
+    def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), documents, tables if self.sliding else None)
+        x = x + self.post_attention_layernorm(attended)
+        # The last norm needs the experts' output for its gradients, so a recomputed layer computes the experts again.
+        return x + self.post_mlp_layernorm(self.mlp(self.pre_mlp_layernorm(x)))
+
+
+class AfmoeDecoder(Decoder):
+    """embedding_scale: √H under maximal update parametrisation (mup_enabled), else 1."""
+
+    embedding_scale: float = 1.0
+
+    def forward(self, tokens: Tensor, documents: Documents, run: Run) -> Tensor:
+        tables = self.rope.tables(documents.positions)
+        x = self.embed_tokens(tokens) * self.embedding_scale
+        for layer in self.layers:
+            x = run(layer, x, documents, tables)
+        return self.norm(x)
+
+
+def build(config: AfmoeConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+    """The model with empty tensors; `device` may be "meta"."""
+    c = config
+    layers = [DecoderLayer(c, index, spec=spec, dtype=dtype, device=device) for index in range(c.layers)]
+    norm = RMSNorm(c.hidden, c.eps, dtype=torch.float32, device=device)
+    decoder = AfmoeDecoder(c.vocabulary, c.hidden, layers, norm, c.rope, dtype=dtype, device=device)
+    decoder.embedding_scale = c.embedding_scale
+    return CausalLM(c, decoder, model_type="afmoe", tied=c.tied, spec=spec, dtype=dtype, device=device)
+
+
+def key_map(config: AfmoeConfig) -> KeyMap:
+    c, keys = config, KeyMapBuilder()
+
+    def norm(name: str) -> None:
+        keys.plain(f"{name}.weight", "norm", (c.hidden,), float32=True)
+
+    keys.plain("model.embed_tokens.weight", "embedding", (c.vocabulary, c.hidden))
+    for index in range(c.layers):
+        layer = f"model.layers.{index}"
+        norm(f"{layer}.input_layernorm")
+        grouped_query_attention_keys(keys, f"{layer}.self_attn", c.attention, float32_norms=True)
+        norm(f"{layer}.post_attention_layernorm")
+        norm(f"{layer}.pre_mlp_layernorm")
+        if index < c.dense_layers:
+            keys.swiglu(f"{layer}.mlp", "dense_mlp", c.hidden, c.dense_width)
+        else:
+            router = f"{layer}.mlp.router"
+            keys.matrix(router, "router", (c.experts, c.hidden), stored="float32", hub=f"{router}.gate")
+            keys.plain(
+                f"{router}.e_score_correction_bias",
+                "router",
+                (c.experts,),
+                float32=True,
+                hub=f"{layer}.mlp.expert_bias",
+            )
+            keys.swiglu(f"{layer}.mlp.shared_experts", "shared_experts", c.hidden, c.shared_width)
+            keys.experts(f"{layer}.mlp.experts", c.experts, c.hidden, c.expert_width)
+        norm(f"{layer}.post_mlp_layernorm")
+    norm("model.norm")
+    keys.head("lm_head", (c.vocabulary, c.hidden), tied=c.tied)
+    return keys.build()

@@ -1,0 +1,120 @@
+"""GLM-4.5, GLM-4.5-Air, GLM-4.6 and GLM-4.7 (`glm4_moe`): grouped-query attention with half of each head rotated.
+
+Sizes of GLM-4.5-Air: 46 layers (1 dense), hidden 4096, 96 heads on 8 key and value heads, 128 experts of width 1408 of
+which 8 are chosen, one shared expert; 106 billion parameters, 12 billion of them active for a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.storage import StorageSpec
+
+from .configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
+from .decoder import CausalLM, Decoder
+from .documents import Documents
+from .glm_moe import GlmMoEConfig, glm_mlp, glm_mlp_keys
+from .gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, grouped_query_attention_keys, kv_heads
+from .keymap import KeyMap, KeyMapBuilder
+from .norm import RMSNorm
+from .rope import RopeConfig, parse_rope, rotary_dimensions
+
+DEFAULTS = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 46,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 8,
+    "routed_scaling_factor": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Glm4MoeConfig:
+    vocabulary: int
+    hidden: int
+    layers: int
+    predicting_layers: int  # behind the last layer in the checkpoint, for multi-token prediction; not computed here
+    eps: float
+    tied: bool
+    attention: GroupedQueryAttentionConfig
+    moe: GlmMoEConfig
+    rope: RopeConfig
+
+    @staticmethod
+    def parse(config: dict[str, Any], where: str) -> Glm4MoeConfig:
+        """Reads config.json of either generation; absent keys have the defaults of GLM-4.5-Air."""
+        refuse_unknown_activation(config, where)
+        refuse_dropout(config, where)
+        moe = GlmMoEConfig.parse(config, where, DEFAULTS)
+        heads = integer(config, "num_attention_heads", 96, where)
+        head_dim = integer(config, "head_dim", max(moe.hidden // heads, 1), where)
+        return Glm4MoeConfig(
+            vocabulary=integer(config, "vocab_size", 151552, where),
+            hidden=moe.hidden,
+            layers=len(moe.dense),
+            predicting_layers=integer(config, "num_nextn_predict_layers", 1, where, least=0),
+            eps=number(config, "rms_norm_eps", 1e-5, where),
+            tied=flag(config, "tie_word_embeddings", False, where),
+            attention=GroupedQueryAttentionConfig(
+                hidden=moe.hidden,
+                heads=heads,
+                kv_heads=kv_heads(config, heads, 8, where),
+                head_dim=head_dim,
+                bias=flag(config, "attention_bias", False, where),
+                norms=flag(config, "use_qk_norm", False, where),
+            ),
+            moe=moe,
+            rope=parse_rope(config, rotary_dimensions(config, head_dim, 0.5, where), where),
+        )
+
+
+class DecoderLayer(nn.Module):
+    def __init__(
+        self, config: Glm4MoeConfig, index: int, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        c, name = config, f"model.layers.{index}"
+
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(size, c.eps, dtype=dtype, device=device)
+
+        self.input_layernorm = norm(c.hidden)
+        self.self_attn = GroupedQueryAttention(
+            c.attention, norm=norm, spec=spec, dtype=dtype, device=device, name=f"{name}.self_attn"
+        )
+        self.post_attention_layernorm = norm(c.hidden)
+        self.mlp = glm_mlp(c.moe, index, spec=spec, dtype=dtype, device=device, name=f"{name}.mlp")
+
+    def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), documents, tables)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def build(config: Glm4MoeConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+    """The model with empty tensors; `device` may be "meta"."""
+    c = config
+    layers = [DecoderLayer(c, index, spec=spec, dtype=dtype, device=device) for index in range(c.layers)]
+    norm = RMSNorm(c.hidden, c.eps, dtype=dtype, device=device)
+    decoder = Decoder(c.vocabulary, c.hidden, layers, norm, c.rope, dtype=dtype, device=device)
+    return CausalLM(c, decoder, model_type="glm4_moe", tied=c.tied, spec=spec, dtype=dtype, device=device)
+
+
+def key_map(config: Glm4MoeConfig) -> KeyMap:
+    c, keys = config, KeyMapBuilder()
+    keys.plain("model.embed_tokens.weight", "embedding", (c.vocabulary, c.hidden))
+    for index in range(c.layers):
+        layer = f"model.layers.{index}"
+        keys.plain(f"{layer}.input_layernorm.weight", "norm", (c.hidden,))
+        grouped_query_attention_keys(keys, f"{layer}.self_attn", c.attention)
+        keys.plain(f"{layer}.post_attention_layernorm.weight", "norm", (c.hidden,))
+        glm_mlp_keys(keys, f"{layer}.mlp", c.moe, index)
+    keys.plain("model.norm.weight", "norm", (c.hidden,))
+    keys.head("lm_head", (c.vocabulary, c.hidden), tied=c.tied)
+    return keys.build(carried=[rf"model\.layers\.{c.layers + extra}\..*" for extra in range(c.predicting_layers)])

@@ -1,0 +1,142 @@
+"""The feed-forward half of GLM's mixture-of-experts layers: sigmoid-routed experts plus shared ones.
+
+GLM-4.5 to GLM-5 share it; their attention differs. Shapes: N tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import NibbleError
+from quant.storage import StorageSpec
+
+from .configjson import flag, integer, number
+from .experts import Experts
+from .keymap import KeyMapBuilder
+from .mlp import SwiGLU
+from .router import RoutingRule, SigmoidRouter
+
+
+@dataclass(frozen=True)
+class GlmMoEConfig:
+    hidden: int
+    dense: tuple[bool, ...]  # per layer: a dense MLP instead of experts
+    dense_width: int
+    expert_width: int
+    experts: int
+    shared_experts: int
+    routing: RoutingRule
+
+    @staticmethod
+    def parse(config: dict[str, Any], where: str, defaults: dict[str, Any]) -> GlmMoEConfig:
+        """Reads config.json; `defaults` has the architecture's values for absent keys, by their names in the file."""
+
+        def count(key: str, *, least: int = 1) -> int:
+            return integer(config, key, defaults[key], where, least=least)
+
+        experts = count("n_routed_experts")
+        rule = RoutingRule(
+            chosen=count("num_experts_per_tok"),
+            groups=integer(config, "n_group", 1, where),
+            chosen_groups=integer(config, "topk_group", 1, where),
+            normalise=flag(config, "norm_topk_prob", True, where),
+            scale=number(config, "routed_scaling_factor", defaults["routed_scaling_factor"], where),
+        )
+        _check_rule(rule, experts, where)
+        return GlmMoEConfig(
+            hidden=count("hidden_size"),
+            dense=_dense_layers(config, count("num_hidden_layers"), defaults["first_k_dense_replace"], where),
+            dense_width=count("intermediate_size"),
+            expert_width=count("moe_intermediate_size"),
+            experts=experts,
+            shared_experts=integer(config, "n_shared_experts", 1, where),
+            routing=rule,
+        )
+
+    @property
+    def shared_width(self) -> int:
+        return self.expert_width * self.shared_experts
+
+
+def _dense_layers(config: dict[str, Any], layers: int, leading: int, where: str) -> tuple[bool, ...]:
+    """5.x files name every layer's type, 4.x files count the leading dense ones.
+
+    Types behind the last layer (of prediction layers) don't count.
+    """
+    types = config.get("mlp_layer_types")
+    if types is None:
+        leading = integer(config, "first_k_dense_replace", leading, where, least=0)
+        return tuple(index < leading for index in range(layers))
+    if not isinstance(types, list) or not {"dense", "sparse"}.issuperset(map(str, types)):
+        raise NibbleError(f"{where}: mlp_layer_types must be a list of 'dense' and 'sparse', got {types!r}.")
+    if len(types) < layers:
+        raise NibbleError(
+            f"{where}: mlp_layer_types names {len(types)} layers, num_hidden_layers is {layers}; make them agree."
+        )
+    return tuple(kind == "dense" for kind in types[:layers])
+
+
+def _check_rule(rule: RoutingRule, experts: int, where: str) -> None:
+    if experts % rule.groups or (rule.groups > 1 and experts < 2 * rule.groups):
+        raise NibbleError(
+            f"{where}: n_group {rule.groups} doesn't divide n_routed_experts {experts} into groups of two or more.\n"
+            "Choose a divisor; 1 is no grouping."
+        )
+    if rule.chosen_groups > rule.groups:
+        raise NibbleError(
+            f"{where}: topk_group {rule.chosen_groups} is more than n_group {rule.groups}; choose at most that many."
+        )
+    open_experts = experts // rule.groups * rule.chosen_groups
+    if rule.chosen > open_experts:
+        raise NibbleError(
+            f"{where}: num_experts_per_tok is {rule.chosen}, but n_routed_experts {experts}, n_group {rule.groups} and "
+            f"topk_group {rule.chosen_groups} leave {open_experts} to choose from.\n"
+            f"Set num_experts_per_tok to at most {open_experts}, or raise topk_group."
+        )
+
+
+class GlmMoE(nn.Module):
+    """Routed experts plus shared ones, which see every token."""
+
+    def __init__(
+        self, config: GlmMoEConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str, name: str
+    ) -> None:
+        super().__init__()
+        c = config
+        self.gate = SigmoidRouter(c.hidden, c.experts, c.routing, device=device, name=f"{name}.gate")
+        self.shared_experts = SwiGLU(
+            c.hidden, c.shared_width, spec=spec, dtype=dtype, device=device, name=f"{name}.shared_experts"
+        )
+        self.experts = Experts(
+            c.experts, c.hidden, c.expert_width, spec=spec, dtype=dtype, device=device, name=f"{name}.experts"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, H]: [N, H]."""
+        chosen, weights = self.gate(x)
+        shared = self.shared_experts(x)
+        # The routed experts come last: a recomputed layer then stops before them (models/experts.py).
+        return self.experts(x, chosen, weights) + shared
+
+
+def glm_mlp(
+    config: GlmMoEConfig, layer: int, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str, name: str
+) -> SwiGLU | GlmMoE:
+    """What layer number `layer` has: a dense MLP in the leading layers, experts in the others."""
+    if config.dense[layer]:
+        return SwiGLU(config.hidden, config.dense_width, spec=spec, dtype=dtype, device=device, name=name)
+    return GlmMoE(config, spec=spec, dtype=dtype, device=device, name=name)
+
+
+def glm_mlp_keys(keys: KeyMapBuilder, name: str, c: GlmMoEConfig, layer: int) -> None:
+    if c.dense[layer]:
+        keys.swiglu(name, "dense_mlp", c.hidden, c.dense_width)
+        return
+    keys.matrix(f"{name}.gate", "router", (c.experts, c.hidden), stored="float32")
+    keys.plain(f"{name}.gate.e_score_correction_bias", "router", (c.experts,), float32=True, is_buffer=True)
+    keys.swiglu(f"{name}.shared_experts", "shared_experts", c.hidden, c.shared_width)
+    keys.experts(f"{name}.experts", c.experts, c.hidden, c.expert_width)

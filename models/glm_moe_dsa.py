@@ -1,0 +1,249 @@
+"""GLM-5 (`glm_moe_dsa`): latent attention to the keys that an indexer selects, sigmoid-routed experts with shared ones.
+
+Sizes of GLM-5: 78 layers (3 dense), hidden 6144, 64 heads, 256 experts of width 2048 of which 8 are chosen, one shared
+expert, 2048 selected keys; 744 billion parameters, 40 billion of them active for a token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import NibbleError
+from quant.storage import StorageSpec
+
+from .configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
+from .decoder import CausalLM, Decoder, Run
+from .documents import Documents
+from .glm_moe import GlmMoEConfig, glm_mlp, glm_mlp_keys
+from .indexer import Indexer, IndexerConfig, Part, indexer_keys, parts_by_length, selected_attention
+from .keymap import KeyMap, KeyMapBuilder
+from .mla import LatentAttention, LatentAttentionConfig, latent_attention_keys
+from .norm import RMSNorm
+from .rope import RopeConfig, parse_rope
+
+DEFAULTS = {
+    "hidden_size": 6144,
+    "num_hidden_layers": 78,
+    "first_k_dense_replace": 3,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "routed_scaling_factor": 2.5,
+    "num_attention_heads": 64,
+    "q_lora_rank": 2048,
+}
+
+
+@dataclass(frozen=True)
+class GlmMoeDsaConfig:
+    vocabulary: int
+    hidden: int
+    layers: int
+    predicting_layers: int  # behind the last layer in the checkpoint, for multi-token prediction; not computed here
+    eps: float
+    tied: bool
+    attention: LatentAttentionConfig
+    indexer: IndexerConfig
+    shared: tuple[bool, ...]  # per layer: no indexer of its own but the selection of the last layer that has one
+    moe: GlmMoEConfig
+    rope: RopeConfig
+
+    @staticmethod
+    def parse(config: dict[str, Any], where: str) -> GlmMoeDsaConfig:
+        """Reads config.json; absent keys have the defaults of GLM-5."""
+        refuse_unknown_activation(config, where)
+        refuse_dropout(config, where)
+        for key in ("rope_interleave", "indexer_rope_interleave"):
+            if not flag(config, key, True, where):
+                raise NibbleError(
+                    f"{where}: {key} is false; glm_moe_dsa always rotates interleaved pairs.\nSet it to true."
+                )
+        rope = parse_rope(config, integer(config, "qk_rope_head_dim", 64, where), where)
+        attention = LatentAttentionConfig.parse(config, where, DEFAULTS, rope)
+        moe = GlmMoEConfig.parse(config, where, DEFAULTS)
+        return GlmMoeDsaConfig(
+            vocabulary=integer(config, "vocab_size", 154880, where),
+            hidden=moe.hidden,
+            layers=len(moe.dense),
+            predicting_layers=integer(config, "num_nextn_predict_layers", 1, where, least=0),
+            eps=number(config, "rms_norm_eps", 1e-5, where),
+            tied=flag(config, "tie_word_embeddings", False, where),
+            attention=attention,
+            indexer=_indexer(config, attention, where),
+            shared=_shared_layers(config, len(moe.dense), where),
+            moe=moe,
+            rope=rope,
+        )
+
+
+def _indexer(config: dict[str, Any], attention: LatentAttentionConfig, where: str) -> IndexerConfig:
+    if attention.query_rank is None:
+        raise NibbleError(
+            f"{where}: q_lora_rank is null, but the indexer reads the compressed queries.\n"
+            "Set it to their number of dimensions; a model without them is not a glm_moe_dsa."
+        )
+    dim = integer(config, "index_head_dim", 128, where)
+    if dim < attention.rope_dim:
+        raise NibbleError(
+            f"{where}: index_head_dim {dim} is less than qk_rope_head_dim {attention.rope_dim}, the dimensions that "
+            "the indexer rotates.\nMake it at least as large."
+        )
+    return IndexerConfig(
+        hidden=attention.hidden,
+        query_rank=attention.query_rank,
+        heads=integer(config, "index_n_heads", 32, where),
+        dim=dim,
+        rope_dim=attention.rope_dim,
+        topk=integer(config, "index_topk", 2048, where),
+    )
+
+
+def _shared_layers(config: dict[str, Any], layers: int, where: str) -> tuple[bool, ...]:
+    """A list of types goes before a pattern ("FSSF", or a list), and a pattern before a frequency with an offset.
+
+    Types behind the last layer (of prediction layers) don't count.
+    """
+    key = next((key for key in ("indexer_types", "index_topk_pattern") if config.get(key) is not None), None)
+    if key is None:
+        key = "index_topk_freq"
+        every = max(integer(config, key, 1, where, least=0), 1)
+        offset = integer(config, "index_skip_topk_offset", 2, where, least=0)
+        types: Any = ["shared" if max(index - offset + 1, 0) % every else "full" for index in range(layers)]
+    else:
+        types = config[key]
+    if key == "index_topk_pattern" and isinstance(types, str):
+        types = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in types]
+    if not isinstance(types, list) or not {"full", "shared"}.issuperset(map(str, types)):
+        letters = ", or a string of 'F' and 'S'" if key == "index_topk_pattern" else ""
+        raise NibbleError(f"{where}: {key} must be a list of 'full' and 'shared'{letters}, got {config[key]!r}.")
+    if len(types) < layers:
+        raise NibbleError(f"{where}: {key} names {len(types)} layers, num_hidden_layers is {layers}; make them agree.")
+    if types[0] == "shared":
+        raise NibbleError(
+            f"{where}: by {key}, the first layer shares the selection of a layer before it, and there is none.\n"
+            + ("Set index_skip_topk_offset to 1 or more." if key == "index_topk_freq" else "Begin with a full layer.")
+        )
+    return tuple(kind == "shared" for kind in types[:layers])
+
+
+class SelectingAttention(LatentAttention):
+    """Latent attention to selected keys; has an indexer unless it shares the selection of a layer before."""
+
+    def __init__(
+        self,
+        config: GlmMoeDsaConfig,
+        index: int,
+        *,
+        spec: StorageSpec,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        name: str,
+    ) -> None:
+        super().__init__(config.attention, spec=spec, dtype=dtype, device=device, name=name)
+        self.indexer: Indexer | None = None
+        if not config.shared[index]:
+            self.indexer = Indexer(config.indexer, dtype=dtype, device=device, name=f"{name}.indexer")
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, parts: tuple[Part, ...], tables: tuple[Tensor, Tensor], selected: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [N, H]; selected int32 [M, topk], of the layer to share with: [N, H], and the selection used."""
+        query, latent = self.query(x, tables)
+        key, value = self.key_value(x, tables)
+        if self.indexer is not None:
+            selected = self.indexer(x, latent, parts, tables)
+        out = selected_attention(query, key, value, parts, selected, self.config.scale)
+        return self.o_proj(out.flatten(1)), selected
+
+
+class DecoderLayer(nn.Module):
+    def __init__(
+        self,
+        config: GlmMoeDsaConfig,
+        index: int,
+        *,
+        spec: StorageSpec,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        c, name = config, f"model.layers.{index}"
+        self.input_layernorm = RMSNorm(c.hidden, c.eps, dtype=dtype, device=device)
+        self.self_attn = SelectingAttention(c, index, spec=spec, dtype=dtype, device=device, name=f"{name}.self_attn")
+        self.post_attention_layernorm = RMSNorm(c.hidden, c.eps, dtype=dtype, device=device)
+        self.mlp = glm_mlp(c.moe, index, spec=spec, dtype=dtype, device=device, name=f"{name}.mlp")
+
+    def forward(
+        self, x: Tensor, parts: tuple[Part, ...], tables: tuple[Tensor, Tensor], selected: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        attended, selected = self.self_attn(self.input_layernorm(x), parts, tables, selected)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), selected
+
+
+class SelectingDecoder(Decoder):
+    """Layers hand on their selection of keys. shared: which layers use the one before instead of making one."""
+
+    def __init__(
+        self,
+        vocabulary: int,
+        hidden: int,
+        layers: Sequence[nn.Module],
+        norm: nn.Module,
+        rope: RopeConfig,
+        *,
+        shared: tuple[bool, ...],
+        topk: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__(vocabulary, hidden, layers, norm, rope, dtype=dtype, device=device)
+        self.shared, self.topk = shared, topk
+
+    def forward(self, tokens: Tensor, documents: Documents, run: Run) -> Tensor:
+        x = self.embed_tokens(tokens)
+        tables = self.rope.tables(documents.positions)
+        parts = parts_by_length(documents, self.topk)
+        selected: Tensor | None = None
+        for layer, shared in zip(self.layers, self.shared, strict=True):
+            # Inputs of a layer are kept for its gradients: a selection that it doesn't use would be kept too.
+            x, selected = run(layer, x, parts, tables, selected if shared else None)
+        return self.norm(x)
+
+
+def build(config: GlmMoeDsaConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+    """The model with empty tensors; `device` may be "meta"."""
+    c = config
+    layers = [DecoderLayer(c, index, spec=spec, dtype=dtype, device=device) for index in range(c.layers)]
+    norm = RMSNorm(c.hidden, c.eps, dtype=dtype, device=device)
+    decoder = SelectingDecoder(
+        c.vocabulary, c.hidden, layers, norm, c.rope, shared=c.shared, topk=c.indexer.topk, dtype=dtype, device=device
+    )
+    return CausalLM(c, decoder, model_type="glm_moe_dsa", tied=c.tied, spec=spec, dtype=dtype, device=device)
+
+
+def key_map(config: GlmMoeDsaConfig) -> KeyMap:
+    c, keys = config, KeyMapBuilder()
+    carried = [rf"model\.layers\.{c.layers + extra}\..*" for extra in range(c.predicting_layers)]
+    keys.plain("model.embed_tokens.weight", "embedding", (c.vocabulary, c.hidden))
+    for index in range(c.layers):
+        layer = f"model.layers.{index}"
+        keys.plain(f"{layer}.input_layernorm.weight", "norm", (c.hidden,))
+        latent_attention_keys(keys, f"{layer}.self_attn", c.attention)
+        if c.shared[index]:
+            # Sharing is set in config.json alone, so a checkpoint may still hold the indexer that is not used.
+            carried.append(re.escape(f"{layer}.self_attn.indexer.") + ".*")
+        else:
+            indexer_keys(keys, f"{layer}.self_attn.indexer", c.indexer)
+        keys.plain(f"{layer}.post_attention_layernorm.weight", "norm", (c.hidden,))
+        glm_mlp_keys(keys, f"{layer}.mlp", c.moe, index)
+    keys.plain("model.norm.weight", "norm", (c.hidden,))
+    keys.head("lm_head", (c.vocabulary, c.hidden), tied=c.tied)
+    return keys.build(carried=carried)
