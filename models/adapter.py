@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +27,10 @@ from .decoder import CausalLM
 from .hub import some
 from .keymap import Key
 from .linear import LoRA
-from .lora import AdapterSpec, Target, adapted, attach_lora, key_map_of, module_name, resolve
+from .lora import adapted, attach_lora, key_map_of
 from .peft_config import CONFIG, WEIGHTS, config_targets, describe, peft_config, read_config
+from .spelling import Spelling, respelled, spellings
+from .targets import AdapterSpec, Target, module_name, resolve
 from .tensorfile import DTYPES, TensorInfo, TensorWriter, disk_error, read_header, write_atomically
 
 _PREFIX = "base_model.model."
@@ -65,15 +67,26 @@ def _file_shapes(key: Key, rank: int) -> tuple[tuple[int, int], tuple[int, int]]
 # --- writing
 
 
-def save_adapter(model: CausalLM, directory: str | Path, base_model_name_or_path: str) -> None:
+def save_adapter(
+    model: CausalLM,
+    directory: str | Path,
+    base_model_name_or_path: str,
+    *,
+    names: Literal["checkpoint"] | Spelling = "checkpoint",
+) -> None:
     """Write the LoRA of `model` to `directory` so that PEFT and `load_adapter` read it.
 
     base_model_name_or_path: hub id or folder of the base checkpoint, for PEFT to find it.
+    names: `checkpoint` names matrices as the base checkpoint does. PEFT applies an adapter to the class whose names it
+        has: `text` is for AutoModelForCausalLM, also of a vision-language checkpoint; `vision-language` for the whole.
     The tensors keep their dtype. The same adapter always gives the same bytes. A save that fails or is interrupted
     leaves the old adapter or, for a moment at the end, none; never a mixture. Raises NibbleError when the model has no
     adapter or the disk is full.
     """
-    found = adapted(model)
+    key_map = key_map_of(model)
+    if names != "checkpoint":
+        key_map = respelled(key_map, names)
+    found = adapted(model, key_map)
     if not found:
         raise NibbleError("this model has no adapter to save; add_lora or load_adapter gives it one.")
     directory = Path(directory)
@@ -81,7 +94,7 @@ def save_adapter(model: CausalLM, directory: str | Path, base_model_name_or_path
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, directory) from error
-    config = peft_config(key_map_of(model), found, base_model_name_or_path)
+    config = peft_config(key_map, found, base_model_name_or_path)
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     config_path = directory / CONFIG
     prefixes = _tensor_names([key for key, _ in found])
@@ -120,13 +133,17 @@ def load_adapter(
 
     dtype: of A and B; None is the file's (float32 for a float16 file).
     expected: when given, an adapter of other matrices, ranks, alphas or scaling is refused.
+    The adapter's names may be those of the text model or of the vision-language model, whichever the checkpoint is.
     Raises NibbleError, before the model is touched, for a feature that isn't plain LoRA, a target that matches nothing,
     and tensors that are missing, unknown or of the wrong shape.
     """
     directory = Path(directory)
     config, key_map, where = read_config(directory), key_map_of(model), str(directory)
-    targets = config_targets(config, key_map, where, model.model_type)
     header = read_header(directory / WEIGHTS)
+    spelt = spellings(header)
+    if len(spelt) == 1:
+        key_map = respelled(key_map, *spelt)
+    targets = config_targets(config, key_map, where, model.model_type)
     _check_tensors(targets, header, config, where)
     rslora = bool(config.get("use_rslora"))
     if expected is not None:
@@ -141,10 +158,11 @@ def load_adapter(
 
 def adapter_spec(model: CausalLM) -> AdapterSpec:
     """The spec that describes the adapter of `model`."""
-    found = adapted(model)
+    key_map = key_map_of(model)
+    found = adapted(model, key_map)
     if not found:
         raise NibbleError("this model has no adapter.")
-    return describe(key_map_of(model), found)
+    return describe(key_map, found)
 
 
 def _check_tensors(

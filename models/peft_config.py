@@ -16,9 +16,9 @@ from typing import Any
 
 from quant.errors import NibbleError
 
-from .keymap import TARGET_GROUPS, Key, KeyMap
+from .keymap import Key, KeyMap
 from .linear import LoRA
-from .lora import AdapterSpec, Target, adaptable, layer_of, module_name, within_layer
+from .targets import AdapterSpec, Target, adaptable, groups_of, layer_of, module_name, within_layer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -41,13 +41,22 @@ class _Layout:
     names: dict[str, str]
 
 
+# As PEFT has it (peft.utils.transformers_weight_conversion) for the models whose experts are named like Qwen2-MoE's.
+_REWRITTEN = ("gate", "gate_proj", "up_proj", "down_proj")
+
+
 def _is_parameter(key: Key) -> bool:
     """Whether PEFT must target the parameter rather than its module.
 
-    Stacks are parameters, and the router's class is no nn.Linear. MLP matrices are nn.Linear, but PEFT rewrites the
-    module names gate, gate_proj, up_proj and down_proj to the fused expert tensors of transformers 5.
+    Stacks are parameters, and most routers' classes are no nn.Linear. Other matrices are nn.Linear, but PEFT takes
+    certain module names, wherever they stand, for the fused experts of transformers 5.
     """
-    return key.group != "attention"
+    leaf = module_name(key.hub).rpartition(".")[2]
+    return _is_stack(key) or key.group == "router" or leaf in _REWRITTEN
+
+
+def _is_stack(key: Key) -> bool:
+    return key.group == "experts"
 
 
 def _target_name(key: Key) -> str:
@@ -238,15 +247,15 @@ def config_targets(config: Mapping[str, Any], key_map: KeyMap, where: str, model
             found = False
             for key in key_map.keys:
                 name = key.hub if of_parameters else module_name(key.hub)
-                if not of_parameters and (len(key.shape) == 3 or not key.native.endswith(".weight")):
-                    continue  # a stack is no module of its own
+                if not of_parameters and (_is_stack(key) or not key.hub.endswith(".weight")):
+                    continue  # neither a stack nor a bias is a module of its own
                 inside = layers is None or of_parameters or layer_of(name) in layers
                 if name != target and not (name.endswith(f".{target}") and inside):
                     continue
                 if key.native not in can:
                     raise NibbleError(
                         f"{where}: {field} has {target!r}, which adapts {name} ({key.group}).\n"
-                        f"LoRA is supported on {', '.join(TARGET_GROUPS)}."
+                        f"LoRA is supported on the matrices of {', '.join(groups_of(adaptable(key_map)))}."
                     )
                 if names.setdefault(key.native, name) != name:
                     raise NibbleError(f"{where}: target_modules and target_parameters both name {name}.")

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from models.adapter import adapter_spec, load_adapter, save_adapter
 from models.decoder import CausalLM
-from models.lora import AdapterSpec, add_lora, trainable_parameters
+from models.lora import add_lora, trainable_parameters
 from models.registry import ARCHITECTURES
+from models.targets import AdapterSpec
 from quant.errors import NibbleError
 from quant.storage import StorageSpec
 from tests.helpers import TINY_GLM
@@ -251,12 +252,12 @@ def test_config_entries_that_can_not_be_read(
         (
             {"target_modules": ["lm_head"]},
             "target_modules has 'lm_head', which adapts lm_head (head).\n"
-            "LoRA is supported on attention, experts, shared_experts, dense_mlp, router.",
+            "LoRA is supported on the matrices of attention, experts, shared_experts, dense_mlp, router.",
         ),
         (
             {"target_parameters": ["q_a_layernorm.weight"]},
             "target_parameters has 'q_a_layernorm.weight', which adapts model.layers.0.self_attn.q_a_layernorm.weight "
-            "(norm).\nLoRA is supported on attention, experts, shared_experts, dense_mlp, router.",
+            "(norm).\nLoRA is supported on the matrices of attention, experts, shared_experts, dense_mlp, router.",
         ),
         (
             {"target_parameters": ["o_proj.weight"]},

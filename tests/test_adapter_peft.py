@@ -5,22 +5,28 @@ Sizes are chosen so that no two dimensions of a matrix are alike: a swapped or t
 
 from __future__ import annotations
 
-import copy
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from models import load_model
 from models.adapter import load_adapter, save_adapter
-from models.decoder import CausalLM
-from models.lora import AdapterSpec, add_lora, trainable_parameters
+from models.lora import add_lora, trainable_parameters
+from models.targets import AdapterSpec
 from tests.helpers import assert_close, random_tokens, relative_error, save_tiny_glm
+from tests.peft_helpers import (
+    PATTERN_WARNING,
+    check_gradients,
+    check_training,
+    config_of,
+    native,
+    peft_load,
+    peft_make,
+    randomise,
+)
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -34,8 +40,6 @@ SIZES: dict[str, Any] = {
 }
 TOKENS = random_tokens((2, 32))
 GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "router")
-# What PEFT says of patterns that fit parameters; it applies them all the same, as the logits show.
-PATTERN_WARNING = "keys did not match any targeted module and were ignored"
 
 
 @pytest.fixture(scope="module")
@@ -56,31 +60,6 @@ def reference(folder: Path) -> Any:
 def base_logits(reference: Any) -> Tensor:
     with torch.no_grad():
         return reference(input_ids=TOKENS).logits
-
-
-def native(folder: Path) -> CausalLM:
-    return load_model(folder, storage="none", dtype=torch.float32)
-
-
-def randomise(parameters: list[tuple[str, torch.nn.Parameter]], seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in parameters:
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def peft_load(reference: Any, directory: Path) -> tuple[Any, list[str]]:
-    """The reference with an adapter, and what PEFT warned of."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(copy.deepcopy(reference), str(directory))
-    return model.eval(), [str(warning.message) for warning in caught if warning.category is not FutureWarning]
-
-
-def config_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "adapter_config.json").read_text())
 
 
 PROJECTIONS = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]
@@ -224,17 +203,6 @@ def test_other_shapes_of_the_architecture(tmp_path: Path, variant: str) -> None:
 # --- adapters that PEFT makes
 
 
-def peft_make(reference: Any, directory: Path, **config: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=f".*{PATTERN_WARNING}")
-        model = get_peft_model(copy.deepcopy(reference), LoraConfig(task_type="CAUSAL_LM", **config))
-    randomise([(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad])
-    model.save_pretrained(str(directory))
-    return model
-
-
 PEFT_CASES: dict[str, dict[str, Any]] = {
     "both-stacks": {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS, "target_parameters": STACKS},
     "bare-names": {"r": 4, "target_modules": ["o_proj"], "target_parameters": ["gate_up_proj", "down_proj"]},
@@ -294,31 +262,6 @@ def test_adapters_made_by_peft_load_here(
 # --- gradients and training
 
 
-def cross_entropy(logits: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
-
-
-def as_peft_lays_it_out(model: CausalLM, gradients: bool) -> dict[str, Tensor]:
-    """A and B, or their gradients, by PEFT's key, for an adapter of both stacks; written out from PEFT's layer.py."""
-    found = {}
-    for name, parameter in trainable_parameters(model):
-        module, letter = name.removesuffix(name[-1])[: -len(".lora.")], name[-1]
-        value = parameter.grad if gradients else parameter.detach()
-        assert value is not None, name
-        if ".experts." in name and "shared" not in name:
-            if letter == "A":
-                value = torch.cat(list(value))
-            else:
-                experts, out, rank = value.shape
-                flat = torch.empty(out, rank * experts)
-                for expert in range(experts):
-                    flat[:, expert::experts] = value[expert]
-                value = flat
-            module = module.replace(".gate_up_proj", ".base_layer").replace(".down_proj", "")
-        found[f"base_model.model.{module}.lora_{letter}.weight"] = value
-    return found
-
-
 TRAINED = {
     "r": 4,
     "lora_alpha": 8,
@@ -329,47 +272,9 @@ TRAINED = {
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_equal_those_of_peft(folder: Path, reference: Any, tmp_path: Path, recompute: bool) -> None:
-    peft = peft_make(reference, tmp_path, **TRAINED).train()
-    model = load_model(folder, storage="none", dtype=torch.float32, adapter=tmp_path)
-    model.activation_checkpointing = recompute
-    expected = cross_entropy(peft(input_ids=TOKENS).logits)
-    loss = cross_entropy(model(TOKENS))
-    assert_close(loss, expected, what="loss")
-    expected.backward()
-    loss.backward()
-    ours = as_peft_lays_it_out(model, gradients=True)
-    theirs = {
-        name.replace(".default", ""): parameter.grad
-        for name, parameter in peft.named_parameters()
-        if parameter.requires_grad
-    }
-    assert ours.keys() == theirs.keys()
-    assert len(ours) == 2 * (4 * 5 + 3 * 2 + 3 * 3 + 3 + 3)
-    for name, gradient in ours.items():
-        assert_close(gradient, theirs[name], what=name)
+    count = check_gradients(folder, reference, tmp_path, TOKENS, recompute, **TRAINED)
+    assert count == 2 * (4 * 5 + 3 * 2 + 3 * 3 + 3 + 3)
 
 
 def test_five_steps_of_sgd_follow_peft(folder: Path, reference: Any, tmp_path: Path) -> None:
-    peft = peft_make(reference, tmp_path / "start", **TRAINED).train()
-    model = load_model(folder, storage="none", dtype=torch.float32, adapter=tmp_path / "start")
-    start = load_file(tmp_path / "start" / "adapter_model.safetensors")
-    theirs = torch.optim.SGD([p for p in peft.parameters() if p.requires_grad], lr=0.02)
-    ours = torch.optim.SGD([p for _, p in trainable_parameters(model)], lr=0.02)
-    losses = []
-    for _ in range(5):
-        pair = (cross_entropy(peft(input_ids=TOKENS).logits), cross_entropy(model(TOKENS)))
-        for loss, optimizer in zip(pair, (theirs, ours), strict=True):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        losses.append(pair[0].item())
-        assert_close(pair[1].detach(), pair[0].detach(), what=f"loss after {len(losses) - 1} steps")
-    assert losses[-1] < 0.97 * losses[0]
-    peft.save_pretrained(str(tmp_path / "theirs"))
-    save_adapter(model, tmp_path / "ours", "org/base")
-    expected = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
-    found = load_file(tmp_path / "ours" / "adapter_model.safetensors")
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        assert_close(value, expected[name], what=name)
-        assert relative_error(value, start[name]) > 1e-3, f"{name} was trained"
+    check_training(folder, reference, tmp_path, TOKENS, steps=5, rate=0.02, **TRAINED)

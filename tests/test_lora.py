@@ -13,20 +13,14 @@ from torch import nn
 from models.decoder import CausalLM
 from models.glm4_moe_lite import Glm4MoeLiteConfig, key_map
 from models.linear import LoRA
-from models.lora import (
-    AdapterSpec,
-    Target,
-    add_lora,
-    initial_a,
-    key_map_of,
-    parameter_table,
-    resolve,
-    trainable_parameters,
-)
+from models.lora import add_lora, initial_a, key_map_of, trainable_parameters
+from models.parameter_table import parameter_table
 from models.registry import ARCHITECTURES
+from models.targets import AdapterSpec, Target, resolve
 from quant.errors import NibbleError
 from quant.storage import Storage, StorageSpec
 from tests.helpers import TINY_GLM, random_tokens
+from tests.tiny import TINY
 
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 PUBLISHED = Glm4MoeLiteConfig.parse({"model_type": "glm4_moe_lite"}, "defaults")
@@ -182,7 +176,8 @@ def test_nearest_names() -> None:
 def test_what_lora_does_not_adapt(target: str) -> None:
     assert message(target) == (
         f"adapter.targets: {target!r} can't be adapted: LoRA is for the matrices of "
-        "attention, experts, shared_experts, dense_mlp, router, not for norms, biases, embeddings or the output head."
+        "attention, experts, shared_experts, dense_mlp, router, not for norms, biases, "
+        "convolutions, embeddings or the output head."
     )
 
 
@@ -346,3 +341,16 @@ def test_table_of_full_training_and_of_a_tied_head() -> None:
     assert rows["total"].ranks == ()
     assert rows["total"].stored[0] == "bfloat16"
     assert {key.group for key in key_map_of(model).keys} == set(rows) - {"total"}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", "glm_moe_dsa"])
+def test_table_has_every_group(model_type: str) -> None:
+    architecture = ARCHITECTURES[model_type]
+    config = architecture.parse_config(dict(TINY[model_type]), "tiny")
+    model = architecture.build(config, StorageSpec("none"), torch.float32, "meta")
+    rows = {row.group: row.parameters for row in parameter_table(model)}
+    groups = {key.group for key in key_map_of(model).keys}
+    assert {"linear_attention", "indexer"} & groups, "one of the groups that GLM-4.7-Flash lacks"
+    assert set(rows) == groups | {"total"}
+    assert rows["total"] == sum(parameter.numel() for parameter in model.parameters())
+    assert rows["total"] == sum(rows.values()) // 2

@@ -1,0 +1,133 @@
+"""The command that renames an adapter's tensors: python -m models.adapter_names ADAPTER OUT --to text"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quant.errors import NibbleError
+
+if TYPE_CHECKING:
+    from .spelling import Spelling
+
+_DESCRIPTION = """\
+Rename what an adapter's files name, for the other of the two classes that have the same text model:
+  text             model.layers.…                 AutoModelForCausalLM, or a checkpoint of the text model alone
+  vision-language  model.language_model.layers.…  AutoModelForImageTextToText, or a vision-language checkpoint
+PEFT applies an adapter only where the names are those of the class; elsewhere it warns of missing keys, and computes
+without the adapter. nibble reads both. The tensors' values stay as they are."""
+
+_EXAMPLE = """\
+example:
+  python -m models.adapter_names outputs/qwen35-qlora/adapter outputs/qwen35-qlora/adapter-text --to text"""
+
+_NAME_LISTS = ("target_modules", "target_parameters")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="python -m models.adapter_names",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = arguments.add_argument
+    add("adapter", metavar="ADAPTER", help="folder with adapter_config.json and adapter_model.safetensors")
+    add("out", metavar="OUT", help="folder for the renamed adapter; it must not hold one")
+    add("--to", choices=("text", "vision-language"), required=True, help="whose names to give it")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
+    arguments = parser().parse_args(argv)
+    try:
+        count = rename_adapter(Path(arguments.adapter), Path(arguments.out), arguments.to)
+    except NibbleError as error:
+        print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command starts again", file=sys.stderr)
+        return 130
+    print(f"{arguments.out}: {count} tensors with the names of the {arguments.to} model")
+    return 0
+
+
+def rename_adapter(source: Path, destination: Path, to: Spelling) -> int:
+    """Write the adapter in `source` to `destination` with its names in the spelling `to`; returns the tensors' number.
+
+    Raises NibbleError, before anything is written, where an adapter is in `destination`, and for names that aren't all
+    in the other spelling.
+    """
+    from safetensors import safe_open
+
+    from .peft_config import CONFIG, WEIGHTS, read_config
+    from .spelling import respell
+    from .tensorfile import DTYPES, TensorWriter, disk_error, read_header, write_atomically
+
+    config = read_config(source)
+    for name in (CONFIG, WEIGHTS):
+        if (destination / name).exists():
+            raise NibbleError(f"{destination} holds {name} already. Choose another folder, or remove it.")
+    header = read_header(source / WEIGHTS)
+    _check_names(source, list(header), to)
+    strange = sorted({info.dtype for info in header.values()} - DTYPES.keys())
+    if strange:
+        raise NibbleError(f"{source / WEIGHTS} holds {', '.join(strange)}, which can't be copied.")
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, destination) from error
+    tensors = {respell(name, to): (info.shape, DTYPES[info.dtype]) for name, info in header.items()}
+    writer = TensorWriter(destination / WEIGHTS, tensors)
+    try:
+        with safe_open(source / WEIGHTS, framework="pt") as file:
+            for name in header:
+                writer.write(respell(name, to), file.get_tensor(name))
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.finish()
+    text = json.dumps(_renamed_config(config, to), indent=2, sort_keys=True) + "\n"
+    write_atomically(destination / CONFIG, text.encode())
+    return len(tensors)
+
+
+def _check_names(source: Path, names: list[str], to: Spelling) -> None:
+    from .spelling import spelling_of, spellings
+
+    if not names:
+        raise NibbleError(f"{source} has no tensors.")
+    other = next((name for name in names if spelling_of(name) is None), None)
+    if other is not None:
+        raise NibbleError(
+            f"{source}: {other} is named neither like the text model's layers (model.layers.…) nor like the "
+            "vision-language model's (model.language_model.layers.…).\n"
+            "Only adapters of a text model's layers can be renamed."
+        )
+    found = spellings(names)
+    if len(found) > 1:
+        raise NibbleError(f"{source}: some names are those of the text model, some of the vision-language model.")
+    if to in found:
+        raise NibbleError(f"{source}: its names are those of the {to} model already; use it as it is.")
+
+
+def _renamed_config(config: dict[str, Any], to: Spelling) -> dict[str, Any]:
+    from .spelling import respell
+
+    renamed = dict(config)
+    for field in _NAME_LISTS:
+        if config.get(field):
+            renamed[field] = [respell(name, to) for name in config[field]]
+    for field in _PATTERNS:
+        if config.get(field):
+            renamed[field] = {respell(pattern, to): number for pattern, number in config[field].items()}
+    return renamed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
