@@ -314,8 +314,8 @@ MESSAGES_ONLY = "(its fields: messages, tools, role, content). Rename it, or cha
         ),
         (
             ["adapter.rank={attention: 8, experts: 4, o_proj: 4}"],
-            "adapter.rank: 'o_proj' is not a group. The groups are attention, experts, shared_experts, dense_mlp, "
-            "router.",
+            "adapter.rank: 'o_proj' is not a group. The groups are attention, linear_attention, experts, "
+            "shared_experts, dense_mlp, router.",
         ),
     ],
 )
@@ -620,6 +620,8 @@ CHANGES = {
     "train.betas": "[0.9, 0.95]",
     "train.eps": "1e-6",
     "train.seed": "1",
+    "train.balance": "aux_loss",
+    "train.balance_rate": "0.1",
 }
 # Of the first three the content counts, which train.run compares.
 FREE = {
@@ -646,7 +648,8 @@ def test_every_key_is_either_fixed_or_free_on_resume() -> None:
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_resume_names_the_key_that_changed(key: str) -> None:
-    companion = ["model.storage=none"] if key == "adapter.kind" else []
+    companions = {"adapter.kind": ["model.storage=none"], "train.balance_rate": ["train.balance=aux_loss"]}
+    companion = companions.get(key, [])
     before = resume_fingerprint(parse_config(MINIMAL, companion))
     after = resume_fingerprint(parse_config(MINIMAL, [*companion, f"{key}={CHANGES[key]}"]))
     assert fingerprint_hash(before) != fingerprint_hash(after)

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from models import load_model
 from models.decoder import CausalLM
 from models.documents import Documents
-from models.lora import AdapterSpec, add_lora, trainable_parameters
+from models.lora import add_lora, trainable_parameters
+from models.targets import AdapterSpec
 from quant.errors import NibbleError
 from tests.helpers import assert_close, save_tiny_glm
 from train import loop

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.tensorfile import (
     DTYPE_NAMES,
@@ -186,15 +186,15 @@ class Checkpoint:
     optimizer_values: dict[str, Any]
     rng: dict[str, Any]
 
-    def load_tensors(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Copy the saved tensors into the trained parameters, one at a time.
+    def load_tensors(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy the saved tensors into the trained ones of the same names, one at a time.
 
         Raises NibbleError, before anything is copied, when names, shapes or dtypes differ.
         """
-        parameters = dict(named_parameters)
+        tensors = dict(named_tensors)
         saved = read_header(self.path / WEIGHTS)
-        missing = [name for name in parameters if name not in saved]
-        unexpected = [name for name in saved if name not in parameters]
+        missing = [name for name in tensors if name not in saved]
+        unexpected = [name for name in saved if name not in tensors]
         if missing or unexpected:
             lists = [("lacks", missing), ("has, and this run doesn't train,", unexpected)]
             raise NibbleError(
@@ -202,17 +202,17 @@ class Checkpoint:
                 + "; it ".join(f"{verb} {_listed(names)}" for verb, names in lists if names)
                 + f".\nSet adapter and model as they were, or {_START_ANEW}."
             )
-        for name, parameter in parameters.items():
+        for name, tensor in tensors.items():
             theirs = f"{list(saved[name].shape)} {saved[name].dtype}"
-            ours = f"{list(parameter.shape)} {DTYPE_NAMES[parameter.dtype]}"
+            ours = f"{list(tensor.shape)} {DTYPE_NAMES[tensor.dtype]}"
             if theirs != ours:
                 raise NibbleError(
                     f"{self.path}: {name} is {theirs}, this run's is {ours}.\n"
                     f"Set adapter and model as they were, or {_START_ANEW}."
                 )
         with torch.no_grad(), safe_open(self.path / WEIGHTS, framework="pt") as file:
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(name))
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
 
     def optimizer_state(self) -> OptimizerState:
         """For `train.optim.load_optimizer_state`. Tensors are on the host."""

@@ -92,9 +92,9 @@ class AdapterConfig(Section):
     )
     targets: Annotated[tuple[Text, ...], Tuple] = Field(
         default=("attention", "experts"),
-        description="Matrices that get LoRA: groups (attention, experts, shared_experts, dense_mlp, router) or names "
-        "in the hub's spelling (o_proj, mlp.experts.gate_up_proj, mlp.gate.weight). One that matches nothing is an "
-        "error.",
+        description="Matrices that get LoRA: groups (attention, linear_attention, experts, shared_experts, dense_mlp, "
+        "router) or names in the hub's spelling (o_proj, mlp.experts.gate_up_proj, mlp.gate.weight). One that matches "
+        "nothing is an error.",
     )
     init_from: PathText | None = Field(
         default=None,
@@ -214,6 +214,17 @@ class TrainConfig(Section):
     )
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
         default=0, description="Seed of the adapter's initial values, the held-out rows and the order of the data."
+    )
+    balance: Literal["none", "aux_loss", "bias_update"] = Field(
+        default="none",
+        description="Keep the load of experts even while routers are trained: aux_loss (an added loss, for softmax "
+        "routers: Qwen), bias_update (the bias that takes part in choosing is moved after every step, for sigmoid "
+        "routers: GLM, Trinity; full fine-tuning only), or not at all.",
+    )
+    balance_rate: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="aux_loss: what the added loss is multiplied by; null: router_aux_loss_coef of config.json, 0.001 "
+        "where it has none. bias_update: how far a bias moves in a step; null: 0.001.",
     )
     resume: PathText = Field(
         default="auto",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from train.config import AdapterConfig, Config
 
 # As models.keymap.TARGET_GROUPS, which can't be imported without torch.
-GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "router")
+GROUPS = ("attention", "linear_attention", "experts", "shared_experts", "dense_mlp", "router")
 FOUR_BIT = ("nf4", "fp4")
 Found = list[tuple[tuple[str, ...], str]]
 
@@ -85,6 +85,19 @@ def combination_problems(config: Config) -> Found:
             "train.optimizer", "train.device",
             text=f"train.optimizer: {train.optimizer} with train.device: cpu: paged state needs CUDA. Set "
             f"train.optimizer: {train.optimizer.removeprefix('paged_')}, or train.device: cuda.",
+        )  # fmt: skip
+    if train.balance == "none" and train.balance_rate is not None:
+        problem(
+            "train.balance_rate", "train.balance",
+            text="train.balance_rate with train.balance: none: there is nothing that it would be the rate of. Set "
+            "train.balance_rate: null (or leave it out), or train.balance: aux_loss or bias_update.",
+        )  # fmt: skip
+    if train.balance == "bias_update" and adapter.kind == "lora":
+        problem(
+            "train.balance", "adapter.kind",
+            text="train.balance: bias_update with adapter.kind: lora: it changes the routers' bias, which an adapter "
+            "can't hold, so the saved adapter would not compute what was trained. Set train.balance: none, or "
+            "adapter.kind: none.",
         )  # fmt: skip
     return found
 

@@ -42,12 +42,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the step's labelled tokens, before the update. grad_norm: before clipping."""
+    """loss: mean over the step's labelled tokens, before the update. grad_norm: before clipping. balance: what
+    `model.balance` measured, by the names in metrics.jsonl.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
     labelled: int
+    balance: dict[str, float] = field(default_factory=dict)
 
 
 def training_step(
@@ -62,24 +65,30 @@ def training_step(
 ) -> StepResult:
     """One optimiser step over all its micro-batches; `step` is for messages. The learning rate is the optimiser's.
 
+    Micro-batches without a label have no gradient and are passed over; `model.balance` doesn't count them either.
+
     Raises NonFiniteError for a loss or gradient that is infinite or not a number, before any weight has changed.
     """
-    labelled = sum(batch.labelled for batch in batches)
+    labelled, tokens = sum(batch.labelled for batch in batches), sum(batch.real_tokens for batch in batches)
     if labelled == 0:
         raise NibbleError(f"step {step} has no token to learn; such rows should have been skipped. See data.train.")
+    batches = [batch for batch in batches if batch.labelled]
+    seen, balance = sum(batch.real_tokens for batch in batches), model.balance
     loss = torch.zeros((), device=device)
+    if balance is not None:
+        balance.begin_step()
     for batch in batches:
-        if batch.labelled:
-            # Every token weighs the same, in whichever micro-batch it lies: one denominator for the whole step.
-            part = batch_loss(model, batch.to(device), denominator=labelled)
-            part.backward()
-            loss += part.detach()
+        # Every token weighs the same, in whichever micro-batch it lies: one denominator for the whole step.
+        part = batch_loss(model, batch.to(device), denominator=labelled)
+        loss += part.detach()
+        extra = balance.collect(batch.real_tokens / seen) if balance is not None else None
+        (part if extra is None else part + extra).backward()
     mean = loss.item()  # only now, when the device has been given the whole backward pass
     check_loss(mean, step)
     grad_norm = clip_gradients(parameters, max_grad_norm, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean, grad_norm, sum(batch.real_tokens for batch in batches), labelled)
+    return StepResult(mean, grad_norm, tokens, labelled, balance.end_step() if balance is not None else {})
 
 
 @dataclass
@@ -163,6 +172,7 @@ class Loop:
                     "epoch": round(progress.step / self.batches.steps_per_epoch, 6),
                     "loss": result.loss,
                     "grad_norm": result.grad_norm,
+                    **result.balance,
                     "learning_rate": rate,
                     "tokens": progress.tokens,
                     "labelled_tokens": progress.labelled_tokens,
@@ -174,9 +184,10 @@ class Loop:
         width, left = len(str(self.total_steps)), self.total_steps - progress.step
         time_left = f"  {format_seconds(window.seconds_per_step * left)} left" if left else ""
         memory = format_bytes(progress.peak_memory_bytes, digits=1)
+        balance = "".join(f"{name} {value:.3f}  " for name, value in result.balance.items())
         self.report.progress(
             f"step {progress.step:>{width}}/{self.total_steps}  loss {result.loss:.3f}  grad {result.grad_norm:.2f}  "
-            f"lr {rate:.1e}  {tokens_per_second:,.0f} tok/s  {memory}{time_left}",
+            f"{balance}lr {rate:.1e}  {tokens_per_second:,.0f} tok/s  {memory}{time_left}",
             keep=due,
         )
         if due:

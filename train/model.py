@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from models.adapter import load_adapter
+from models.balance import AuxiliaryLoss, BiasUpdate
+from models.configjson import number, text_section
 from models.decoder import CausalLM
 from models.hub import HubCheckpoint
 from models.load import ModelFolder, load_model
-from models.lora import AdapterSpec, add_lora
+from models.lora import add_lora, trainable_parameters
 from models.native import NativeCheckpoint, describe, dtype_name
 from models.registry import architecture_for
+from models.router import Router, SigmoidRouter
+from models.targets import AdapterSpec
 from quant.errors import NibbleError
 from quant.storage import StorageSpec
 from train.config import Config
 from train.optim import require_device
 
+# DeepSeek-V3's speed of the bias (arXiv:2412.19437 §4.2), and the coefficient of Qwen's configurations.
+_BALANCE_RATE = 1e-3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -31,12 +40,15 @@ def check_model(config: Config, source: ModelFolder, device: torch.device) -> No
     parsed = architecture.parse_config(source.config, where)
     _check_length(config, source, where)
     _check_stored(source, spec, dtype)
-    make_trainable(architecture.build(parsed, spec, dtype, "meta"), config)
+    model = architecture.build(parsed, spec, dtype, "meta")
+    make_trainable(model, config)
+    attach_balance(model, config, source)
 
 
 def _check_length(config: Config, source: ModelFolder, where: str) -> None:
-    length, limit = config.data.sequence_length, source.config.get("max_position_embeddings")
-    scaling = source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}
+    text = text_section(source.config)
+    length, limit = config.data.sequence_length, text.get("max_position_embeddings")
+    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings")
     if not isinstance(limit, int) or length <= limit:
         return
@@ -82,6 +94,7 @@ def load_trainable_model(config: Config, source: ModelFolder, device: torch.devi
         progress=True,
     )
     make_trainable(model, config)
+    attach_balance(model, config, source)
     return model
 
 
@@ -90,6 +103,9 @@ def make_trainable(model: CausalLM, config: Config) -> None:
     adapter = config.adapter
     if adapter.kind == "none":
         model.requires_grad_(True)  # parameters only: the router's correction bias, a buffer, is never trained
+        for module in model.modules():
+            if getattr(module, "never_trained", False):  # what has no gradient: an indexer, which only chooses keys
+                module.requires_grad_(False)
         return
     spec = AdapterSpec(
         targets=adapter.targets,
@@ -103,6 +119,53 @@ def make_trainable(model: CausalLM, config: Config) -> None:
         load_adapter(model, adapter.init_from, dtype=spec.dtype, expected=spec)
     else:
         add_lora(model, spec, config.train.seed)
+
+
+def trained_tensors(model: CausalLM) -> dict[str, Tensor]:
+    """All that a training step changes in `model`, by name: trained parameters, and the biases that balance routers."""
+    return {**dict(trainable_parameters(model)), **(model.balance.buffers() if model.balance is not None else {})}
+
+
+def attach_balance(model: CausalLM, config: Config, source: ModelFolder) -> None:
+    """Let `model` balance its experts as train.balance says. Raises NibbleError where that doesn't fit the model."""
+    method = config.train.balance
+    if method == "none":
+        return
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    biased = any(isinstance(router, SigmoidRouter) for router in routers)
+    said, name = f"train.balance: {method}", model.model_type
+    if not routers:
+        raise NibbleError(f"{said}, but no layer of this {name} has experts.\nSet train.balance: none.")
+    if method == "aux_loss" and biased:
+        full = "" if config.adapter.kind == "none" else " with adapter.kind: none"
+        raise NibbleError(
+            f"{said} is for softmax routers; those of {name} are sigmoid routers, balanced by their bias.\n"
+            f"Set train.balance: bias_update{full}, or none."
+        )
+    if method == "bias_update" and not biased:
+        raise NibbleError(
+            f"{said} is for sigmoid routers; those of {name} are softmax routers, without a bias to update.\n"
+            "Set train.balance: aux_loss, or none."
+        )
+    if not any(parameter.requires_grad for router in routers for parameter in router.parameters()):
+        raise NibbleError(
+            f"{said}, but no router is trained: adapter.targets has none ({', '.join(config.adapter.targets)}).\n"
+            "Add router to adapter.targets, or set train.balance: none."
+        )
+    kind = AuxiliaryLoss if method == "aux_loss" else BiasUpdate
+    model.balance = kind(model, _balance_rate(config, source))
+
+
+def _balance_rate(config: Config, source: ModelFolder) -> float:
+    rate = config.train.balance_rate
+    if rate is not None or config.train.balance == "bias_update":
+        return rate or _BALANCE_RATE
+    # The file of a vision-language model has a section for its text model.
+    values: dict[str, Any] = source.config.get("text_config", source.config)
+    try:
+        return number(values, "router_aux_loss_coef", _BALANCE_RATE, str(source.path / "config.json"))
+    except NibbleError as error:
+        raise NibbleError(f"{error}\ntrain.balance: aux_loss needs it, or train.balance_rate in its place.") from error
 
 
 def _storage(config: Config) -> tuple[StorageSpec, torch.dtype]:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from models.decoder import CausalLM
-from models.lora import GroupRow, parameter_table, trainable_parameters
+from models.lora import trainable_parameters
 from models.native import describe
+from models.parameter_table import GroupRow, parameter_table
 from parallel.device import device_name
 from train.config import Config
 from train.data import Data
@@ -18,6 +19,7 @@ from train.report import counted, format_bytes, format_seconds, table
 from train.schedule import learns
 
 _GROUP_NAMES = {
+    "linear_attention": "linear attention",
     "experts": "routed experts",
     "shared_experts": "shared experts",
     "dense_mlp": "dense layers",
@@ -80,6 +82,7 @@ def plan_text(model: CausalLM, data: Data, config: Config, total_steps: int) -> 
     own = sum(p.numel() * p.element_size() for p in trained)
     state = sum(_state_bytes(p.numel(), train.optimizer.endswith("8bit")) for p in trained)
     lora = f"LoRA {format_bytes(own)}, " if config.adapter.kind == "lora" else ""
+    method = "" if model.balance is None else f"  balance   {train.balance}, rate {model.balance.rate:g}\n"
     warning = ""
     if not learns(train.schedule, total_steps, train.warmup_ratio):
         warning = (
@@ -88,7 +91,7 @@ def plan_text(model: CausalLM, data: Data, config: Config, total_steps: int) -> 
         )
     return (
         f"  plan      {counted(total_steps, 'step')} × about {per_step:,} tokens ({counted(epochs, 'epoch')})\n"
-        f"{warning}  memory    weights {format_bytes(weights)}, {lora}gradients {format_bytes(own)}, optimiser "
+        f"{method}{warning}  memory    weights {format_bytes(weights)}, {lora}gradients {format_bytes(own)}, optimiser "
         f"{format_bytes(state)}; activations come on top\n"
     )
 

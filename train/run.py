@@ -40,7 +40,7 @@ from train.data import Data, load_data
 from train.fingerprint import resume_fingerprint, run_identity
 from train.loop import Loop, Progress
 from train.metrics import MetricsLog, read_metrics
-from train.model import check_model, content_fingerprint, load_trainable_model
+from train.model import check_model, content_fingerprint, load_trainable_model, trained_tensors
 from train.optim import build_optimizer, load_optimizer_state, optimizer_state
 from train.overview import data_text, model_text, plan_text, summary_text
 from train.plots import loss_curve
@@ -113,8 +113,8 @@ def run(config: Config, config_path: Path | None = None) -> int:
                 "batches": data.train.state(),
                 "held_out": data.held_out.fingerprint() if data.held_out is not None else None,
             }
-            tensors = dict(trainable_parameters(model))
             kept, saved = train.keep_checkpoints, optimizer_state(optimizer)
+            tensors = trained_tensors(model)
             save_checkpoint(folder.checkpoints, progress.step, tensors, saved, state, kept, report.note)
 
         def draw() -> None:
@@ -259,7 +259,7 @@ def restore(
     """Put everything back to where the checkpoint was taken, so that the run goes on as if it had not stopped."""
     if checkpoint is None:
         return Progress()
-    checkpoint.load_tensors(trainable_parameters(model))
+    checkpoint.load_tensors(trained_tensors(model).items())
     load_optimizer_state(optimizer, checkpoint.optimizer_state())
     checkpoint.restore_rng()
     elsewhere = checkpoint.path.parent.parent / folder.metrics.name
