@@ -43,7 +43,10 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion did. Sizes in bytes; parameters of the dense model; seconds of this run."""
+    """What a conversion did. Sizes in bytes; parameters of the dense model; seconds of this run.
+
+    carried: hub keys of the source that are not computed with; left_out: the same in one line.
+    """
 
     destination: Path
     stored: str
@@ -53,6 +56,7 @@ class Summary:
     files: int
     kept: int
     carried: tuple[str, ...]
+    left_out: str
     seconds: float
 
 
@@ -71,7 +75,8 @@ def convert(
 ) -> Summary:
     """Convert a hub folder or hub id into `destination`, or finish a conversion that was interrupted.
 
-    spec: how frozen matrices are stored; dtype: of everything else but routers, which are float32.
+    spec: how frozen matrices are stored; dtype: of everything else but what the architecture keeps in
+        float32 whatever the file has (routers, Trinity's norms, DeltaNet's decay).
     device: where matrices are quantised. The CPU is the reference; a CUDA device is much faster for 4 bits.
     force: throw away another conversion that is in `destination`. progress(done, total, what): parameters, and the
     file being written. Raises NibbleError, and Interrupted on Ctrl-C.
@@ -96,6 +101,7 @@ def convert(
                 fingerprint=checkpoint.fingerprint(),
                 config=checkpoint.config,
                 carried=reader.carried,
+                layout=reader.layout,
             )
             manifest = _prepare(target, manifest, force)
             kept = len(files.keys() & manifest.files.keys())
@@ -117,14 +123,15 @@ def convert(
             bytes=sum(manifest.files[name].size for name in files),
             files=len(files),
             kept=kept,
-            carried=manifest.carried,
+            carried=reader.carried,
+            left_out=reader.left_out(),
             seconds=time.monotonic() - begun,
         )
 
 
 def count_parameters(keys: Iterable[Key]) -> int:
-    """Of the dense model. Routers' correction biases are buffers and don't count."""
-    return sum(_numel(key) for key in keys if key.is_storage or key.group != "router")
+    """Of the dense model. Buffers (routers' correction biases) don't count."""
+    return sum(_numel(key) for key in keys if not key.is_buffer)
 
 
 def _numel(key: Key) -> int:

@@ -103,6 +103,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from .hub import gib
     from .native import describe, verify
 
     folder = Path(arguments.verify)
@@ -126,6 +127,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _as_text(summary: Summary) -> str:
+    from .hub import gib
+    from .stream import LEFT_OUT
+
     sizes = f"{gib(summary.source_bytes)} → {gib(summary.bytes)} ({summary.stored})"
     if summary.kept == summary.files:
         first = f"{summary.destination}: all is done already, {summary.files} files, {sizes}"
@@ -135,11 +139,7 @@ def _as_text(summary: Summary) -> str:
             f"{summary.destination}: {summary.parameters:,} parameters, {sizes} in {summary.files} files{kept}, "
             f"{summary.seconds:.1f} s"
         )
-    if not summary.carried:
-        return first
-    count = len(summary.carried)
-    names = f"{summary.carried[0]} …" if count > 1 else summary.carried[0]
-    return f"{first}\nleft out, as nothing computes with them: {count} tensors of the source ({names})"
+    return f"{first}\n{LEFT_OUT}: {summary.left_out}" if summary.carried else first
 
 
 def _as_json(summary: Summary) -> str:
@@ -156,11 +156,6 @@ def _as_json(summary: Summary) -> str:
             "seconds": round(summary.seconds, 3),
         }
     )
-
-
-def gib(nbytes: int) -> str:
-    """12.34 GiB, or MiB where that would be 0.0."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.2f} MiB"
 
 
 if __name__ == "__main__":

@@ -16,15 +16,20 @@ from torch import Tensor
 from quant.errors import NibbleError
 from quant.storage import DenseStorage, Storage
 
+from .configjson import text_section
 from .decoder import CausalLM
-from .hub import CONFIG, INDEX, SIDE_FILES, SINGLE, HubCheckpoint, read_config, some
-from .keymap import Key
+from .hub import CONFIG, INDEX, SIDE_FILES, SINGLE, HubCheckpoint, local_folder, read_config
+from .keymap import Key, KeyMap
+from .layout import Layout
 from .lora import adapted
 from .native import Manifest, dtype_name, is_converted
 from .registry import ARCHITECTURES
+from .stream import sum_up
 from .tensorfile import DTYPES, TensorWriter, tensor_bytes, write_atomically
 
 log = logging.getLogger("nibble")
+# A stored copy of a tied head would contradict the trained embedding, by which it is implied anyway.
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,19 @@ def export_hub(
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
 ) -> Path:
-    """Write `model`, whose storage is none, to `directory`: per-expert keys, shards and index, config, tokenizer.
+    """Write `model`, whose storage is none, to `directory`: weights in shards, index, config, tokenizer.
 
     source: the folder (hub format or converted) that the model was loaded from. config.json, tokenizer and chat
-        template are taken from it; in config.json only the dtype is set to the model's. Tensors that the architecture
-        doesn't compute with (multi-token prediction) are carried through as they are, from the hub folder that
-        `source` is or was converted from; where that is gone, a warning says what is left out.
+        template are taken from it; in config.json only the dtype is set to the model's. Keys are as the source has
+        them, fused experts or a matrix per expert. Tensors that the architecture doesn't compute with (multi-token
+        prediction, vision tower) are carried through as they are, from the hub folder that `source` is or was
+        converted from; where that is gone, a warning says what is left out. A copy of a tied head is not written.
     max_shard_bytes: a tensor larger than that gets a shard of its own.
     overwrite: replace a checkpoint that is there already.
+
+    Everything is written in the model's dtype, except what the model keeps in float32 all the same (routers, their
+    biases, Trinity's norms, DeltaNet's decay): that is float32, unless the source has it in the model's dtype and
+    nothing is lost by that. So no digit that was trained is rounded off, and an untrained model comes back unchanged.
 
     The folder appears when it is whole. Memory: the model, and one tensor. Returns `directory`.
     Raises NibbleError for another storage, for a model with an adapter, or where the folder exists.
@@ -79,11 +89,12 @@ def export_hub(
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
-        items = list(_items(model))
-        with contextlib.ExitStack() as stack:
-            origin = _with_carried(source)
+        manifest = Manifest.load(source) if is_converted(source) else None
+        with _origin(source, manifest) or contextlib.nullcontext() as origin:
+            key_map = _layout(ARCHITECTURES[model.model_type].key_map(model.config), origin, manifest)
+            items = list(_items(model, key_map, origin))
             if origin is not None:
-                items += _carried(model, stack.enter_context(origin))
+                items += _carried(key_map, origin)
             _write_shards(items, partial, max_shard_bytes)
         write_atomically(partial / CONFIG, config)
         for name in SIDE_FILES:
@@ -96,12 +107,12 @@ def export_hub(
     return directory
 
 
-def _items(model: CausalLM) -> Iterator[_Item]:
-    """Hub tensors in the key map's order; stacks are split into experts and their parts."""
-    key_map = ARCHITECTURES[model.model_type].key_map(model.config)
+def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None) -> Iterator[_Item]:
+    """Hub tensors in the key map's order; stacks are split into experts and their parts where the hub has them so."""
     for key in key_map.keys:
         value = _value(model, key)
-        if not key.parts:
+        if not key.parts or key.fused:
+            value = value.to(_written(key, value, model.dtype, origin))
             yield _Item(key.hub, key.shape, value.dtype, lambda value=value: value)  # type: ignore[misc]
             continue
         experts, rows, columns = key.shape
@@ -110,6 +121,13 @@ def _items(model: CausalLM) -> Iterator[_Item]:
             for index, part in enumerate(key.parts):
                 block = value[expert, index * height : (index + 1) * height]
                 yield _Item(part.format(e=expert), (height, columns), value.dtype, lambda block=block: block)  # type: ignore[misc]
+
+
+def _written(key: Key, value: Tensor, dtype: torch.dtype, origin: HubCheckpoint | None) -> torch.dtype:
+    """The dtype to write a tensor in: see `export_hub` for those that are float32 in a model of another dtype."""
+    if value.dtype == dtype or origin is None or key.hub not in origin or DTYPES.get(origin.dtype(key.hub)) != dtype:
+        return value.dtype
+    return dtype if torch.equal(value.to(dtype).to(value.dtype), value) else value.dtype
 
 
 def _value(model: CausalLM, key: Key) -> Tensor:
@@ -125,34 +143,38 @@ def _value(model: CausalLM, key: Key) -> Tensor:
     return value.detach()
 
 
-def _with_carried(source: Path) -> HubCheckpoint | None:
-    """The hub folder that holds the tensors to be carried through: `source`, or what it was converted from."""
-    if (source / SINGLE).is_file() or (source / INDEX).is_file():
-        return HubCheckpoint(source)
-    if not is_converted(source) or not (manifest := Manifest.load(source)).carried:
-        return None
-    origin = Path(manifest.source).expanduser()
-    if origin.is_dir():
+def _origin(source: Path, manifest: Manifest | None) -> HubCheckpoint | None:
+    """The hub checkpoint that `source` is or was made from, where it is still there and the same."""
+    if manifest is None:
+        return HubCheckpoint(source) if (source / SINGLE).is_file() or (source / INDEX).is_file() else None
+    folder = local_folder(manifest.source)
+    if folder is not None:
         with contextlib.suppress(NibbleError):
-            checkpoint = HubCheckpoint(origin)
+            checkpoint = HubCheckpoint(folder)
             if checkpoint.fingerprint() == manifest.fingerprint:
                 return checkpoint
-    log.warning(
-        "%d tensors that nothing here computes with (%s) are not exported: the converted checkpoint doesn't hold them, "
-        "and what it was made from, %s, is no longer there.",
-        len(manifest.carried),
-        some(list(manifest.carried), 1),
-        manifest.source,
-    )
+    missed = [name for name in manifest.carried if name != _HEAD]
+    if missed:
+        log.warning(
+            "not exported, as the converted checkpoint doesn't hold them and what it was made from, %s, is no longer "
+            "there or has changed: %s",
+            manifest.source,
+            sum_up(missed),
+        )
     return None
 
 
-def _carried(model: CausalLM, checkpoint: HubCheckpoint) -> Iterator[_Item]:
-    key_map = ARCHITECTURES[model.model_type].key_map(model.config)
-    wanted = {hub for key in key_map.keys for hub in (key.hub, *key.hub_keys())}
+def _layout(key_map: KeyMap, origin: HubCheckpoint | None, manifest: Manifest | None) -> KeyMap:
+    """The key map with the hub's keys as the source has them; where that isn't known, as the architecture says."""
+    if origin is not None:
+        return Layout.of(key_map, origin).apply(key_map)
+    return manifest.layout.apply(key_map) if manifest is not None and manifest.layout is not None else key_map
+
+
+def _carried(key_map: KeyMap, checkpoint: HubCheckpoint) -> Iterator[_Item]:
+    wanted = {hub for key in key_map.keys for hub in (key.hub, *key.part_keys())}
     for name in checkpoint:
-        # A stored copy of a tied head would contradict the trained embedding; it is implied by it anyway.
-        if name not in wanted and key_map.is_carried(name) and name != "lm_head.weight":
+        if name not in wanted and key_map.is_carried(name) and name != _HEAD:
             dtype = DTYPES.get(checkpoint.dtype(name))
             if dtype is None:
                 raise NibbleError(
@@ -193,13 +215,19 @@ def _write_shards(items: list[_Item], folder: Path, limit: float) -> None:
 
 
 def _config(source: Path, dtype: torch.dtype) -> bytes:
-    """The source's config.json, to the byte where its dtype is the model's."""
+    """The source's config.json, to the byte where its dtype is the model's.
+
+    The dtype is set where the file has one: in its outermost section, in that of the text model, or in both.
+    """
     data, config = read_config(source)
-    name = dtype_name(dtype)
-    spelled = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    if all(config.get(key) == name for key in spelled):
+    sections = [config] if text_section(config) is config else [config, text_section(config)]
+    spelled = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]
+    spelled, name = spelled or [(config, "dtype")], dtype_name(dtype)
+    if all(section.get(key) == name for section, key in spelled):
         return data
-    return json.dumps(config | dict.fromkeys(spelled, name), indent=2).encode() + b"\n"
+    for section, key in spelled:
+        section[key] = name
+    return json.dumps(config, indent=2).encode() + b"\n"
 
 
 def _swap(partial: Path, directory: Path) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +40,10 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    # What a vision-language model makes of images and videos: not needed here, but by those who get an export.
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -75,7 +79,7 @@ class HubCheckpoint:
     ) -> None:
         self.close()
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._infos
 
     def __iter__(self) -> Iterator[str]:
@@ -93,7 +97,10 @@ class HubCheckpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(info.end - info.begin for info in self._infos.values())
+        return self.nbytes_of(self._infos)
+
+    def nbytes_of(self, keys: Iterable[str]) -> int:
+        return sum(self._infos[key].end - self._infos[key].begin for key in keys)
 
     def tensor(self, key: str) -> Tensor:
         """The tensor as stored: a view of the mapped file, to be read and not written."""
@@ -314,6 +321,24 @@ def _not_fetched(name: str, why: str) -> str:
         f"Where there is a connection: hf download {name} --local-dir {folder}\n"
         f"Then set model.path (or the argument) to that folder."
     )
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a name meant (a folder, or a hub id in the hub's cache) if it is on this machine."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not looks_like_hub_id(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, CONFIG)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def gib(nbytes: int) -> str:
+    """12.34 GiB, or MiB where that would be 0.0."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.2f} MiB"
 
 
 def some(names: list[str], limit: int = 5) -> str:

@@ -17,10 +17,11 @@ from quant.storage import Kind, StorageSpec
 
 from .decoder import CausalLM
 from .hub import HubCheckpoint, hub_id_of, read_config, resolve_model, some
+from .keymap import KeyMap
 from .native import MANIFEST, Manifest, NativeCheckpoint, convert_command, describe, is_converted, wrong_sizes
 from .progress import Bar
 from .registry import architecture_for
-from .stream import HubReader, Piece, Reader, read_all
+from .stream import LEFT_OUT, HubReader, Piece, Reader, read_all
 
 log = logging.getLogger("nibble")
 
@@ -87,7 +88,7 @@ def load_model(
             log.info("%s: using the converted copy %s", folder.path, copy.path)
             reader = copy.bind(keys.keys)
         else:
-            reader = HubReader(checkpoint, keys, spec, dtype, device)
+            reader = _hub_reader(checkpoint, keys, spec, dtype, device)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Bar("loading")) if progress else None
         fill(model, reader, device, progress=bar.update if bar is not None else None)
@@ -98,6 +99,15 @@ def load_model(
 
         load_adapter(model, Path(adapter))
     return model
+
+
+def _hub_reader(
+    checkpoint: HubCheckpoint, keys: KeyMap, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str
+) -> HubReader:
+    reader = HubReader(checkpoint, keys, spec, dtype, device)
+    if reader.carried:
+        log.info("%s: %s: %s", checkpoint.path, LEFT_OUT, reader.left_out())
+    return reader
 
 
 def find_converted(checkpoint: HubCheckpoint, spec: StorageSpec, dtype: torch.dtype) -> NativeCheckpoint | None:

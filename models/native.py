@@ -26,6 +26,7 @@ from quant.storage import StorageSpec
 
 from .hub import some
 from .keymap import Key
+from .layout import Layout
 from .stream import Piece, native_tensors
 from .tensorfile import DTYPES, TensorInfo, read_header, sha256_file, write_atomically
 
@@ -49,8 +50,9 @@ class Manifest:
     """What nibble.json holds.
 
     source: what the user named as source, a hub id or the folder's name. fingerprint: HubCheckpoint.fingerprint.
-    carried: hub keys that were left out because the architecture doesn't compute with them. complete: all files are
-    there; until then a conversion goes on where it stopped.
+    carried: hub keys that were left out because the architecture doesn't compute with them. layout: how the source
+    spells the others, None if that isn't known. Both are for an export, which writes what the source was like.
+    complete: all files are there; until then a conversion goes on where it stopped.
     """
 
     model_type: str
@@ -60,6 +62,7 @@ class Manifest:
     fingerprint: str
     config: dict[str, Any]
     carried: tuple[str, ...] = ()
+    layout: Layout | None = None
     files: dict[str, FileRecord] = field(default_factory=dict)
     complete: bool = False
 
@@ -73,6 +76,7 @@ class Manifest:
             "dtype": dtype_name(self.dtype),
             "source": {"name": self.source, "fingerprint": self.fingerprint},
             "carried": list(self.carried),
+            "layout": None if self.layout is None else dataclasses.asdict(self.layout),
             "config": self.config,
             "files": {name: dataclasses.asdict(self.files[name]) for name in sorted(self.files)},
         }
@@ -102,6 +106,7 @@ class Manifest:
                 fingerprint=data["source"]["fingerprint"],
                 config=data["config"],
                 carried=tuple(data["carried"]),
+                layout=Layout(**data["layout"]) if data.get("layout") else None,
                 files={
                     _plain(name): FileRecord(entry["size"], entry["sha256"], tuple(entry["tensors"]))
                     for name, entry in data["files"].items()

@@ -8,7 +8,9 @@ Shapes: E experts; a stack is [E, out, in].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,12 +20,16 @@ from torch import Tensor
 from quant.errors import NibbleError
 from quant.storage import StorageSpec, all_finite, quantise, storage_tensors
 
-from .hub import HubCheckpoint, some
+from .hub import HubCheckpoint, gib, some
 from .keymap import Key, KeyMap
+from .layout import TEXT, WRAPPED, Layout
 
 _READABLE = ("BF16", "F16", "F32", "F64")
 # Missing or unused keys named one by one; a checkpoint of another model has tens of thousands.
 LISTED = 50
+LEFT_OUT = "left out, as nothing here computes with them"
+# What counts as one part of a model when carried tensors are summed up.
+_PART = re.compile(r"model\.layers\.\d+|model\.\w+|\w+")
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ def native_tensors(key: Key, spec: StorageSpec, dtype: torch.dtype) -> dict[str,
 class HubReader:
     """Reads a hub checkpoint as native tensors, quantising one matrix at a time.
 
-    carried: hub keys that the architecture declares as not computed with. They are left where they are.
+    keys: the key map's, with the hub's keys as this checkpoint has them (`layout`). carried: hub keys that the
+    architecture declares as not computed with. They are left where they are.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class HubReader:
     ) -> None:
         """device: where matrices are quantised and pieces are. Raises NibbleError where keys or shapes don't fit."""
         self.checkpoint, self.spec, self.dtype, self.device = checkpoint, spec, dtype, torch.device(device)
+        self.layout, key_map = _laid_out(key_map, checkpoint)
         self.keys = key_map.keys
         for key in self.keys:
             native_tensors(key, spec, dtype)
@@ -95,6 +103,10 @@ class HubReader:
             name = f"{key.hub}, expert {expert}"
             tensors = self._stored(key, self.dense(key, expert), name)
             yield Piece(key, expert, {native: tensor.unsqueeze(0) for native, tensor in tensors.items()})
+
+    def left_out(self) -> str:
+        """The carried tensors in one line: "model.visual.* (333 tensors, 0.85 GiB), mtp.* (785 tensors, 1.58 GiB)"."""
+        return sum_up(self.carried, self.checkpoint)
 
     def dense(self, key: Key, expert: int) -> Tensor:
         """The matrix [out, in] of one expert in the hub's dtype, from a fused stack or from its parts."""
@@ -117,7 +129,7 @@ class HubReader:
         """Every needed key is there and every other one is declared; returns the latter."""
         wanted: set[str] = set()
         for key in self.keys:
-            wanted.update([key.hub] if key.hub in self._fused else key.hub_keys())
+            wanted.update([key.hub] if key.hub in self._fused else key.part_keys())
         missing = [key for key in sorted(wanted) if key not in self.checkpoint]
         others = sorted(key for key in self.checkpoint if key not in wanted)
         carried = tuple(key for key in others if key_map.is_carried(key))
@@ -161,8 +173,47 @@ class HubReader:
             yield key.hub, key.shape
             return
         _, rows, columns = key.shape
-        for hub in key.hub_keys():
+        for hub in key.part_keys():
             yield hub, (rows // len(key.parts), columns)
+
+
+def _laid_out(key_map: KeyMap, checkpoint: HubCheckpoint) -> tuple[Layout, KeyMap]:
+    """The layout of a checkpoint, and the key map in it."""
+    layout = Layout.of(key_map, checkpoint)
+    laid_out = layout.apply(key_map)
+    if layout.wrapped or not any(key.hub.startswith(WRAPPED) for key in key_map.keys):
+        return layout, laid_out
+    # Read all the same, an adapter would have config.json's names, which no class that loads these keys has.
+    if all(key.hub in checkpoint or all(part in checkpoint for part in key.part_keys()) for key in laid_out.keys):
+        raise NibbleError(
+            f"{checkpoint.path}: the keys are those of a text model ({TEXT}…); config.json says model_type "
+            f"{checkpoint.config.get('model_type')}, whose keys are {WRAPPED}….\n"
+            "Make what config.json has as text_config the whole of it, with its own model_type."
+        )
+    return layout, key_map
+
+
+def sum_up(carried: Sequence[str], checkpoint: HubCheckpoint | None = None) -> str:
+    """Hub keys by parts of the model, with their number and, where their checkpoint is at hand, their size."""
+    parts: dict[str, list[str]] = {}
+    for name in carried:
+        found = _PART.match(name)
+        parts.setdefault(found[0] if found else name, []).append(name)
+    lines = []
+    for names in parts.values():
+        count = f"{len(names)} tensor{'s'[: len(names) != 1]}"
+        size = f", {gib(checkpoint.nbytes_of(names))}" if checkpoint is not None else ""
+        lines.append(f"{_common(names)} ({count}{size})")
+    return some(lines)
+
+
+def _common(names: list[str]) -> str:
+    """What names begin with, to a dot: "model.visual.*"; the whole name of a single one."""
+    if len(names) == 1:
+        return names[0]
+    split = [name.split(".") for name in names]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
+    return ".".join([*(parts[0] for parts in same), "*"])
 
 
 def read_all(reader: Reader, experts: Mapping[str, range] | None = None) -> Iterator[Piece]:

@@ -296,7 +296,7 @@ def test_prediction_layer_is_left_out_and_named(hub: Path, tmp_path: Path, capsy
     source = write_hub(tmp_path / "mtp", tensors | {key: torch.ones(2, 2) for key in extra}, hub)
     assert command.main([str(source), str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == (f"left out, as nothing computes with them: 2 tensors of the source ({extra[0]} …)")
+    assert lines[1] == "left out, as nothing here computes with them: model.layers.3.* (2 tensors, 0.00 MiB)"
     assert Manifest.load(tmp_path / "out").carried == tuple(extra)
     convert(hub, tmp_path / "plain", NF4)
     assert contents(tmp_path / "plain", "*.safetensors") == contents(tmp_path / "out", "*.safetensors")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.hub import INDEX, SINGLE, HubCheckpoint, looks_like_hub_id, resolve_model
+from models.hub import INDEX, SINGLE, HubCheckpoint, local_folder, looks_like_hub_id, resolve_model
 from models.tensorfile import TensorWriter, read_header
 from quant.errors import NibbleError
 
@@ -231,6 +231,21 @@ def test_resolve_existing_folder_and_nonsense(tmp_path: Path, monkeypatch: pytes
     assert not looks_like_hub_id("outputs/model")
 
 
+def test_folder_of_a_name_without_asking_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    snapshot = cache / "models--Qwen--Tiny" / "snapshots" / "abc"
+    write_checkpoint(snapshot)
+    (cache / "models--Qwen--Tiny" / "refs").mkdir()
+    (cache / "models--Qwen--Tiny" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.chdir(tmp_path)
+    assert local_folder("Qwen/Tiny") == snapshot
+    assert local_folder(str(snapshot)) == snapshot
+    assert local_folder("Qwen/Other") is None
+    assert local_folder("/nowhere/Tiny") is None
+
+
 def test_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
@@ -239,7 +254,8 @@ def test_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypatc
     def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked["name"] = name
         files = ["model-00001-of-00002.safetensors", INDEX, "config.json", "tokenizer.model", "chat_template.jinja"]
-        files += ["vocab.json", "merges.txt"]
+        files += ["vocab.json", "merges.txt", "model.safetensors-00001-of-00014.safetensors"]
+        files += ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"]
         others = ["pytorch_model.bin", "modeling_x.py", "tokenizer_x.py", "README.md", "x.gguf", "onnx/model.json"]
         found = filter_repo_objects(files + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         assert list(found) == files

@@ -257,7 +257,8 @@ def test_folder_of_either_kind_without_its_weights(hub: Path, tmp_path: Path) ->
 
 def test_adapter_is_put_on_top(hub: Path, tmp_path: Path) -> None:
     from models.adapter import save_adapter
-    from models.lora import AdapterSpec, add_lora
+    from models.lora import add_lora
+    from models.targets import AdapterSpec
 
     model = load_model(hub, "nf4", torch.float32)
     tokens = random_tokens((1, 6))

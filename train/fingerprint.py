@@ -39,6 +39,9 @@ def resume_fingerprint(config: Config) -> dict[str, Any]:
     if config.adapter.kind == "none":
         dropped |= {key for key in flat if key.startswith("adapter.") and key != "adapter.kind"}
     train = config.train
+    if train.balance == "none":
+        # As in checkpoints of versions that didn't know these keys.
+        dropped |= {"train.balance", "train.balance_rate"}
     if train.schedule == "constant" and train.warmup_ratio == 0:
         dropped |= {"train.epochs", "train.max_steps"}
     elif train.max_steps is not None:

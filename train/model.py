@@ -161,7 +161,7 @@ def _balance_rate(config: Config, source: ModelFolder) -> float:
     if rate is not None or config.train.balance == "bias_update":
         return rate or _BALANCE_RATE
     # The file of a vision-language model has a section for its text model.
-    values: dict[str, Any] = source.config.get("text_config", source.config)
+    values: dict[str, Any] = text_section(source.config)
     try:
         return number(values, "router_aux_loss_coef", _BALANCE_RATE, str(source.path / "config.json"))
     except NibbleError as error:

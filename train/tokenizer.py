@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from models.configjson import text_section
 from quant.errors import NibbleError
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -150,8 +151,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     folder = Path(folder)
     config = _read_json(folder / "tokenizer_config.json")
     model_config = _read_json(folder / "config.json")
-    text_config = model_config.get("text_config")
-    model_config = {**(text_config if isinstance(text_config, dict) else {}), **model_config}
+    text = text_section(model_config)
     named = _named_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
     added = _added_tokens(config)
 
@@ -174,7 +174,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
 
     generation = _read_json(folder / "generation_config.json")
     eos: list[int] = []
-    for source in (generation, model_config):
+    for source in (generation, text, model_config):
         value = source.get("eos_token_id")
         eos += value if isinstance(value, list) else [] if value is None else [value]
     return Tokenizer(
@@ -182,7 +182,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         where=str(folder),
         special_tokens=named,
         generation_eos=eos,
-        vocab_size=model_config.get("vocab_size") if vocab_size is None else vocab_size,
+        vocab_size=text.get("vocab_size") if vocab_size is None else vocab_size,
     )
 
 
