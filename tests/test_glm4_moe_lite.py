@@ -7,18 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from models import load_model
-from models.documents import Documents
-from models.glm4_moe_lite import Glm4MoeLiteConfig, build, key_map
-from models.lora import add_lora, trainable_parameters
-from models.registry import architecture_for
-from models.targets import AdapterSpec
-from quant.errors import NibbleError
-from quant.storage import Storage, StorageSpec
-from tests.helpers import assert_close, random_tokens, relative_error, save_tiny_glm
+from models.glm4_moe_lite import Glm4MoeLiteConfig
+from tests import architecture_checks as checks
+from tests.helpers import random_tokens, save_tiny_glm
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -44,161 +36,48 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def native_tensor(model: torch.nn.Module, native: str) -> Tensor:
-    """The Parameter behind a key map's native name."""
-    *path, leaf = native.split(".")
-    owner = model.get_submodule(".".join(path))
-    found = getattr(owner, leaf)
-    return found.value if isinstance(found, Storage) else found
+GROUPS = ("attention", "experts", "router")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_loss_and_all_gradients_equal_transformers(tmp_path: Path, variant: str) -> None:
     reference = save_tiny_glm(tmp_path, **VARIANTS[variant])
-    model = load_model(tmp_path, storage="none", dtype=torch.float32)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    tokens = random_tokens((2, 48))
-
-    expected = reference(input_ids=tokens).logits
-    logits = model(tokens)
-    assert_close(logits, expected, what="logits")
-    expected_loss, loss = cross_entropy(expected, tokens), cross_entropy(logits, tokens)
-    assert_close(loss, expected_loss, what="loss")
-
-    expected_loss.backward()
-    loss.backward()
-    theirs = dict(reference.named_parameters())
-    compared = set()
-    for key in key_map(model.config).keys:
-        if key.hub.endswith("e_score_correction_bias"):
-            continue
-        compared.add(key.hub)
-        ours = native_tensor(model, key.native).grad
-        assert ours is not None, key.native
-        gradient = theirs[key.hub].grad
-        assert_close(ours, gradient, what=key.native)
-    assert compared == set(theirs), "every parameter of the reference is compared"
+    checks.check_parity(tmp_path, reference, random_tokens((2, 48)))
 
 
-@pytest.mark.parametrize(
-    ("storage", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", False)]
-)
+@pytest.mark.parametrize(("storage", "double_quant"), checks.QUANTISED)
 def test_quantised_model_equals_transformers_with_dequantised_weights(
     tmp_path: Path, storage: str, double_quant: bool
 ) -> None:
     reference = save_tiny_glm(tmp_path, n_shared_experts=2)
-    model = load_model(tmp_path, storage=storage, dtype=torch.float32, double_quant=double_quant)
-    parameters = dict(reference.named_parameters())
-    quantised = 0
-    with torch.no_grad():
-        for key in key_map(model.config).keys:
-            if key.stored != "storage":
-                continue
-            quantised += 1
-            stack = parameters[key.hub].data
-            for matrix in stack if stack.dim() == 3 else [stack]:
-                matrix.copy_(bitsandbytes_round_trip(matrix, storage, double_quant))
-    assert quantised > 20
-    tokens = random_tokens((2, 48))
-    logits = reference(input_ids=tokens).logits
-    assert_close(model(tokens), logits, what=storage)
-    unquantised = load_model(tmp_path, storage="none", dtype=torch.float32)
-    assert relative_error(unquantised(tokens), logits) > 1e-3, "quantisation has an effect that the comparison sees"
-
-
-def bitsandbytes_round_trip(matrix: Tensor, storage: str, double_quant: bool) -> Tensor:
-    import bitsandbytes.functional as bnb
-
-    if storage == "int8":
-        rows, scales, _ = bnb.int8_vectorwise_quant(matrix)
-        return bnb.int8_vectorwise_dequant(rows, scales)
-    packed, state = bnb.quantize_4bit(matrix, blocksize=64, compress_statistics=double_quant, quant_type=storage)
-    return bnb.dequantize_4bit(packed, state)
+    checks.check_quantised(tmp_path, reference, storage, double_quant)
 
 
 @pytest.mark.parametrize("storage", ["none", "nf4"])
 def test_packed_documents_equal_documents_alone(tmp_path: Path, storage: str) -> None:
     save_tiny_glm(tmp_path)
-    lengths = [5, 33, 1, 17]
-    tokens = random_tokens((sum(lengths),))
-    pieces = tokens.split(lengths)
-
-    def adapted() -> Any:
-        model = load_model(tmp_path, storage=storage, dtype=torch.float32)
-        add_lora(model, AdapterSpec(("attention", "experts", "router"), rank=4, alpha=8.0))
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for _, parameter in trainable_parameters(model):
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return model
-
-    packed, alone = adapted(), adapted()
-    hidden = packed.hidden(tokens, Documents.from_lengths(lengths))
-    separate = torch.cat([alone.hidden(piece, Documents.from_lengths([len(piece)])) for piece in pieces])
-    assert_close(hidden, separate, what="hidden states")
-    last = torch.tensor(lengths).cumsum(0) - 1
-    labels = tokens.roll(-1).index_fill(0, last, -100)  # the next token of the same document
-    losses = [
-        torch.nn.functional.cross_entropy(model.lm_head(states), labels, reduction="sum")
-        for model, states in ((packed, hidden), (alone, separate))
-    ]
-    assert_close(losses[0], losses[1], what="loss")
-    for loss in losses:
-        loss.backward()
-    for (name, ours), (_, theirs) in zip(trainable_parameters(packed), trainable_parameters(alone), strict=True):
-        assert ours.grad is not None and theirs.grad is not None
-        assert_close(ours.grad, theirs.grad, what=name)
-    together = packed.hidden(tokens, Documents.from_lengths([len(tokens)]))
-    assert relative_error(together, hidden.detach()) > 1e-2, "crossing documents would be seen"
+    checks.check_packing(tmp_path, storage, [5, 33, 1, 17], GROUPS)
 
 
 def test_activation_checkpointing_changes_nothing_and_skips_the_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import models.experts as experts
-
     save_tiny_glm(tmp_path)
-    model = load_model(tmp_path, storage="nf4", dtype=torch.float32)
-    add_lora(model, AdapterSpec(("attention", "experts"), rank=4, alpha=8.0))
-    with torch.no_grad():
-        for _, parameter in trainable_parameters(model):
-            parameter.add_(0.05)
-    tokens = random_tokens((1, 32))
-    calls = []
-    forward = experts._forward
-    monkeypatch.setattr(experts, "_forward", lambda *args: (calls.append(1), forward(*args))[1])
-
-    def gradients(recompute: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        model.zero_grad()
-        model.activation_checkpointing = recompute
-        loss = cross_entropy(model(tokens), tokens)
-        loss.backward()
-        return loss, {name: parameter.grad.clone() for name, parameter in trainable_parameters(model)}  # type: ignore[union-attr]
-
-    loss, kept = gradients(False)
-    assert len(calls) == 2, "one call for each of the two sparse layers"
-    again, recomputed = gradients(True)
-    assert len(calls) == 4, "the recomputation stops before the experts' products"
-    assert torch.equal(loss, again)
-    for name, gradient in kept.items():
-        assert torch.equal(gradient, recomputed[name]), name
+    calls, calls_recomputed = checks.check_recomputation(tmp_path, GROUPS, monkeypatch)
+    assert calls == 2, "one call for each of the two sparse layers"
+    assert calls_recomputed == 2, "the recomputation stops before the experts' products"
 
 
 def test_casting_the_model_leaves_the_routers_in_float32(tmp_path: Path) -> None:
     save_tiny_glm(tmp_path)
-    model = load_model(tmp_path, storage="nf4", dtype=torch.float32)
-    gate = model.get_submodule("model.layers.1.mlp.gate")
-    before = [tensor.clone() for tensor in (*gate.parameters(), *gate.buffers())]
-    model.bfloat16()
-    assert model.get_submodule("model.norm").weight.dtype == torch.bfloat16
-    for tensor, kept in zip((*gate.parameters(), *gate.buffers()), before, strict=True):
-        assert torch.equal(tensor, kept)
-        assert tensor.dtype == torch.float32
+    checks.check_cast(tmp_path)
+    assert checks.float32_names(tmp_path) == {"mlp.gate.weight.value", "mlp.gate.e_score_correction_bias"}
+
+
+@pytest.mark.parametrize("storage", ["none", "nf4", "fp4", "int8"])
+def test_bfloat16_is_near_float32(tmp_path: Path, storage: str) -> None:
+    save_tiny_glm(tmp_path)
+    checks.check_bfloat16(tmp_path, storage)
 
 
 def test_both_generations_of_config_json_read_alike(tmp_path: Path) -> None:
@@ -223,15 +102,6 @@ def test_both_generations_of_config_json_read_alike(tmp_path: Path) -> None:
     assert Glm4MoeLiteConfig.parse(both, "").rope == Glm4MoeLiteConfig.parse(both | {"rope_parameters": None}, "").rope
     longer = new | {"mlp_layer_types": [*new["mlp_layer_types"], "sparse"]}
     assert Glm4MoeLiteConfig.parse(longer, "longer") == parsed
-
-
-def test_the_published_size_has_the_published_number_of_parameters() -> None:
-    config = Glm4MoeLiteConfig.parse({"model_type": "glm4_moe_lite"}, "defaults")
-    model = build(config, spec=StorageSpec("nf4"), dtype=torch.bfloat16, device="meta")
-    keys = [key for key in key_map(config).keys if not key.is_buffer]
-    assert sum(torch.Size(key.shape).numel() for key in keys) == 29_943_390_976
-    size = sum(tensor.nbytes for tensor in model.parameters())
-    assert size / 2**30 == pytest.approx(15.283, abs=0.001)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +148,4 @@ def test_the_published_size_has_the_published_number_of_parameters() -> None:
     ],
 )
 def test_errors_of_config_json(change: dict[str, Any], message: str) -> None:
-    config = {"model_type": "glm4_moe_lite", **change}
-    with pytest.raises(NibbleError, match=message):
-        architecture_for(config, "where").parse_config(config, "where")
+    checks.check_refused({"model_type": "glm4_moe_lite", **change}, message)
