@@ -1,4 +1,4 @@
-"""A random GLM-4.7-Flash-architecture checkpoint in the hub's format: one tensor per expert and projection.
+"""A random checkpoint of any architecture in the hub's format: one tensor per expert and projection.
 
 `ensure_checkpoint` writes it once, in a process of its own (`python -m benchmarks.checkpoint FOLDER`).
 """
@@ -7,62 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 STAMP = "benchmark.json"  # written last: a folder without it is unfinished
 
 
-def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Key and shape of every tensor of the checkpoint."""
-    c = config
-    hidden, heads = c["hidden_size"], c["num_attention_heads"]
-    key_dim = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
-    yield "model.embed_tokens.weight", (c["vocab_size"], hidden)
-    for index, kind in enumerate(c["mlp_layer_types"]):
-        layer = f"model.layers.{index}"
-        yield f"{layer}.input_layernorm.weight", (hidden,)
-        attention = f"{layer}.self_attn"
-        yield f"{attention}.q_a_proj.weight", (c["q_lora_rank"], hidden)
-        yield f"{attention}.q_a_layernorm.weight", (c["q_lora_rank"],)
-        yield f"{attention}.q_b_proj.weight", (heads * key_dim, c["q_lora_rank"])
-        yield f"{attention}.kv_a_proj_with_mqa.weight", (c["kv_lora_rank"] + c["qk_rope_head_dim"], hidden)
-        yield f"{attention}.kv_a_layernorm.weight", (c["kv_lora_rank"],)
-        yield f"{attention}.kv_b_proj.weight", (heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), c["kv_lora_rank"])
-        yield f"{attention}.o_proj.weight", (hidden, heads * c["v_head_dim"])
-        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
-        if kind == "dense":
-            yield from _swiglu(f"{layer}.mlp", hidden, c["intermediate_size"])
-            continue
-        yield f"{layer}.mlp.gate.weight", (c["n_routed_experts"], hidden)
-        yield f"{layer}.mlp.gate.e_score_correction_bias", (c["n_routed_experts"],)
-        width = c["moe_intermediate_size"]
-        yield from _swiglu(f"{layer}.mlp.shared_experts", hidden, width * c["n_shared_experts"])
-        for expert in range(c["n_routed_experts"]):
-            yield from _swiglu(f"{layer}.mlp.experts.{expert}", hidden, width)
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (c["vocab_size"], hidden)
-
-
-def _swiglu(name: str, hidden: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.gate_proj.weight", (width, hidden)
-    yield f"{name}.up_proj.weight", (width, hidden)
-    yield f"{name}.down_proj.weight", (hidden, width)
-
-
 def parameters_of(config: dict[str, Any]) -> int:
-    """The model's parameters; the routers' correction biases are buffers."""
-    total = 0
-    for name, shape in tensor_shapes(config):
-        if not name.endswith("e_score_correction_bias"):
-            size = 1
-            for length in shape:
-                size *= length
-            total += size
-    return total
+    """The model's parameters; GLM's routers' correction biases are buffers."""
+    from models.registry import architecture_for
+
+    architecture = architecture_for(config, "config.json")
+    keys = architecture.key_map(architecture.parse_config(config, "config.json")).keys
+    return sum(math.prod(key.shape) for key in keys if not key.is_buffer)
 
 
 def ensure_checkpoint(config: dict[str, Any], root: Path) -> Path:
@@ -77,20 +37,31 @@ def ensure_checkpoint(config: dict[str, Any], root: Path) -> Path:
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """Fill a folder that holds config.json: normal weights, norms of 1, router biases near 0; bfloat16."""
+    """Fill a folder that holds config.json with what training from scratch starts with, and router biases near 0.
+
+    bfloat16, also where models compute in float32: so both sides have the same values.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     import torch
     from safetensors.torch import save_file
 
-    generator = torch.Generator().manual_seed(seed)
+    from models.registry import architecture_for
+    from quant.storage import StorageSpec
+    from train.demo_checkpoint import initial_value
+
+    architecture = architecture_for(config, str(folder))
+    parsed = architecture.parse_config(config, str(folder))
+    model = architecture.build(parsed, StorageSpec("none"), torch.bfloat16, "meta")
+    spread, generator = config["initializer_range"], torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in tensor_shapes(config):
-        if "norm" in name:
-            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
-        else:
-            drawn = torch.randn(shape, generator=generator).mul_(config["initializer_range"])
-            bias = name.endswith("e_score_correction_bias")
-            tensors[name] = drawn.mul_(0.1) if bias else drawn.to(torch.bfloat16)
+    for key in architecture.key_map(parsed).keys:
+        value = initial_value(model, key, spread, generator)
+        if key.native.endswith("e_score_correction_bias"):
+            tensors[key.hub] = torch.randn(key.shape, generator=generator).mul_(0.1 * spread)
+            continue
+        # A stack of experts [E, out, in] is one matrix [out / parts, in] for each expert and part.
+        pieces = [part for expert in value for part in expert.chunk(len(key.parts))] if key.parts else [value]
+        tensors |= {name: piece.bfloat16() for name, piece in zip(key.part_keys(), pieces, strict=True)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / STAMP).write_text("{}\n", encoding="utf-8")
 

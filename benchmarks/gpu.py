@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: CUDA paths against the CPU reference, then full-size GLM-4.7-Flash: memory and speed."""
+"""`python -m benchmarks.gpu`: CUDA paths against the CPU reference, then operations and models: memory and speed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from typing import Any
 
 from quant.errors import NibbleError
 
-from .gpu_cases import CASES, Case, NamedCase
+from .gpu_cases import CASES, NOT_HERE, Case, NamedCase
 from .report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 GiB = 1 << 30
 MINUTES = 7.5  # the command's default limit: it ends within 8
-CHECK_SECONDS = 150.0
+# flash-linear-attention tunes its kernels when it is first used: those checks and timings come last.
+CHECK_SECONDS = 240.0
+TIMING_SECONDS = 90.0
 CASE_SECONDS = 120.0
 # A case that can't be built and warmed up in this time isn't started.
 LEAST_SECONDS = 20.0
@@ -33,15 +35,18 @@ OUT_OF_MEMORY = "out of memory"
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
-        description="First compares CUDA's results with the CPU's on tiny models, then trains GLM-4.7-Flash at full\n"
-        "size with random weights, made on the device (no download): peak memory and tokens per second.\n"
+        description="First compares CUDA's results with the CPU's on tiny models of every architecture. Then times\n"
+        "single operations, and trains models with random weights, made on the device (no download): GLM-4.7-Flash at\n"
+        "full size, Qwen3.5-35B-A3B and Trinity-Mini with fewer layers: peak memory and tokens per second.\n"
         "Every case is a process of its own: one that runs out of memory doesn't hide the others.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     made.add_argument("--device", default="cuda", help="cuda, cuda:1 … or cpu, which needs --tiny (default: cuda)")
-    made.add_argument("--tiny", action="store_true", help="a tiny model, to try the command itself")
-    made.add_argument("--only", metavar="WORDS", help="cases whose name contains WORDS; 'checks' for the checks alone")
+    made.add_argument("--tiny", action="store_true", help="tiny models, to try the command itself")
+    made.add_argument(
+        "--only", metavar="WORDS", help="cases whose name contains WORDS; or 'checks' or 'timings' for these alone"
+    )
     made.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default: %(default)s)")
     made.add_argument("--sequences", type=int, default=2, help="packed into a step (default: %(default)s)")
     made.add_argument("--steps", type=int, default=5, help="measured steps, after 2 others (default: %(default)s)")
@@ -69,7 +74,7 @@ def require_device(name: str, tiny: bool) -> None:
 
     if name == "cpu":
         if not tiny:
-            raise NibbleError("--device cpu is for trying the command: add --tiny. The full model needs a CUDA device.")
+            raise NibbleError("--device cpu is for trying the command: add --tiny. The full models need a CUDA device.")
         return
     if not torch.cuda.is_available():
         raise NibbleError(
@@ -96,7 +101,7 @@ def header(device_name: str) -> str:
         parts.append(f"{found.total_memory / GiB:.1f} GiB, compute capability {found.major}.{found.minor}")
         parts.append(f"CUDA {torch.version.cuda}")
     parts.append(f"torch {torch.__version__}")
-    for library in ("triton", "bitsandbytes"):
+    for library in ("triton", "bitsandbytes", "flash-linear-attention"):
         try:
             parts.append(f"{library} {importlib.metadata.version(library)}")
         except importlib.metadata.PackageNotFoundError:
@@ -172,6 +177,29 @@ def run_checks(device: str, limit: float) -> list[dict[str, Any]]:
     return found
 
 
+def run_timings(device: str, tiny: bool, limit: float) -> list[dict[str, Any]]:
+    """What was measured before an error or the limit is kept."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_timings", device]
+    found = []
+    for kind, text in lines_of([*command, "tiny"] if tiny else command, limit):
+        if kind == "line":
+            found.append(json.loads(text))
+        elif text:
+            found.append({"name": "the timings as a whole", "note": text})
+    return found
+
+
+def timing_table(found: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for timing in found:
+        if timing["note"]:
+            rows.append([timing["name"], "", "", timing["note"]])
+        else:
+            peak = f"{timing['peak'] / (1 << 20):,.0f}" if timing["peak"] else ""
+            rows.append([timing["name"], f"{timing['forward']:.2f}", f"{timing['backward']:.2f}", peak])
+    return table(["operation", "forward ms", "backward ms", "peak MiB above the inputs"], rows)
+
+
 def check_line(check: dict[str, Any]) -> str:
     word = {True: "pass", False: "FAIL", None: "skip"}[check["passed"]]
     return f"{word}  {check['name']}: {check['figure']}"
@@ -231,6 +259,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.only is None or arguments.only == "checks":
         print("\nagainst the CPU, tiny models (error and tolerance)", flush=True)
         found = run_checks(arguments.device, CHECK_SECONDS)
+    timed: list[dict[str, Any]] = []
+    if arguments.only is None or arguments.only == "timings":
+        timed = run_timings(arguments.device, arguments.tiny, TIMING_SECONDS)
+        what = "tiny sizes" if arguments.tiny else "8192 tokens in one document"
+        print(f"\noperations, {what}, bfloat16\n{timing_table(timed)}\n", flush=True)
     outcomes: list[Outcome] = []
     for named in CASES:
         if arguments.only is not None and arguments.only not in named.name:
@@ -256,24 +289,30 @@ def run(arguments: argparse.Namespace) -> int:
         said = outcome.reason or f"{outcome.result['tokens_per_second']:,.0f} tokens/s"  # type: ignore[index]
         print(f"{time.monotonic() - began:4.0f} s  {named.name}: {said}", file=sys.stderr, flush=True)
     if arguments.json:
-        everything = {"device": head, "checks": found, "cases": [vars(outcome) for outcome in outcomes]}
+        everything = {
+            "device": head,
+            "checks": found,
+            "timings": timed,
+            "cases": [vars(outcome) for outcome in outcomes],
+        }
         arguments.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     failed = [check for check in found if check["passed"] is False]
     if found:
         tried = [check for check in found if check["passed"] is not None]
-        print(
-            f"\n{len(tried) - len(failed)} of {len(tried)} checks passed"
-            + "".join(f"\n{check_line(c)}" for c in failed)
-        )
+        skipped = f", {len(found) - len(tried)} could not be tried here" if len(tried) < len(found) else ""
+        print(f"\n{len(tried) - len(failed)} of {len(tried)} checks passed{skipped}")
+        for check in failed:
+            print(check_line(check))
     if text := kernels_text(outcomes):
         print("\n" + text)
     if outcomes:
-        what = "a tiny model" if arguments.tiny else "GLM-4.7-Flash, random weights"
+        what = "tiny models" if arguments.tiny else "GLM-4.7-Flash where no other model is named, random weights"
         limit = "" if arguments.memory_limit is None else f", no more than {arguments.memory_limit:g} GiB"
         tokens = f"{arguments.sequences} × {arguments.length} tokens"
         print(f"\n{what}: {tokens}, bfloat16, recomputation on, adamw_8bit; memory in GiB{limit}")
         print(case_table(outcomes))
-    return 1 if failed or any(outcome.result is None for outcome in outcomes) else 0
+    broken = any(timing["note"] not in ("", *NOT_HERE) for timing in timed)
+    return 1 if failed or broken or any(outcome.result is None for outcome in outcomes) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """One full-size case of `benchmarks.gpu` in a process of its own: `python -m benchmarks.gpu_train REQUEST`.
 
-GLM-4.7-Flash is built on the meta device, given uninitialised tensors on the accelerator and filled there with random
-bytes: nothing is downloaded, quantised or copied from the host, and memory and speed don't depend on the values.
+The model is built on the meta device, given uninitialised tensors on the accelerator and filled there with random
+bytes: nothing is downloaded or quantised, and memory and speed don't depend on the values.
 The last line of standard output is the result as JSON.
 """
 
@@ -19,54 +19,44 @@ from torch.optim import Optimizer
 
 from models.decoder import CausalLM
 from models.documents import Documents
-from models.glm4_moe_lite import Glm4MoeLiteConfig, build
 from models.load import allocate
-from models.lora import AdapterSpec, add_lora, trainable_parameters
-from models.router import SigmoidRouter
+from models.lora import add_lora, trainable_parameters
+from models.registry import ARCHITECTURES
+from models.router import Router
+from models.targets import AdapterSpec
 from parallel.device import peak_memory_bytes, synchronise
 from quant.storage import DenseStorage, Storage, StorageSpec
+from train.demo_checkpoint import initial_value
+from train.demo_models import demo_model
 from train.loss import linear_cross_entropy
 from train.optim import build_optimizer, clip_gradients
 
-from .gpu_cases import ALPHA, RANK, Case
+from .gpu_cases import ALPHA, MODELS, RANK, Case
 
 Parameters = list[tuple[str, nn.Parameter]]
-
-# For trying the script without an accelerator.
-TINY: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "n_routed_experts": 8,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 48,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 64,
-}
 
 
 def build_random(case: Case, device: torch.device) -> CausalLM:
     """The model with random weights on `device`, frozen."""
-    config = Glm4MoeLiteConfig.parse(dict(TINY) if case.tiny else {}, "config.json")
-    model = build(config, spec=StorageSpec(case.storage), dtype=torch.bfloat16, device="meta")  # type: ignore[arg-type]
+    given = MODELS[case.model]
+    architecture = ARCHITECTURES[given["model_type"]]
+    config = architecture.parse_config(demo_model(given["model_type"]).config if case.tiny else given, "config.json")
+    model = architecture.build(config, StorageSpec(case.storage), torch.bfloat16, "meta")  # type: ignore[arg-type]
     allocate(model, device)
     generator = torch.Generator(device).manual_seed(0)
+    on_host = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, Storage):
-                for name, tensor in module.named_parameters(recurse=False):
+        for key in architecture.key_map(config).keys:
+            owner, _, leaf = key.native.rpartition(".")
+            target = getattr(model.get_submodule(owner), leaf)
+            if isinstance(target, Storage):
+                for name, tensor in target.named_parameters():
                     _fill(name, tensor, generator)
-            elif isinstance(module, SigmoidRouter):
-                module.e_score_correction_bias.zero_()
-            for parameter in module.parameters(recurse=False):
-                if not isinstance(module, Storage) and parameter.dim() == 1:
-                    parameter.fill_(1.0)  # a norm
-        # Much larger than what a layer adds: tokens stay distinct through all layers, and so do their routes.
-        model.model.embed_tokens.weight.normal_(generator=generator)
+            elif key.group == "embedding":
+                # Much larger than what a layer adds: tokens stay distinct through all layers, and so do their routes.
+                target.normal_(generator=generator)
+            else:
+                target.copy_(initial_value(model, key, 0.02, on_host))
     model.requires_grad_(False)
     return model.train()
 
@@ -168,11 +158,11 @@ def _busiest(model: CausalLM, step: Any) -> float:
     shares: list[float] = []
 
     def look(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        assert isinstance(module, SigmoidRouter)
+        assert isinstance(module, Router)
         rows = torch.bincount(output[0].flatten(), minlength=module.out_features)
         shares.append((rows.max() / rows.float().mean()).item())
 
-    hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, SigmoidRouter)]
+    hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, Router)]
     step()
     for hook in hooks:
         hook.remove()

@@ -98,7 +98,7 @@ def _parts(model: CausalLM, request: Request) -> dict[str, dict[str, float]]:
     """
     generator = torch.Generator().manual_seed(request.seed)
     documents = one_document(batch(request, model.vocabulary, 0)).documents
-    tables = model.rope.tables(documents.positions)
+    tables = model.model.rope.tables(documents.positions)
     parts: dict[str, _Part] = defaultdict(_Part)
 
     def add(name: str, run: Callable[[Tensor], Tensor], recomputed: bool = True) -> None:

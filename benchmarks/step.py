@@ -19,7 +19,7 @@ from train.__main__ import print_error
 from .checkpoint import ensure_checkpoint, parameters_of
 from .peer_env import BITSANDBYTES, peer_python, requirements
 from .report import Result, check_equal_work, profile_text, step_table, tokens_per_second, verdict
-from .setting import MODEL, RANK, TINY, Request
+from .setting import DEFAULT, RANK, SETTINGS, Request
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("grouped_mm", "eager")
@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    made.add_argument("--arch", choices=sorted(SETTINGS), default=DEFAULT, help="default: %(default)s")
     made.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     made.add_argument("--threads", type=_positive, help="of both sides (default: the physical cores)")
     made.add_argument("--repetitions", type=_positive, default=3, help="of every side (default: %(default)s)")
@@ -131,7 +132,7 @@ def header(arguments: argparse.Namespace, config: dict[str, Any], threads: int) 
     if not arguments.native_only:
         lines.append("peer     " + "  ".join(requirements(arguments.peer_bitsandbytes)).replace("==", " "))
     lines.append(
-        f"model    glm4_moe_lite, {parameters_of(config):,} parameters, nf4 with double quantisation, "
+        f"model    {arguments.arch}, {parameters_of(config):,} parameters, nf4 with double quantisation, "
         f"LoRA of rank {RANK} on attention and experts"
     )
     lines.append(
@@ -148,30 +149,48 @@ def header(arguments: argparse.Namespace, config: dict[str, Any], threads: int) 
     return lines
 
 
-def measure(arguments: argparse.Namespace, config: dict[str, Any], threads: int) -> dict[str, list[Result]]:
-    """Every side's repetitions, the native side first."""
+def measure(
+    arguments: argparse.Namespace, config: dict[str, Any], threads: int
+) -> tuple[dict[str, list[Result]], dict[str, str]]:
+    """Every side's repetitions, the native side first; and of sides of the peer that failed, why."""
     say = _say
     python = None
     if not arguments.native_only:
         python = peer_python(ROOT / ".venv-peer", requirements(arguments.peer_bitsandbytes), say)
     checkpoint = ensure_checkpoint(config, arguments.work)
     native = Request(
-        str(checkpoint.resolve()), arguments.dtype, arguments.tokens, arguments.warmup, arguments.steps, threads
+        str(checkpoint.resolve()),
+        arch=arguments.arch,
+        dtype=arguments.dtype,
+        tokens=arguments.tokens,
+        warmup=arguments.warmup,
+        steps=arguments.steps,
+        threads=threads,
     )
     plan = [(NATIVE, Path(sys.executable), "benchmarks.step_native", native)]
     if python is not None:
         for backend in arguments.backends:
             plan.append((f"peer {backend}", python, "benchmarks.step_peer", replace(native, backend=backend)))
     sides: dict[str, list[Result]] = {name: [] for name, *_ in plan}
+    failed: dict[str, str] = {}
     for repetition in range(arguments.repetitions):
         turn = repetition % len(plan)  # another one goes first each time
         for name, interpreter, module, request in plan[turn:] + plan[:turn]:
+            if name in failed:
+                continue
             last = name == NATIVE and repetition == arguments.repetitions - 1
-            result = worker(interpreter, module, replace(request, profile=arguments.profile and last))
+            try:
+                result = worker(interpreter, module, replace(request, profile=arguments.profile and last))
+            except NibbleError as error:
+                if name == NATIVE:
+                    raise
+                failed[name] = str(error)
+                say(f"repetition {repetition + 1}/{arguments.repetitions}  {name}: failed")
+                continue
             sides[name].append(result)
             speed = tokens_per_second(result, arguments.tokens)
             say(f"repetition {repetition + 1}/{arguments.repetitions}  {name}: {speed:,.0f} tokens/s")
-    return sides
+    return {name: results for name, results in sides.items() if name not in failed}, failed
 
 
 def conclusions(sides: dict[str, list[Result]], dtype: str, tokens: int, tiny: bool = False) -> list[str]:
@@ -202,27 +221,38 @@ def _say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    config = TINY if arguments.tiny else MODEL
+    config = SETTINGS[arguments.arch].sized(arguments.tiny)
     threads = arguments.threads or default_threads()
     try:
+        if arguments.profile and arguments.arch != DEFAULT:
+            raise NibbleError(f"--profile knows the parts of {DEFAULT} only; leave out --arch or --profile.")
         head = header(arguments, config, threads)
         print("\n".join(head), flush=True)
-        sides = measure(arguments, config, threads)
+        sides, failed = measure(arguments, config, threads)
         profile = sides[NATIVE][-1]["notes"].pop("profile", None)
         if profile is not None:
             print("\nwhere the native step's time goes\n\n" + profile_text(profile))
         if arguments.json:
-            everything = {"header": head, "tokens": arguments.tokens, "sides": sides, "profile": profile}
+            everything = {
+                "header": head,
+                "tokens": arguments.tokens,
+                "sides": sides,
+                "failed": failed,
+                "profile": profile,
+            }
             arguments.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
         print("\n" + "\n".join(conclusions(sides, arguments.dtype, arguments.tokens, arguments.tiny)))
         print("\npeaks are above the imports\n" + step_table(sides, arguments.tokens))
+        for name, reason in failed.items():
+            last = reason.splitlines()[-1]
+            print(f"\n{name} can't train {arguments.arch} in this setting, so nothing is compared with it: {last}")
     except NibbleError as error:
         print_error(error)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from models.documents import Documents
 from models.load import load_model
-from models.lora import AdapterSpec, add_lora, parameter_table, trainable_parameters
+from models.lora import add_lora, trainable_parameters
+from models.parameter_table import parameter_table
+from models.targets import AdapterSpec
 from quant.fourbit import import_bitsandbytes
 from quant.products import product_dtype
 from train.batches import Batch
@@ -22,7 +24,7 @@ from train.loop import training_step
 from train.optim import build_optimizer
 
 from .measure import CPU, Measured, begin, loaded, note_trained, run_steps
-from .setting import ALPHA, ATTENTION, EXPERTS, LEARNING_RATE, MAX_GRAD_NORM, RANK, Request
+from .setting import ALPHA, EXPERTS, LEARNING_RATE, MAX_GRAD_NORM, RANK, SETTINGS, Request
 
 
 def one_document(tokens: Tensor) -> Batch:
@@ -39,7 +41,7 @@ def measure(request: Request) -> Measured:
     dtype = getattr(torch, request.dtype)
     model = load_model(request.checkpoint, storage="nf4", dtype=dtype)
     model.activation_checkpointing = True
-    add_lora(model, AdapterSpec((*ATTENTION, *EXPERTS), RANK, ALPHA), seed=request.seed)
+    add_lora(model, AdapterSpec((*SETTINGS[request.arch].attention, *EXPERTS), RANK, ALPHA), seed=request.seed)
     model.train()
     named = trainable_parameters(model)
     optimizer = build_optimizer("adamw", named, LEARNING_RATE)

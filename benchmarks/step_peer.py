@@ -21,7 +21,7 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 from .measure import Measured, begin, loaded, note_trained, run_steps
-from .setting import ALPHA, ATTENTION, EXPERTS, LEARNING_RATE, MAX_GRAD_NORM, RANK, Request
+from .setting import ALPHA, EXPERTS, LEARNING_RATE, MAX_GRAD_NORM, RANK, SETTINGS, Request
 
 
 def measure(request: Request) -> Measured:
@@ -29,7 +29,7 @@ def measure(request: Request) -> Measured:
     import peft
     import transformers
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
-    from transformers import BitsAndBytesConfig, Glm4MoeLiteForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -39,10 +39,15 @@ def measure(request: Request) -> Measured:
     start = time.perf_counter()
     backend, *words = request.backend.split("+")
     dtype = getattr(torch, request.dtype)
+    setting = SETTINGS[request.arch]
     quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(setting.dense),
     )
-    model = Glm4MoeLiteForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         request.checkpoint,
         dtype=dtype,
         quantization_config=quantisation,
@@ -67,7 +72,7 @@ def measure(request: Request) -> Measured:
         r=RANK,
         lora_alpha=ALPHA,
         lora_dropout=0.0,
-        target_modules=list(ATTENTION),
+        target_modules=list(setting.attention),
         target_parameters=stacks,
     )
     model = peft.get_peft_model(model, adapter)

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
 import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_train, peer_env, report, step
-from benchmarks.checkpoint import ensure_checkpoint, parameters_of, tensor_shapes
-from benchmarks.gpu_cases import CASES, Case
+from benchmarks import (
+    gpu,
+    gpu_checks,
+    gpu_checks_models,
+    gpu_checks_sequence,
+    gpu_compare,
+    gpu_timings,
+    gpu_train,
+    peer_env,
+    report,
+    step,
+)
+from benchmarks.checkpoint import ensure_checkpoint, parameters_of
+from benchmarks.gpu_cases import CASES, MODELS, Case
 from benchmarks.measure import batch
-from benchmarks.setting import ATTENTION, MODEL, TINY, Request
-from models.glm4_moe_lite import Glm4MoeLiteConfig, key_map
+from benchmarks.setting import DEFAULT, EXPERTS, SETTINGS, Request
+from models.balance import AuxiliaryLoss, BiasUpdate
+from models.decoder import CausalLM
+from models.documents import Documents
+from models.indexer import Indexer
 from models.load import load_model
-from models.lora import AdapterSpec, add_lora
+from models.lora import add_lora, trainable_parameters
+from models.parameter_table import parameter_table
+from models.registry import ARCHITECTURES
+from models.router import Router
+from models.targets import AdapterSpec
 from quant.errors import NibbleError
 from quant.storage import StorageSpec
+from tests.helpers import relative_error
 
 MiB = 1 << 20
 
@@ -49,26 +71,32 @@ def result(**changes: Any) -> report.Result:
 # ------------------------------------------------------------------------------------------------------- the setting
 
 
-def test_model_has_the_size_it_is_said_to_have():
-    assert parameters_of(MODEL) == 72_570_624
+def test_default_model_has_the_size_it_is_said_to_have():
+    assert parameters_of(SETTINGS[DEFAULT].config) == 72_570_624
 
 
-@pytest.mark.parametrize("config", [MODEL, TINY])
-def test_checkpoint_has_the_keys_and_shapes_of_the_architecture(config: dict[str, Any]):
-    keys = key_map(Glm4MoeLiteConfig.parse(config, "config.json")).keys
-    expected = {name for key in keys for name in key.hub_keys()}
-    shapes = dict(tensor_shapes(config))
-    assert set(shapes) == expected
-    assert all(shapes[key.hub] == key.shape for key in keys if not key.parts)
+@pytest.mark.parametrize("arch", SETTINGS)
+def test_settings_have_as_many_parameters_as_in_transformers(arch: str):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for tiny in (False, True):
+        config = SETTINGS[arch].sized(tiny)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy.deepcopy(config)))
+        assert parameters_of(config) == model.num_parameters()
 
 
-def test_checkpoint_is_written_once_and_loads(tmp_path: Path):
-    folder = ensure_checkpoint(TINY, tmp_path)
+@pytest.mark.parametrize("arch", SETTINGS)
+def test_checkpoint_is_written_once_and_loads(arch: str, tmp_path: Path):
+    setting = SETTINGS[arch]
+    config = setting.sized(True)
+    folder = ensure_checkpoint(config, tmp_path)
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert ensure_checkpoint(TINY, tmp_path) == folder
+    assert ensure_checkpoint(config, tmp_path) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     model = load_model(folder, storage="nf4")
-    add_lora(model, AdapterSpec((*ATTENTION, "experts"), 16, 32))
+    assert parameter_table(model)[-1].parameters == parameters_of(config)
+    add_lora(model, AdapterSpec((*setting.attention, *EXPERTS), 16, 32))
     assert model.spec == StorageSpec("nf4", True)
 
 
@@ -254,32 +282,262 @@ def test_lines_of_a_process_come_with_its_end():
     assert run("print('a', flush=True); import time; time.sleep(60)", 2.0)[-1] == ("end", "stopped after 2 s")
 
 
+def test_peer_that_fails_is_named_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    def worker(python: Path, module: str, request: Request) -> report.Result:
+        assert request.arch == "afmoe"
+        if request.backend == "eager":
+            raise NibbleError("benchmarks.step_peer failed with exit code 1:\nTraceback\nValueError: no such model")
+        return result()
+
+    monkeypatch.setattr(step, "worker", worker)
+    monkeypatch.setattr(step, "peer_python", lambda *given: Path(sys.executable))
+    monkeypatch.setattr(step, "ensure_checkpoint", lambda config, work: tmp_path)
+    assert step.main(["--arch", "afmoe", "--tiny", "--repetitions", "2", "--threads", "1"]) == 1
+    out = capsys.readouterr().out
+    reason = "nothing is compared with it: ValueError: no such model"
+    assert f"peer eager can't train afmoe in this setting, so {reason}" in out
+    assert "peer grouped_mm: first loss 9.0000" in out
+
+    monkeypatch.setattr(step, "worker", lambda *given: worker(Path(), "", Request("", arch="afmoe", backend="eager")))
+    assert step.main(["--arch", "afmoe", "--tiny", "--native-only"]) == 2, "without the native side there is nothing"
+    assert "ValueError: no such model" in capsys.readouterr().err
+
+
+def test_profile_of_another_architecture_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert step.main(["--arch", "afmoe", "--profile"]) == 2
+    assert "--profile knows the parts of glm4_moe_lite only" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- a device's checks, on the CPU
+
+CPU = torch.device("cpu")
+
+
 def test_compare_fails_on_wrong_and_on_nan():
     right = torch.ones(4)
-    assert gpu_checks._compare("x", [(right * (1 + 1e-6), right)], 1e-5).passed
-    assert not gpu_checks._compare("x", [(right * 1.1, right)], 1e-5).passed
-    assert not gpu_checks._compare("x", [(right * math.nan, right), (right, right)], 1e-5).passed
-    assert not gpu_checks._compare_norm("x", [(right * math.nan, right)], 1e-5).passed
+    assert gpu_compare.compare("x", [(right * (1 + 1e-6), right)], 1e-5).passed
+    assert not gpu_compare.compare("x", [(right * 1.1, right)], 1e-5).passed
+    assert not gpu_compare.compare("x", [(right * math.nan, right), (right, right)], 1e-5).passed
+    assert not gpu_compare.compare_norm("x", [(right * math.nan, right)], 1e-5).passed
+    # A small tensor that is wrong beside a large one that is right.
+    pairs = [(1e4 * right, 1e4 * right), (right * 1.1, right)]
+    assert gpu_compare.compare_norm("x", pairs, 1e-2).passed
+    assert not gpu_compare.compare_each_norm("x", pairs, 1e-2).passed
+    assert not gpu_compare.compare_each_norm("x", [(right * math.nan, right), (right, right)], 1e-2).passed
 
 
 def test_a_check_that_raises_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch):
     def broken(device: torch.device) -> Any:
         raise RuntimeError("no kernel image\nis available")
 
-    for name in ("_storages", "_experts", "_attention", "_model", "_optimisers"):
-        monkeypatch.setattr(gpu_checks, name, broken)
-    found = list(gpu_checks.checks(torch.device("cpu")))
-    assert [check.passed for check in found].count(False) == 5
+    monkeypatch.setattr(gpu_checks, "groups", lambda: [("first", broken), ("loss", gpu_checks.loss_in_chunks)])
+    found = list(gpu_checks.checks(CPU))
+    assert [(check.name, check.passed) for check in found[:1]] == [("first", False)]
     assert found[0].figure == "RuntimeError: no kernel image"
-    assert [check.passed for check in found if check.name.startswith("loss")] == [True, True]
+    assert [check.passed for check in found[1:]] == [True, True]
     assert gpu.check_line({"name": "loss", "figure": "0 of 1", "passed": None}) == "skip  loss: 0 of 1"
 
 
-@pytest.mark.parametrize("named", [CASES[3], CASES[4]], ids=lambda named: named.name)
+def test_every_architecture_and_storage_is_checked():
+    names = {name for name, _ in gpu_checks.groups()}
+    known = {model_type for model_type in ARCHITECTURES if model_type != "qwen3_5_moe"}  # computes as its text model
+    assert set(gpu_checks_models.TINY) == known
+    assert {f"{model_type}, {kind}" for model_type in known for kind in ("none", "nf4", "int8", "documents")} <= names
+
+
+def passes(found: Any) -> bool:
+    checks = list(found)
+    assert checks and all(check.passed is not None for check in checks)
+    return all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize(
+    "group",
+    [*gpu_checks.groups()[2:4], *gpu_checks_sequence.groups(), gpu_checks.groups()[-1]],
+    ids=lambda group: group[0],
+)
+def test_checks_of_blocks_pass_on_the_cpu(group: gpu_compare.Group):
+    found = list(group[1](CPU))
+    assert all(check.passed is not False for check in found), found
+    skipped = [check.name for check in found if check.passed is None]
+    assert bool(skipped) == (group[0] == "flash-linear-attention"), "only that one needs CUDA"
+
+
+def test_checks_of_blocks_notice_documents_that_are_mixed_up(monkeypatch: pytest.MonkeyPatch):
+    def merged(lengths: Any, device: Any = "cpu", padding: int = 0) -> Documents:
+        return from_lengths([sum(lengths)], device, padding)
+
+    from_lengths = Documents.from_lengths
+    monkeypatch.setattr(Documents, "from_lengths", staticmethod(merged))
+    for check in (gpu_checks_sequence.attention, gpu_checks_sequence.window_attention, gpu_checks_sequence.convolution):
+        assert not any(found.passed for found in check(CPU) if "1000" not in found.name)
+
+
+def test_checks_of_blocks_notice_what_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    sequence = gpu_checks_sequence
+    attend, select, rule = sequence.causal_attention, sequence.selected_attention, sequence.chunked_gated_delta_rule
+    monkeypatch.setattr(
+        sequence, "causal_attention", lambda q, k, v, documents, scale, window: attend(q, k, v, documents, scale)
+    )
+    found = [check.passed for check in sequence.window_attention(CPU)]
+    assert found == [False, False, False, False, True, True], "the last window is longer than any document"
+
+    def one_less(q: Any, k: Any, v: Any, parts: Any, selected: torch.Tensor, scale: float) -> torch.Tensor:
+        return select(q, k, v, parts, selected[:, 1:], scale)
+
+    monkeypatch.setattr(sequence, "selected_attention", one_less)
+    assert not any(check.passed for check in sequence.attention_to_selected(CPU))
+    monkeypatch.setattr(
+        sequence,
+        "chunked_gated_delta_rule",
+        lambda q, k, v, decay, beta, documents: rule(q, k, v, decay * 1.1, beta, documents),
+    )
+    assert not any(check.passed for check in sequence.delta_rule(CPU))
+
+
+WHOLE = dict(zip(gpu_checks_models.TINY, ("none", "nf4", "none", "int8", "int8"), strict=True))
+
+
+@pytest.mark.parametrize("model_type", WHOLE)
+def test_checks_of_models_pass_on_the_cpu_and_can_fail(model_type: str, monkeypatch: pytest.MonkeyPatch):
+    spec = next(spec for spec in gpu_checks_models.SPECS if spec.kind == WHOLE[model_type])
+    assert passes(gpu_checks_models.whole_model(model_type, spec, CPU))
+
+    def other(model: CausalLM) -> CausalLM:
+        copied = copy.deepcopy(model)
+        trainable_parameters(copied)[1][1].data.mul_(1.02)
+        return copied
+
+    monkeypatch.setattr(gpu_checks_models, "copy", types.SimpleNamespace(deepcopy=other))
+    found = [check.passed for check in gpu_checks_models.whole_model(model_type, spec, CPU)]
+    assert found[1] is False and all(found[-2:]), "only the copy in float32 is another one"
+
+
+@pytest.mark.parametrize("model_type", gpu_checks_models.TINY)
+def test_checks_of_models_do_not_hang_on_rounding(model_type: str):
+    """A device that rounds otherwise makes the same choices of experts and keys, and gradients within the tolerance."""
+    model = gpu_checks_models.tiny_model(model_type, gpu_checks_models.NF4, torch.float32, CPU)
+    chosen: list[torch.Tensor] = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda module, given, out: chosen.append(out[0].sort(-1).values))
+        elif isinstance(module, Indexer):
+            module.register_forward_hook(lambda module, given, out: chosen.append(out.sort(-1).values))
+    found = []
+    for _ in range(2):
+        chosen.clear()
+        model.zero_grad()
+        loss = gpu_checks_models.batch_loss(model, CPU)
+        loss.backward()
+        found.append((loss.item(), [x.clone() for x in gpu_checks_models.gradients(model)], list(chosen)))
+        weight = model.model.embed_tokens.weight.data
+        weight.mul_(1 + 1e-6 * gpu_compare.random(tuple(weight.shape), 0))
+    (loss_a, gradients_a, chosen_a), (loss_b, gradients_b, chosen_b) = found
+    assert len(chosen_a) >= 2 and all(map(torch.equal, chosen_a, chosen_b))
+    assert abs(loss_a - loss_b) < 2e-6 * loss_a
+    worst = max(map(relative_error, gradients_b, gradients_a))
+    assert 0 < worst < 3e-5, "the tolerance is 1e-4"
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", "glm_moe_dsa"])
+def test_checks_of_documents_pass_on_the_cpu_and_can_fail(model_type: str, monkeypatch: pytest.MonkeyPatch):
+    assert passes(gpu_checks_models.packed_documents(model_type, CPU))
+    from_lengths = Documents.from_lengths
+    monkeypatch.setattr(
+        Documents,
+        "from_lengths",
+        staticmethod(lambda lengths, device="cpu", padding=0: from_lengths([sum(lengths)], device, padding)),
+    )
+    assert not any(check.passed for check in gpu_checks_models.packed_documents(model_type, CPU))
+
+
+@pytest.mark.parametrize(("model_type", "method"), [("glm4_moe_lite", BiasUpdate), ("qwen3_5_moe_text", AuxiliaryLoss)])
+def test_checks_of_balance_pass_on_the_cpu_and_can_fail(model_type: str, method: Any, monkeypatch: pytest.MonkeyPatch):
+    balanced = gpu_checks_models._balanced
+    expected = balanced(model_type, method, CPU)
+    real = sum(gpu_checks_models.PADDED) - gpu_checks_models.PADDING
+    assert expected[0].sum(-1).unique().tolist() == [2 * 3 * real], "two micro-batches, three experts a token"
+    assert len(expected[2]) > len(expected[0]), "every router has gradients"
+
+    answers = [expected, expected]
+    monkeypatch.setattr(gpu_checks_models, "_balanced", lambda *given: answers.pop())
+    assert passes(gpu_checks_models.balance(model_type, method, CPU))
+    wrong = (expected[0] + 1, [x * 1.1 for x in expected[1]], [x * 1.1 for x in expected[2]])
+    answers = [wrong, expected]
+    assert not any(check.passed for check in gpu_checks_models.balance(model_type, method, CPU))
+
+
+def test_timings_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    gpu_timings.main("cpu", tiny=True)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    figures = [timing for timing in found if not timing["note"]]
+    assert len(found) == 4 and len(figures) == 3
+    assert all(timing["forward"] > 0 and timing["backward"] > 0 for timing in figures)
+    lines = gpu.timing_table([*found, {"name": "other", "note": "RuntimeError: no"}]).splitlines()
+    assert len(lines) == 7
+    assert lines[-1].split() == ["other", "RuntimeError:", "no"]
+
+    def broken(*given: Any) -> Any:
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(gpu_timings, "measure", broken)
+    assert [timing.note for timing in gpu_timings.timings(CPU, tiny=True)] == ["RuntimeError: no kernel image"] * 2
+
+
+def test_flash_linear_attention_that_is_missing_is_not_passed(monkeypatch: pytest.MonkeyPatch):
+    find = gpu_compare.importlib.util.find_spec
+    for there, reason in ((None, "not installed"), (object(), "needs CUDA")):
+        monkeypatch.setattr(
+            gpu_compare.importlib.util, "find_spec", lambda name, there=there: there if name == "fla" else find(name)
+        )
+        assert gpu_compare.without_flash_linear_attention(CPU) == reason
+        (check,) = gpu_checks_sequence.flash_linear_attention(CPU)
+        assert (check.figure, check.passed) == (f"flash-linear-attention: {reason}", None)
+    monkeypatch.setitem(sys.modules, "fla", None)  # there, but can't be imported
+    with pytest.raises(ImportError):
+        gpu_compare.without_flash_linear_attention(torch.device("cuda"))
+
+
+def test_command_says_what_passed_and_what_did_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    checks = [
+        {"name": "a", "figure": "1 of 2", "passed": True},
+        {"name": "b", "figure": "not installed", "passed": None},
+    ]
+    timed = [{"name": "c", "note": "not installed"}]
+    monkeypatch.setattr(gpu, "run_checks", lambda *given: checks)
+    monkeypatch.setattr(gpu, "run_timings", lambda *given: timed)
+    monkeypatch.setattr(gpu, "CASES", ())
+    command = ["--tiny", "--device", "cpu"]
+    assert gpu.main(command) == 0
+    out = capsys.readouterr().out
+    assert "1 of 1 checks passed, 1 could not be tried here\n" in out
+    assert "8192" not in out and "operations, tiny sizes, bfloat16" in out
+    timed[0]["note"] = "RuntimeError: no"
+    assert gpu.main(command) == 1, "a timing failed"
+    timed[0]["note"], checks[1]["passed"] = "", False
+    timed[0] |= {"forward": 1.0, "backward": 2.0, "peak": 3 << 20}
+    capsys.readouterr()
+    assert gpu.main(command) == 1, "a check failed"
+    out = capsys.readouterr().out
+    assert "1 of 2 checks passed\nFAIL  b: not installed" in out
+    assert ["c", "1.00", "2.00", "3"] in [line.split() for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("named", [CASES[1], CASES[2], CASES[3], CASES[4]], ids=lambda named: named.name)
 def test_random_model_trains_and_spreads_its_tokens(named: Any):
-    case = Case(named.case.storage, named.case.targets, named.case.adapter_dtype, length=64, warmup=1, steps=1,
-                device="cpu", tiny=True)  # fmt: skip
-    found = gpu_train.measure(case)
+    found = gpu_train.measure(replace(named.case, length=64, warmup=1, steps=1, device="cpu", tiny=True))
     assert all(math.isfinite(loss) for loss in found["losses"])
     assert found["tokens_per_second"] > 0
     assert 1.0 <= found["busiest_expert"] < 3.0
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [(name, count) for name, count in zip(MODELS, (29_943_390_976, 34_660_610_688, 26_123_974_400), strict=True)],
+)
+def test_models_have_published_sizes(model: str, parameters: int):
+    """With all their layers."""
+    config = {key: value for key, value in MODELS[model].items() if key != "num_hidden_layers"}
+    assert parameters_of(config) == parameters
