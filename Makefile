@@ -2,7 +2,18 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
-DEMO := outputs/demo
+
+# The demo's architecture, as config.json's model_type has it, and how the names of its two configs begin.
+ARCH := glm4_moe_lite
+TINY_afmoe := trinity_tiny
+TINY_glm4_moe := glm45_tiny
+TINY_glm4_moe_lite := glm47_tiny
+TINY_glm_moe_dsa := glm5_tiny
+TINY_qwen3_5_moe := qwen35_tiny
+TINY_qwen3_5_moe_text := qwen35_text_tiny
+ARCHS := $(sort $(patsubst TINY_%,%,$(filter TINY_%,$(.VARIABLES))))
+TINY = $(or $(TINY_$(ARCH)),$(error ARCH=$(ARCH) is no architecture of the demo. Choose one of: $(ARCHS)))
+DEMO = $(if $(TINY),outputs/demo$(patsubst %,-%,$(filter-out glm4_moe_lite,$(ARCH))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint format types check demo demo-clean
@@ -35,11 +46,11 @@ types: $(INSTALLED)  ## mypy
 
 check: lint types test  ## all three
 
-demo: $(INSTALLED)  ## the whole job at a size of a minute or two: checkpoint, base training, NF4, QLoRA, adapter
-	$(PY) -m train.demo prepare $(DEMO)
-	$(PY) -m train --config configs/glm47_tiny_pretrain.yaml
+demo: $(INSTALLED)  ## the whole job in a minute or two: checkpoint, base, NF4, QLoRA, adapter (ARCH=afmoe: of Trinity)
+	$(PY) -m train.demo prepare $(DEMO) --arch $(ARCH)
+	$(PY) -m train --config configs/$(TINY)_pretrain.yaml
 	$(PY) -m models.convert $(DEMO)/base/model $(DEMO)/base-nf4 --storage nf4
-	$(PY) -m train --config configs/glm47_tiny_qlora.yaml
+	$(PY) -m train --config configs/$(TINY)_qlora.yaml
 	$(PY) -m train.demo report $(DEMO)
 
 demo-clean:  ## remove what the demo wrote, to start over

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import torch
 from models import load_model
 from models.convert import main as convert
 from models.hub import HubCheckpoint
+from models.registry import architecture_for
 from tests.helpers import relative_error
-from train import demo, demo_checkpoint
+from train import demo, demo_checkpoint, demo_models
 from train.__main__ import main as train
 from train.chat import load_chat_template
 from train.demo_text import distinct_problems, in_prose, in_yaml, record_problem
@@ -75,24 +77,85 @@ def test_the_same_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> Non
     assert [(tmp_path / file).stat().st_mtime_ns for file in files] == times
 
 
-def test_the_checkpoint_is_one_of_the_hub(folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+# What the files hold beside the tensors that transformers' model has: a layer for multi-token prediction.
+CARRIED = {
+    "glm4_moe_lite": ("model.layers.4.", 42),
+    "glm4_moe": ("model.layers.4.", 42),
+    "glm_moe_dsa": ("model.layers.4.", 47),
+    "afmoe": ("none", 0),
+    "qwen3_5_moe_text": ("none", 0),
+    "qwen3_5_moe": ("mtp.", 41),
+}
 
-    reference = AutoModelForCausalLM.from_pretrained(folder / "start")
-    reference.save_pretrained(tmp_path)
-    ours, theirs = HubCheckpoint(folder / "start"), HubCheckpoint(tmp_path)
-    extra = {key for key in ours if key.startswith(f"model.layers.{demo_checkpoint.CONFIG['num_hidden_layers']}.")}
-    assert len(extra) > 30  # the layer for multi-token prediction, which transformers does not have
+
+@pytest.mark.parametrize("model_type", demo_models.MODELS)
+def test_the_checkpoint_is_one_of_the_hub(model_type: str, tmp_path: Path) -> None:
+    import transformers
+
+    start = tmp_path / "start"
+    demo_checkpoint.write_checkpoint(start, model_type, seed=0)
+    written = json.loads((start / "config.json").read_text())
+    assert written["model_type"] == model_type
+    reference = getattr(transformers, written["architectures"][0]).from_pretrained(start)
+    reference.save_pretrained(tmp_path / "theirs")
+    ours, theirs = HubCheckpoint(start), HubCheckpoint(tmp_path / "theirs")
+    prefix, count = CARRIED[model_type]
+    extra = {key for key in ours if key.startswith(prefix)}
+    assert len(extra) == count
     assert set(ours) - extra == set(theirs)
     assert all(ours.shape(key) == theirs.shape(key) and ours.dtype(key) == "F32" for key in theirs)
-    index = json.loads((folder / "start" / "model.safetensors.index.json").read_text())["weight_map"]
+    index = json.loads((start / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index) == set(ours)
     assert len(set(index.values())) == demo_checkpoint.SHARDS > 1
 
-    tokens = torch.randint(0, demo_checkpoint.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
-    model = load_model(folder / "start", storage="none", dtype=torch.float32)
+    # Longer than Trinity's window and than the number of keys that GLM-5's indexer selects.
+    tokens = torch.randint(0, demo_models.VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(0))
+    model = load_model(start, storage="none", dtype=torch.float32)
+    assert 1_000_000 < sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
     with torch.no_grad():
         assert relative_error(model(tokens), reference(tokens).logits) <= 1e-5
+
+
+def test_every_matrix_can_be_quantised() -> None:
+    for model_type, entry in demo_models.MODELS.items():
+        architecture = architecture_for(entry.config, model_type)
+        for key in architecture.key_map(architecture.parse_config(entry.config, model_type)).keys:
+            assert key.stored != "storage" or key.shape[-1] % 64 == 0, key.hub
+
+
+@pytest.mark.parametrize("model_type", ["afmoe", "qwen3_5_moe"])
+def test_initial_values_suit_training_from_scratch(model_type: str, tmp_path: Path) -> None:
+    demo_checkpoint.write_checkpoint(tmp_path, model_type, seed=0)
+    model = load_model(tmp_path, storage="none", dtype=torch.float32)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        leaf = name.rpartition(".")[2]
+        if "norm" in name:
+            zero_centred = model_type == "qwen3_5_moe" and ".linear_attn." not in name
+            assert torch.equal(tensor, torch.full_like(tensor, 0.0 if zero_centred else 1.0)), name
+        elif leaf == "e_score_correction_bias":
+            assert not tensor.any(), name
+        elif leaf == "A_log":
+            assert 0 <= tensor.min() < tensor.max() <= math.log(16), name
+        elif leaf == "dt_bias":
+            step = torch.nn.functional.softplus(tensor)
+            assert 0.00099 < step.min() < step.max() < 0.1001, name
+        elif ".conv1d." in name:
+            assert 0.45 < tensor.std() < 0.55, name
+        else:
+            assert 0.07 < tensor.std() < 0.11, name
+    biases = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    assert len(biases) == (3 if model_type == "afmoe" else 0)
+    assert len([name for name in tensors if name.endswith("A_log")]) == (0 if model_type == "afmoe" else 3)
+
+
+def test_an_architecture_that_the_demo_does_not_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["prepare", str(tmp_path / "demo"), "--arch", "llama"]) == 2
+    assert capsys.readouterr().err == (
+        "error: the demo has no architecture 'llama'. Choose one of afmoe, glm4_moe, glm4_moe_lite, glm_moe_dsa, "
+        "qwen3_5_moe, qwen3_5_moe_text.\n"
+    )
+    assert not (tmp_path / "demo").exists()
 
 
 def test_tokenizer_and_template_mean_the_same_to_transformers(folder: Path) -> None:
@@ -133,30 +196,49 @@ def test_the_template_refuses_roles_that_it_does_not_know(folder: Path) -> None:
         template.render([{"role": "tool", "content": "x"}])
 
 
+# The architecture, the folder that its configs name, and how their names begin.
+DEMOS = [
+    ("glm4_moe_lite", "outputs/demo", "glm47"),
+    ("glm4_moe", "outputs/demo-glm4_moe", "glm45"),
+    ("glm_moe_dsa", "outputs/demo-glm_moe_dsa", "glm5"),
+    ("afmoe", "outputs/demo-afmoe", "trinity"),
+    ("qwen3_5_moe_text", "outputs/demo-qwen3_5_moe_text", "qwen35_text"),
+    ("qwen3_5_moe", "outputs/demo-qwen3_5_moe", "qwen35"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "folder", "configs"), DEMOS, ids=[model_type for model_type, _, _ in DEMOS])
 def test_the_whole_demo_in_a_few_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_type: str,
+    folder: str,
+    configs: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, value in (("BASE_ROWS", 120), ("TUNING_ROWS", 80), ("HELD_OUT_ROWS", 10), ("LONGEST_ANSWER", 4)):
         monkeypatch.setattr(demo, name, value)
     monkeypatch.chdir(tmp_path)
-    out = Path("outputs/demo")  # as the configs have it
-    pretrain = ["--config", str(ROOT / "configs" / "glm47_tiny_pretrain.yaml"), "--set", "train.max_steps=3"]
-    qlora = ["--config", str(ROOT / "configs" / "glm47_tiny_qlora.yaml"), "--set", "train.max_steps=3"]
+    out = Path(folder)
+    pretrain, qlora = (
+        ["--config", str(ROOT / "configs" / f"{configs}_tiny_{step}.yaml"), "--set", "train.max_steps=3"]
+        for step in ("pretrain", "qlora")
+    )
 
-    assert demo.main(["report", str(out)]) == 2
+    assert demo.main(["report", folder]) == 2
     message = capsys.readouterr().err
-    assert message == "error: outputs/demo/base: this run has not finished. `make demo` goes on where it stopped.\n"
+    assert message == f"error: {folder}/base: this run has not finished. `make demo` goes on where it stopped.\n"
 
     def all_but_the_report() -> list[int]:
         return [
-            demo.main(["prepare", str(out)]),
+            demo.main(["prepare", folder, "--arch", model_type]),
             train(pretrain),
             convert([str(out / "base" / "model"), str(out / "base-nf4"), "--storage", "nf4"]),
             train(qlora),
         ]
 
     assert all_but_the_report() == [0, 0, 0, 0]
-    assert demo.main(["report", str(out)]) == 0
+    assert demo.main(["report", folder]) == 0
     shown = capsys.readouterr().out
     for run, name in (("base", "base: word problems in prose"), ("qlora", "QLoRA: word problems in YAML")):
         figures = json.loads((out / run / "run.json").read_text())
@@ -170,7 +252,15 @@ def test_the_whole_demo_in_a_few_steps(
         assert str(out / "qlora" / name) in shown
         assert (out / "qlora" / name).exists()
     assert (out / "qlora" / "adapter" / "adapter_config.json").is_file()
+    # What nothing computed with has come through the base's training.
+    start, base = HubCheckpoint(out / "start"), HubCheckpoint(out / "base" / "model")
+    assert set(start) == set(base)
+    assert any(key.startswith("model.visual.") for key in base) == (model_type == "qwen3_5_moe")
+    for key in (key for key in base if key.startswith((CARRIED[model_type][0], "model.visual."))):
+        assert torch.equal(start.tensor(key), base.tensor(key)), key
 
+    if model_type != demo_models.DEFAULT:
+        return
     # Again: everything is there already, nothing is computed anew.
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert all_but_the_report() == [0, 0, 0, 0]
@@ -190,7 +280,7 @@ def test_answers_stop_where_the_turn_ends(folder: Path) -> None:
 
         def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
             script = [*wanted, *tokenizer.encode("<|user|>"), *tokenizer.encode("never said")]
-            logits = torch.zeros(1, tokens.shape[1], demo_checkpoint.VOCABULARY)
+            logits = torch.zeros(1, tokens.shape[1], demo_models.VOCABULARY)
             logits[0, -1, script[self.said]] = 1.0
             self.said += 1
             return logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from train.config import config_schema, load_config
+from train.demo_models import MODELS
 from train.schema import keys
 
 ROOT = Path(__file__).parent.parent
@@ -113,14 +115,75 @@ def test_commands_name_modules_and_files_that_exist(path: Path) -> None:
             assert (ROOT / config).is_file(), command
 
 
+def made(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What make would run, of a checkout where everything is installed."""
+    command = ["make", "--no-print-directory", "--dry-run", "--old-file=.venv/.installed", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def demo_commands(*arguments: str) -> list[str]:
+    shown = made("demo", *arguments)
+    assert shown.returncode == 0, shown.stderr
+    return [line.replace(".venv/bin/python", "python") for line in shown.stdout.splitlines()]
+
+
 def test_make_demo_is_what_the_readme_says_one_by_one() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$(DEMO)", "outputs/demo")
-    recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
-    assert recipe is not None
-    made = [line.strip().replace("$(PY)", "python") for line in recipe[1].splitlines()]
-    named = commands_in(ROOT / "README.md")
-    start = named.index(made[0])
-    assert named[start : start + len(made)] == made
+    commands, named = demo_commands(), commands_in(ROOT / "README.md")
+    start = named.index(commands[0])
+    assert named[start : start + len(commands)] == commands
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_make_demo_has_each_architecture_in_a_folder_of_its_own(model_type: str) -> None:
+    folder = "outputs/demo" if model_type == "glm4_moe_lite" else f"outputs/demo-{model_type}"
+    prepare, pretrain, convert, qlora, report = demo_commands(f"ARCH={model_type}")
+    assert prepare == f"python -m train.demo prepare {folder} --arch {model_type}"
+    assert convert == f"python -m models.convert {folder}/base/model {folder}/base-nf4 --storage nf4"
+    assert report == f"python -m train.demo report {folder}"
+    for command, run in ((pretrain, "base"), (qlora, "qlora")):
+        config = load_config(ROOT / command.removeprefix("python -m train --config "))
+        assert config.output.dir == f"{folder}/{run}"
+    assert made("demo-clean", f"ARCH={model_type}").stdout == f"rm -rf {folder}\n"
+
+
+@pytest.mark.parametrize("target", ["demo", "demo-clean"])
+@pytest.mark.parametrize("arch", ["llama", "", "../.."])
+def test_an_architecture_that_the_demo_does_not_have(target: str, arch: str) -> None:
+    shown = made(target, f"ARCH={arch}")
+    assert shown.returncode == 2
+    assert shown.stdout == ""
+    known = " ".join(sorted(MODELS))
+    assert f"ARCH={arch} is no architecture of the demo. Choose one of: {known}." in shown.stderr
+
+
+def test_the_worked_example_is_the_code() -> None:
+    text = (ROOT / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
+    code = "".join((ROOT / "models" / name).read_text(encoding="utf-8") for name in ("glm4_moe.py", "registry.py"))
+    quoted = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(quoted) > 5
+    for block in quoted:
+        assert block in code, block
+    for name in re.findall(r"`(check_\w+)`", text):
+        checks = (ROOT / "tests" / "architecture_checks.py").read_text(encoding="utf-8")
+        assert f"def {name}(" in checks, name
+
+
+def test_each_block_of_the_table_is_in_its_file() -> None:
+    text = (ROOT / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \| \[\w+\.py\]\(\.\./(models/\w+\.py)\)", text, re.M)
+    assert len(rows) > 10
+    for names, file in rows:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(class|def) {name}\b", source, re.M), f"{name} is not in {file}"
+
+
+def test_the_map_of_models_names_every_file() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.split("## The files of models/\n")[1].split("\n## ")[0]
+    rows = "".join(line for line in section.splitlines() if line.startswith("|"))
+    files = {path.stem for path in (ROOT / "models").glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"`(\w+)`", rows)) == files
 
 
 def test_every_target_of_the_makefile_is_explained() -> None:
@@ -137,12 +200,6 @@ def test_every_config_key_is_documented() -> None:
         assert f"`{key}`" in text, key
     for key in re.findall(r"`((?:model|adapter|data|train|output)\.\w+)`", text):
         assert key in keys(config_schema()), f"docs/configuration.md explains {key}, which doesn't exist"
-
-
-@pytest.mark.parametrize("name", ["glm47_tiny_pretrain", "glm47_tiny_qlora"])
-def test_the_demo_configs_are_valid(name: str) -> None:
-    config = load_config(ROOT / "configs" / f"{name}.yaml")
-    assert config.output.dir.startswith("outputs/demo/")
 
 
 def test_constraints_pin_every_dependency() -> None:

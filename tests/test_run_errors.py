@@ -18,7 +18,8 @@ from models import load_model
 from models.adapter import save_adapter
 from models.conversion import convert
 from models.load import open_folder
-from models.lora import AdapterSpec, add_lora
+from models.lora import add_lora
+from models.targets import AdapterSpec
 from quant.errors import NibbleError
 from quant.storage import StorageSpec
 from tests.run_helpers import ROOT, World, error_of, in_a_process, losses, make_world, settings

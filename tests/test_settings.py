@@ -14,7 +14,8 @@ from transformers import get_scheduler
 from models import load_model
 from models.adapter import save_adapter
 from models.load import open_folder
-from models.lora import AdapterSpec, add_lora, trainable_parameters
+from models.lora import add_lora, trainable_parameters
+from models.targets import AdapterSpec
 from quant.errors import NibbleError
 from tests.helpers import save_tiny_glm
 from tests.text_helpers import save_checkpoint_texts, say, write_lines

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from quant.errors import NibbleError
 from train.demo_checkpoint import write_checkpoint, write_if_changed, write_tokenizer
+from train.demo_models import DEFAULT, MODELS, demo_model
 from train.demo_text import distinct_problems, in_prose, in_yaml, record_problem
 from train.report import table
 
@@ -28,8 +29,12 @@ BASE_ROWS, TUNING_ROWS, HELD_OUT_ROWS = 6000, 1200, 100
 LONGEST_ANSWER = 40  # tokens
 
 
-def prepare(folder: Path, seed: int = 0) -> None:
-    """Write `folder`/start (checkpoint) and `folder`/data (rows). The same seed gives the same bytes."""
+def prepare(folder: Path, model_type: str = DEFAULT, seed: int = 0) -> None:
+    """Write `folder`/start (checkpoint) and `folder`/data (rows). The same seed gives the same bytes.
+
+    Raises NibbleError, before anything is written, for an architecture that the demo doesn't have.
+    """
+    demo_model(model_type)
     base = distinct_problems(BASE_ROWS + HELD_OUT_ROWS, seed)
     tuning = [in_yaml(p) for p in distinct_problems(TUNING_ROWS + HELD_OUT_ROWS, seed + 1, unlike=base)]
     # Three of five questions are answered in prose; the others give the parts of a record to be written as YAML.
@@ -39,7 +44,7 @@ def prepare(folder: Path, seed: int = 0) -> None:
             lines = "".join(json.dumps(row) + "\n" for row in chosen)
             write_if_changed(folder / "data" / f"{name}_{part}.jsonl", lines.encode())
     write_tokenizer(folder / "start", [message["content"] for row in (*mixed, *tuning) for message in row["messages"]])
-    write_checkpoint(folder / "start", seed)
+    write_checkpoint(folder / "start", model_type, seed)
 
 
 def report(folder: Path) -> str:
@@ -102,6 +107,8 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True)
     first = commands.add_parser("prepare", help="write a small checkpoint with random weights, and rows to train on")
     first.add_argument("folder", type=Path)
+    known = f"the checkpoint's architecture: {', '.join(sorted(MODELS))} (default: {DEFAULT})"
+    first.add_argument("--arch", default=DEFAULT, metavar="MODEL_TYPE", help=known)
     first.add_argument("--seed", type=int, default=0, help="of weights and rows (default: 0)")
     last = commands.add_parser("report", help="show losses and an answer, before and after the fine-tuning")
     last.add_argument("folder", type=Path)
@@ -113,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         if arguments.command == "prepare":
-            prepare(arguments.folder, arguments.seed)
-            print(f"{arguments.folder / 'start'}: checkpoint with random weights")
+            prepare(arguments.folder, arguments.arch, arguments.seed)
+            print(f"{arguments.folder / 'start'}: {arguments.arch} checkpoint with random weights")
             print(f"{arguments.folder / 'data'}: {BASE_ROWS:,} rows for the base, {TUNING_ROWS:,} for the fine-tuning")
         else:
             print(report(arguments.folder))

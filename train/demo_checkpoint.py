@@ -1,62 +1,27 @@
-"""The checkpoint that the demo starts from: a small one of GLM-4.7-Flash's architecture, in the format of the hub.
+"""The checkpoint that the demo starts from: a small one of any architecture, in the format of the hub.
 
-Per-expert tensors in several safetensors shards with their index, config.json, tokenizer, chat template. The weights
-are random; nothing here depends on anything but the seed and, for the tokenizer, the texts.
+Several safetensors shards with their index, config.json, tokenizer, chat template. The weights are random; nothing here
+depends on anything but the architecture, the seed and, for the tokenizer, which is the same for all, the texts.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from train.demo_models import POSITIONS, VOCABULARY, demo_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.decoder import CausalLM
+    from models.keymap import Key
 
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
     *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<think>", "</think>"),
 )
-VOCABULARY = 512
-# Written as in the hub's 4.x files: rope_theta at the top level, first_k_dense_replace.
-CONFIG: dict[str, Any] = {
-    "architectures": ["Glm4MoeLiteForCausalLM"],
-    "model_type": "glm4_moe_lite",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "dtype": "float32",
-    "eos_token_id": [0, 7, 9],
-    "first_k_dense_replace": 1,
-    "hidden_act": "silu",
-    "hidden_size": 128,
-    # Wider than the 0.02 of large models: the matrices here are narrow, and the base has a minute to learn.
-    "initializer_range": 0.09,
-    "intermediate_size": 256,
-    "kv_lora_rank": 64,
-    "max_position_embeddings": 1024,
-    "moe_intermediate_size": 64,
-    "n_group": 1,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 4,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 4,
-    "num_nextn_predict_layers": 1,
-    "pad_token_id": 0,
-    "partial_rotary_factor": 1.0,
-    "q_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "routed_scaling_factor": 1.8,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "v_head_dim": 32,
-    "vocab_size": VOCABULARY,
-}
 # In the manner of GLM's own: a turn ends where the next begins, and reasoning is kept behind the last question only.
 CHAT_TEMPLATE = """\
 [gMASK]<sop>
@@ -109,37 +74,22 @@ def write_tokenizer(folder: Path, texts: list[str]) -> None:
         "pad_token": end,
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         "clean_up_tokenization_spaces": False,
-        "model_max_length": CONFIG["max_position_embeddings"],
+        "model_max_length": POSITIONS,
     }
     write_if_changed(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     write_if_changed(folder / "tokenizer_config.json", _json(described))
     write_if_changed(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
 
 
-def write_checkpoint(folder: Path, seed: int) -> None:
-    """Random weights under the hub's keys: per-expert matrices, sharded safetensors and their index, config.json."""
-    import torch
+def write_checkpoint(folder: Path, model_type: str, seed: int) -> None:
+    """Random weights under the hub's keys, sharded safetensors and their index, config.json.
+
+    Raises NibbleError for an architecture that the demo doesn't have.
+    """
     from safetensors.torch import save
 
-    from models.registry import architecture_for
-
-    architecture = architecture_for(CONFIG, str(folder))
-    keys = architecture.key_map(architecture.parse_config(CONFIG, str(folder))).keys
-    shapes: dict[str, tuple[int, ...]] = {}
-    for key in keys:
-        # A stack of experts [E, out, in] is one matrix [out / parts, in] for each expert and part.
-        shape = (key.shape[1] // len(key.parts), key.shape[2]) if key.parts else key.shape
-        shapes |= dict.fromkeys(key.hub_keys(), shape)
-    shapes |= _prediction_layer(shapes)
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, shape in shapes.items():
-        if name.endswith("e_score_correction_bias"):
-            tensors[name] = torch.zeros(shape)
-        elif len(shape) == 1:
-            tensors[name] = torch.ones(shape)  # norms
-        else:
-            tensors[name] = torch.randn(shape, generator=generator) * CONFIG["initializer_range"]
+    demo = demo_model(model_type)
+    tensors = _random_weights(folder, model_type, seed)
     names = list(tensors)
     per_shard = -(-len(names) // SHARDS)
     weight_map: dict[str, str] = {}
@@ -152,19 +102,59 @@ def write_checkpoint(folder: Path, seed: int) -> None:
     write_if_changed(
         folder / "model.safetensors.index.json", _json({"metadata": {"total_size": total}, "weight_map": weight_map})
     )
-    write_if_changed(
-        folder / "generation_config.json", _json({"eos_token_id": CONFIG["eos_token_id"], "pad_token_id": 0})
-    )
-    write_if_changed(folder / "config.json", _json(CONFIG))
+    generation = {key: demo.config[key] for key in ("eos_token_id", "pad_token_id")}
+    write_if_changed(folder / "generation_config.json", _json(generation))
+    write_if_changed(folder / "config.json", _json(demo.config))
 
 
-def _prediction_layer(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The layer for multi-token prediction that the hub's files have behind the last one; nothing computes it."""
-    hidden, last = CONFIG["hidden_size"], CONFIG["num_hidden_layers"] - 1
-    before, extra = f"model.layers.{last}.", f"model.layers.{last + 1}."
-    layer = {name.replace(before, extra): shape for name, shape in shapes.items() if name.startswith(before)}
-    layer |= {f"{extra}{norm}.weight": (hidden,) for norm in ("enorm", "hnorm", "shared_head.norm")}
-    return {**layer, f"{extra}eh_proj.weight": (hidden, 2 * hidden)}
+def _random_weights(folder: Path, model_type: str, seed: int) -> dict[str, torch.Tensor]:
+    """The hub's tensors by name: those that the model computes with, then those that are carried."""
+    import torch
+
+    from models.registry import architecture_for
+    from quant.storage import StorageSpec
+
+    demo = demo_model(model_type)
+    architecture = architecture_for(demo.config, str(folder))
+    config = architecture.parse_config(demo.config, str(folder))
+    model = architecture.build(config, StorageSpec("none"), torch.float32, "meta")
+    spread = demo.config.get("text_config", demo.config)["initializer_range"]
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key in architecture.key_map(config).keys:
+        value = initial_value(model, key, spread, generator)
+        # A stack of experts [E, out, in] is one matrix [out / parts, in] for each expert and part.
+        split = [block for expert in value for block in expert.chunk(len(key.parts))] if key.parts else [value]
+        separate = dict(zip(key.part_keys(), split, strict=True))
+        shapes |= {name: tuple(tensor.shape) for name, tensor in separate.items()}
+        tensors |= {key.hub: value} if key.fused else separate
+    for name, shape in demo.carried(shapes).items():
+        tensors[name] = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * spread
+    return tensors
+
+
+def initial_value(model: CausalLM, key: Key, spread: float, generator: torch.Generator) -> torch.Tensor:
+    """What training from scratch starts with: norms pass on, biases add nothing, matrices have deviation `spread`.
+
+    A convolution keeps the size of its input. A DeltaNet head decays by exp(-A·dt) per token, with A from 1 to 16 and
+    dt from 0.001 to 0.1 as in Mamba-2 (arXiv:2405.21060), so that some heads remember a whole document.
+    """
+    import torch
+
+    from models.norm import ZeroCentredRMSNorm
+
+    owner, _, leaf = key.native.rpartition(".")
+    if leaf == "A_log":
+        return torch.empty(key.shape).uniform_(1, 16, generator=generator).log()
+    if leaf == "dt_bias":
+        step = 10 ** torch.empty(key.shape).uniform_(-3, -1, generator=generator)
+        return step.expm1().log()  # softplus makes it dt again
+    if len(key.shape) == 1:
+        zero = leaf.endswith("bias") or isinstance(model.get_submodule(owner), ZeroCentredRMSNorm)
+        return torch.zeros(key.shape) if zero else torch.ones(key.shape)
+    deviation: float = key.shape[-1] ** -0.5 if owner.endswith("conv1d") else spread
+    return torch.randn(key.shape, generator=generator) * deviation
 
 
 def _json(value: object) -> bytes:

@@ -1,0 +1,229 @@
+"""The configs that come with the project: what their headers promise, and a run of each at a tiny size."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from models.conversion import count_parameters
+from models.decoder import CausalLM
+from models.keymap import KeyMap
+from models.registry import ARCHITECTURES, architecture_for
+from models.targets import AdapterSpec, adaptable, groups_of, resolve
+from quant.storage import StorageSpec
+from train import demo
+from train.__main__ import main
+from train.config import load_config
+from train.demo_models import MODELS
+from train.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TINY = [path for path in CONFIGS if "_tiny_" in path.stem]
+REAL = [path for path in CONFIGS if path not in TINY]
+
+# What the published config.json says where the parser's defaults are another model's.
+_TRINITY = {"model_type": "afmoe", "num_dense_layers": 2, "num_experts": 128, "num_experts_per_tok": 8}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "zai-org/GLM-4.7-Flash": {"model_type": "glm4_moe_lite"},
+    "zai-org/GLM-4.5-Air": {"model_type": "glm4_moe", "head_dim": 128, "attention_bias": True},
+    "Qwen/Qwen3.5-35B-A3B": {"model_type": "qwen3_5_moe"},
+    "arcee-ai/Trinity-Nano-Preview": {
+        **_TRINITY,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "moe_intermediate_size": 256,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 56,
+        "num_key_value_heads": 2,
+        "num_shared_experts": 1,
+    },
+    "arcee-ai/Trinity-Mini": {
+        **_TRINITY,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 1024,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 4,
+        "num_shared_experts": 1,
+    },
+}
+PARAMETERS = {
+    "zai-org/GLM-4.7-Flash": 29_943_390_976,
+    "zai-org/GLM-4.5-Air": 106_852_245_504,
+    "Qwen/Qwen3.5-35B-A3B": 34_660_610_688,
+    "arcee-ai/Trinity-Nano-Preview": 6_120_003_328,
+    "arcee-ai/Trinity-Mini": 26_123_974_400,
+}
+BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@functools.cache
+def key_map_of(hub_id: str) -> KeyMap:
+    architecture = architecture_for(PUBLISHED[hub_id], hub_id)
+    return architecture.key_map(architecture.parse_config(PUBLISHED[hub_id], hub_id))
+
+
+@functools.cache
+def gib_of(hub_id: str, spec: StorageSpec) -> str:
+    """The size of the weights on the meta device, buffers included, with one decimal."""
+    architecture = architecture_for(PUBLISHED[hub_id], hub_id)
+    config = architecture.parse_config(PUBLISHED[hub_id], hub_id)
+    model: CausalLM = architecture.build(config, spec, torch.bfloat16, "meta")
+    return f"{sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 2**30:.1f}"
+
+
+def comment_of(path: Path) -> str:
+    """The words at the head of a config, in one line."""
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if line.startswith("#")]
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
+def named(path: Path) -> str:
+    return path.stem
+
+
+def test_each_model_has_the_configs_that_the_readme_lists() -> None:
+    models = ("glm47", "glm45_air", "qwen35", "trinity_nano", "trinity_mini")
+    assert {path.stem for path in REAL} >= {f"{model}_{kind}" for model in models for kind in ("qlora", "lora_int8")}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in REAL:
+        assert f"](configs/{path.name})" in readme, path.name
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_readme_names_the_groups_of_each_model(model_type: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| `{model_type}` \|.*\| ([^|]*) \|$", readme, re.M)
+    assert row is not None
+    architecture = architecture_for(MODELS[model_type].config, model_type)
+    key_map = architecture.key_map(architecture.parse_config(MODELS[model_type].config, model_type))
+    assert re.findall(r"`(\w+)`", row[1]) == groups_of(adaptable(key_map))
+
+
+@pytest.mark.parametrize("hub_id", PUBLISHED)
+def test_the_readme_states_the_size_in_nf4(hub_id: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| `{PUBLISHED[hub_id]['model_type']}` \|.*\| ([^|]*) \|[^|]*\|$", readme, re.M)
+    assert row is not None and gib_of(hub_id, StorageSpec("nf4", True)) in re.findall(r"[\d.]+", row[1])
+
+
+@pytest.mark.parametrize("hub_id", PUBLISHED)
+def test_the_published_sizes_are_those_of_the_models(hub_id: str) -> None:
+    assert count_parameters(key_map_of(hub_id).keys) == PARAMETERS[hub_id]
+
+
+@pytest.mark.parametrize("path", REAL, ids=named)
+def test_the_header_states_what_the_sizes_give(path: Path) -> None:
+    config, comment = load_config(path), comment_of(path)
+    assert f"python -m train --config configs/{path.name} " in comment
+    assert config.output.dir == f"outputs/{path.stem.replace('_', '-')}"
+    stated = re.search(r"[Ww]eights:? ([\d.]+) GiB", comment)
+    assert stated is not None
+    double = config.model.double_quant
+    spec = StorageSpec(config.model.storage, double) if double is not None else StorageSpec(config.model.storage)
+    assert stated[1] == gib_of(config.model.path, spec)
+
+    trained = re.search(r"LoRA ([\d,]+) parameters, ([\d.]+) GiB with gradients and the 8-bit", comment)
+    assert (trained is not None) == (config.model.path != "zai-org/GLM-4.7-Flash")
+    if trained is None:
+        return
+    adapter = config.adapter
+    spec_of_lora = AdapterSpec(adapter.targets, adapter.rank, adapter.alpha)
+    targets = resolve(key_map_of(config.model.path), spec_of_lora, "model")
+    parameters = sum(
+        target.rank * sum(target.key.shape[-2:]) * (target.key.shape[0] if len(target.key.shape) == 3 else 1)
+        for target in targets
+    )
+    assert trained[1] == f"{parameters:,}"
+    # A value and its gradient; two moments of a byte, with a float32 scale for 256 of them.
+    each = 2 * BYTES[adapter.dtype] + 2 * (1 + 4 / 256)
+    assert config.train.optimizer == "adamw_8bit"
+    assert trained[2] == f"{parameters * each / 2**30:.1f}"
+
+
+@pytest.mark.parametrize("path", REAL, ids=named)
+def test_every_target_is_there_at_the_real_size(path: Path) -> None:
+    config = load_config(path)
+    if config.adapter.kind == "none":
+        return
+    key_map = key_map_of(config.model.path)
+    model_type = PUBLISHED[config.model.path]["model_type"]
+    targets = resolve(key_map, AdapterSpec(config.adapter.targets, config.adapter.rank, 1), model_type)
+    found = {target.key.group for target in targets}
+    assert found == set(config.adapter.targets)
+    layers = {re.search(r"layers\.(\d+)\.", target.key.native)[1] for target in targets}  # type: ignore[index]
+    assert len(layers) == len({key.native.split(".")[2] for key in key_map.keys if ".layers." in key.native})
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_each_architecture_has_a_tiny_config_for_each_step(model_type: str) -> None:
+    folder = "outputs/demo" if model_type == "glm4_moe_lite" else f"outputs/demo-{model_type}"
+    configs = [load_config(path) for path in TINY]
+    of_this = {config.output.dir: config for config in configs if Path(config.output.dir).parent == Path(folder)}
+    assert set(of_this) == {f"{folder}/base", f"{folder}/qlora"}
+    base, qlora = of_this[f"{folder}/base"], of_this[f"{folder}/qlora"]
+    assert (base.model.path, base.adapter.kind, base.model.dtype) == (f"{folder}/start", "none", "float32")
+    assert (qlora.model.path, qlora.model.storage, qlora.adapter.kind) == (f"{folder}/base-nf4", "nf4", "lora")
+    for config, rows in ((base, "base"), (qlora, "tuning")):
+        assert config.data.train == f"{folder}/data/{rows}_train.jsonl"
+        assert config.data.eval == f"{folder}/data/{rows}_eval.jsonl"
+
+
+def test_there_are_no_other_tiny_configs() -> None:
+    assert set(MODELS) <= set(ARCHITECTURES)
+    assert len(TINY) == 2 * len(MODELS)
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo's checkpoint of each architecture that has a config for a real model, with a few rows."""
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("BASE_ROWS", 40), ("TUNING_ROWS", 20), ("HELD_OUT_ROWS", 4)):
+            patch.setattr(demo, name, value)
+        for model_type in {published["model_type"] for published in PUBLISHED.values()}:
+            folders[model_type] = tmp_path_factory.mktemp(model_type)
+            demo.prepare(folders[model_type], model_type)
+    return folders
+
+
+@pytest.mark.parametrize("path", [path for path in REAL if not path.stem.startswith("glm47")], ids=named)
+def test_configs_run_at_a_tiny_size(
+    path: Path, prepared: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of GLM-4.7-Flash are run by tests/test_run.py."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    folder, out = prepared[PUBLISHED[values["model"]["path"]]["model_type"]], tmp_path / "run"
+    changes = {
+        "model.path": folder / "start",
+        "data.train": folder / "data" / "tuning_train.jsonl",
+        "data.sequence_length": 128,
+        "train.max_steps": 2,
+        "train.micro_batch_size": 1,
+        "train.gradient_accumulation": 1,
+        "train.device": "cpu",
+        "train.tensorboard": "false",
+        "output.dir": out,
+    }
+    overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    assert main(["--config", str(path), *overrides]) == 0
+    assert len([record for record in read_metrics(out / "metrics.jsonl") if record["kind"] == "train"]) == 2
+    table = capsys.readouterr().out
+    words = {"experts": "routed experts", "linear_attention": "linear attention"}
+    for group in values["adapter"]["targets"]:
+        stored = rf"{values['model']['storage']}.* LoRA r{values['adapter']['rank']}"
+        assert re.search(rf"^  {words.get(group, group)} +[\d,]+ +{stored}$", table, re.M), group
+    described = json.loads((out / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert described["r"] == values["adapter"]["rank"]
