@@ -24,12 +24,10 @@ from .layout import Layout
 from .lora import adapted
 from .native import Manifest, dtype_name, is_converted
 from .registry import ARCHITECTURES
-from .stream import sum_up
+from .stream import HEAD, sum_up
 from .tensorfile import DTYPES, TensorWriter, tensor_bytes, write_atomically
 
 log = logging.getLogger("nibble")
-# A stored copy of a tied head would contradict the trained embedding, by which it is implied anyway.
-_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def _origin(source: Path, manifest: Manifest | None) -> HubCheckpoint | None:
             checkpoint = HubCheckpoint(folder)
             if checkpoint.fingerprint() == manifest.fingerprint:
                 return checkpoint
-    missed = [name for name in manifest.carried if name != _HEAD]
+    missed = [name for name in manifest.carried if name != HEAD]
     if missed:
         log.warning(
             "not exported, as the converted checkpoint doesn't hold them and what it was made from, %s, is no longer "
@@ -174,7 +172,8 @@ def _layout(key_map: KeyMap, origin: HubCheckpoint | None, manifest: Manifest | 
 def _carried(key_map: KeyMap, checkpoint: HubCheckpoint) -> Iterator[_Item]:
     wanted = {hub for key in key_map.keys for hub in (key.hub, *key.part_keys())}
     for name in checkpoint:
-        if name not in wanted and key_map.is_carried(name) and name != _HEAD:
+        # A copy of a tied head would contradict the trained embedding.
+        if name not in wanted and key_map.is_carried(name) and name != HEAD:
             dtype = DTYPES.get(checkpoint.dtype(name))
             if dtype is None:
                 raise NibbleError(

@@ -64,7 +64,8 @@ def load_model(
     path: a hub-format folder (quantised while it is read, or a converted copy beside it is used), a converted folder,
         or a hub id.
     storage: of frozen matrices: none, nf4, fp4 or int8. double_quant: quantise the scales of 4-bit blocks too.
-    dtype: of activations and of everything that isn't quantised; routers stay float32.
+    dtype: of activations and of everything that isn't quantised, but for what the architecture keeps in float32
+        (routers, Trinity's norms, DeltaNet's decay).
     adapter: folder of a PEFT adapter to put on top.
     progress: show a bar on standard error where that is a terminal.
 

@@ -28,6 +28,8 @@ _READABLE = ("BF16", "F16", "F32", "F64")
 # Missing or unused keys named one by one; a checkpoint of another model has tens of thousands.
 LISTED = 50
 LEFT_OUT = "left out, as nothing here computes with them"
+# Of a model with tied embeddings only some files have it, as a copy of the embedding, by which it is implied.
+HEAD = "lm_head.weight"
 # What counts as one part of a model when carried tensors are summed up.
 _PART = re.compile(r"model\.layers\.\d+|model\.\w+|\w+")
 
@@ -95,9 +97,14 @@ class HubReader:
         self._check_tensors()
 
     def read(self, key: Key, experts: range | None = None) -> Iterator[Piece]:
-        """One piece per matrix. Raises NibbleError naming a tensor that holds NaN or infinity."""
+        """One piece per matrix. Raises NibbleError naming a tensor that holds NaN or infinity, and for a tied head that
+        differs from the embedding.
+        """
         if not key.parts:
-            yield Piece(key, None, self._stored(key, self.checkpoint.tensor(key.hub), key.hub))
+            dense = self.checkpoint.tensor(key.hub)
+            if key.group == "embedding" and HEAD in self.carried:
+                self._check_tied(key, dense)
+            yield Piece(key, None, self._stored(key, dense, key.hub))
             return
         for expert in experts if experts is not None else range(key.shape[0]):
             name = f"{key.hub}, expert {expert}"
@@ -124,6 +131,16 @@ class HubReader:
         if not all_finite(dense):
             raise NibbleError(f"{name}: some of its values are inf or NaN.\nThe checkpoint is damaged: get it again.")
         return {key.native: dense.to(dtype)}
+
+    def _check_tied(self, key: Key, embedding: Tensor) -> None:
+        head = self.checkpoint.tensor(HEAD)
+        # transformers would take the stored head, against config.json.
+        if head.shape != embedding.shape or not torch.equal(head.to(embedding.dtype), embedding):
+            raise NibbleError(
+                f"{self.checkpoint.path}: config.json says that the output head is the embedding (tie_word_embeddings: "
+                f"true), but {HEAD} differs from {key.hub}.\n"
+                "Set tie_word_embeddings to false to use the head that is there, or take it out of the weights."
+            )
 
     def _check_keys(self, key_map: KeyMap) -> tuple[str, ...]:
         """Every needed key is there and every other one is declared; returns the latter."""

@@ -219,6 +219,23 @@ def check_bfloat16(folder: Path, storage: str) -> None:
     assert 1e-4 < errors.median().item() < 0.1, errors.median()
 
 
+def check_bfloat16_against_transformers(folder: Path, reference: Any) -> None:
+    """In bfloat16 the model errs no more than transformers does, both held against transformers in float32.
+
+    The reference must choose all experts and all keys, so that no choice depends on rounding. Changes the reference.
+    """
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))  # the same weights on all three sides
+    reference.save_pretrained(folder)
+    rounded = type(reference).from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokens = random_tokens((2, 48))
+    exact = reference(input_ids=tokens).logits
+    sides = (load(folder, dtype=torch.bfloat16)(tokens), rounded(input_ids=tokens).logits)
+    ours, theirs = (((x.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).mean().item() for x in sides)
+    assert 1e-4 < ours <= 1.05 * theirs, (ours, theirs)
+
+
 def check_refused(config: dict[str, Any], message: str) -> None:
     """Reading the config.json is refused with a message, which is a regular expression here."""
     with pytest.raises(NibbleError, match=message):

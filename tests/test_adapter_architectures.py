@@ -167,10 +167,6 @@ def test_some_layers(base: Base, tmp_path: Path) -> None:
     assert f"{model}.layers.3.mlp.experts.down_proj" in config["target_parameters"]
 
 
-def RANKS_OF(base: Base) -> dict[str, int]:
-    return {group: RANKS[group] for group in base.groups}
-
-
 @pytest.mark.parametrize("stack", STACKS)
 def test_one_stack_of_two(base: Base, tmp_path: Path, stack: str) -> None:
     config, warned = check_saved(base, AdapterSpec((stack,), 2, 4.0), tmp_path)

@@ -102,6 +102,11 @@ def test_bfloat16_is_near_float32(tmp_path: Path, storage: str) -> None:
     checks.check_bfloat16(tmp_path, storage)
 
 
+def test_bfloat16_errs_no_more_than_transformers(tmp_path: Path) -> None:
+    reference = save_tiny(tmp_path, GLM, num_experts_per_tok=8)
+    checks.check_bfloat16_against_transformers(tmp_path, reference)
+
+
 def test_prediction_layers_are_carried(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -80,6 +80,11 @@ def test_bfloat16_is_near_float32(tmp_path: Path, storage: str) -> None:
     checks.check_bfloat16(tmp_path, storage)
 
 
+def test_bfloat16_errs_no_more_than_transformers(tmp_path: Path) -> None:
+    reference = save_tiny_glm(tmp_path, num_experts_per_tok=8)
+    checks.check_bfloat16_against_transformers(tmp_path, reference)
+
+
 def test_both_generations_of_config_json_read_alike(tmp_path: Path) -> None:
     save_tiny_glm(tmp_path, mlp_layer_types=["dense", "dense", "sparse"], rope_parameters={
         "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64,

@@ -23,13 +23,15 @@ from models.registry import architecture_for
 from models.stream import HubReader
 from models.targets import AdapterSpec
 from quant.errors import NibbleError
-from quant.storage import Storage, StorageSpec
+from quant.storage import StorageSpec
+from tests import architecture_checks as checks
 from tests.helpers import assert_close, random_tokens, relative_error
 from tests.tiny import save_tiny
 from train.config import parse_config
 from train.model import make_trainable
 
 DSA = "glm_moe_dsa"
+GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "router")
 SHARING = {"indexer_types": ["full", "shared", "full", "shared"]}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -60,17 +62,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def native_tensor(model: torch.nn.Module, native: str) -> Tensor:
-    """The Parameter behind a key map's native name."""
-    *path, leaf = native.split(".")
-    found = getattr(model.get_submodule(".".join(path)), leaf)
-    return found.value if isinstance(found, Storage) else found
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_loss_and_all_gradients_equal_transformers(
     tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +77,7 @@ def test_logits_loss_and_all_gradients_equal_transformers(
     expected = reference(input_ids=tokens).logits
     logits = model(tokens)
     assert_close(logits, expected, what="logits")
-    expected_loss, loss = cross_entropy(expected, tokens), cross_entropy(logits, tokens)
+    expected_loss, loss = checks.cross_entropy(expected, tokens), checks.cross_entropy(logits, tokens)
     assert_close(loss, expected_loss, what="loss")
 
     expected_loss.backward()
@@ -97,7 +88,7 @@ def test_logits_loss_and_all_gradients_equal_transformers(
         if key.is_buffer:
             continue
         compared.add(key.hub)
-        ours, gradient = native_tensor(model, key.native).grad, theirs[key.hub].grad
+        ours, gradient = checks.native_tensor(model, key.native).grad, theirs[key.hub].grad
         if key.group == "indexer":
             assert ours is None and gradient is None, key.native
             continue
@@ -134,105 +125,36 @@ def load_with(folder: Path, **changes: Any) -> Any:
         path.write_text(before)
 
 
-@pytest.mark.parametrize(
-    ("storage", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", False)]
-)
+@pytest.mark.parametrize(("storage", "double_quant"), checks.QUANTISED)
 def test_quantised_model_equals_transformers_with_dequantised_weights(
     tmp_path: Path, storage: str, double_quant: bool
 ) -> None:
     reference = save_tiny(tmp_path, DSA, **SHARING)
-    model = load_model(tmp_path, storage=storage, dtype=torch.float32, double_quant=double_quant)
-    parameters = dict(reference.named_parameters())
-    quantised = 0
-    with torch.no_grad():
-        for key in key_map(model.config).keys:
-            if key.stored != "storage":
-                continue
-            assert key.group != "indexer"
-            quantised += 1
-            stack = parameters[key.hub].data
-            for matrix in stack if stack.dim() == 3 else [stack]:
-                matrix.copy_(bitsandbytes_round_trip(matrix, storage, double_quant))
-    assert quantised > 20
-    tokens = random_tokens((2, 48))
-    logits = reference(input_ids=tokens).logits
-    assert_close(model(tokens), logits, what=storage)
-    unquantised = load_model(tmp_path, storage="none", dtype=torch.float32)
-    assert relative_error(unquantised(tokens), logits) > 1e-3, "quantisation has an effect that the comparison sees"
-
-
-def bitsandbytes_round_trip(matrix: Tensor, storage: str, double_quant: bool) -> Tensor:
-    import bitsandbytes.functional as bnb
-
-    if storage == "int8":
-        rows, scales, _ = bnb.int8_vectorwise_quant(matrix)
-        return bnb.int8_vectorwise_dequant(rows, scales)
-    packed, state = bnb.quantize_4bit(matrix, blocksize=64, compress_statistics=double_quant, quant_type=storage)
-    return bnb.dequantize_4bit(packed, state)
-
-
-def adapted(folder: Path, storage: str) -> Any:
-    model = load_model(folder, storage=storage, dtype=torch.float32)
-    add_lora(model, AdapterSpec(("attention", "experts", "router"), rank=4, alpha=8.0))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in trainable_parameters(model):
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
+    keys = key_map(load_model(tmp_path, storage="none", dtype=torch.float32).config).keys
+    assert not any(key.stored == "storage" for key in keys if key.group == "indexer")
+    checks.check_quantised(tmp_path, reference, storage, double_quant)
 
 
 @pytest.mark.parametrize("storage", ["none", "nf4"])
 def test_packed_documents_equal_documents_alone(tmp_path: Path, storage: str) -> None:
     save_tiny(tmp_path, DSA, **SHARING)
     lengths = [5, 33, 1, 16, 17, 20, 3]  # 33, 17 and 20 are long
-    tokens = random_tokens((sum(lengths),))
-    packed, alone = adapted(tmp_path, storage), adapted(tmp_path, storage)
-    hidden = packed.hidden(tokens, Documents.from_lengths(lengths))
-    pieces = tokens.split(lengths)
-    separate = torch.cat([alone.hidden(piece, Documents.from_lengths([len(piece)])) for piece in pieces])
-    assert_close(hidden, separate, what="hidden states")
-    last = torch.tensor(lengths).cumsum(0) - 1
-    labels = tokens.roll(-1).index_fill(0, last, -100)  # the next token of the same document
-    losses = [
-        torch.nn.functional.cross_entropy(model.lm_head(states), labels, reduction="sum")
-        for model, states in ((packed, hidden), (alone, separate))
-    ]
-    assert_close(losses[0], losses[1], what="loss")
-    for loss in losses:
-        loss.backward()
-    for (name, ours), (_, theirs) in zip(trainable_parameters(packed), trainable_parameters(alone), strict=True):
-        assert ours.grad is not None and theirs.grad is not None
-        assert_close(ours.grad, theirs.grad, what=name)
-    together = packed.hidden(tokens, Documents.from_lengths([len(tokens)]))
-    assert relative_error(together, hidden.detach()) > 1e-2, "crossing documents would be seen"
+    checks.check_packing(tmp_path, storage, lengths, GROUPS)
 
 
 def test_activation_checkpointing_changes_nothing_and_skips_the_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import models.experts as experts
-
     save_tiny(tmp_path, DSA, **SHARING)
-    model = adapted(tmp_path, "nf4")
-    tokens = random_tokens((2, 40))
-    calls = []
-    forward = experts._forward
-    monkeypatch.setattr(experts, "_forward", lambda *args: (calls.append(1), forward(*args))[1])
+    calls, calls_recomputed = checks.check_recomputation(tmp_path, GROUPS, monkeypatch)
+    assert calls == 3, "one call for each of the three sparse layers"
+    assert calls_recomputed == 3, "the recomputation stops before the experts' products"
 
-    def gradients(recompute: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        model.zero_grad()
-        model.activation_checkpointing = recompute
-        loss = cross_entropy(model(tokens), tokens)
-        loss.backward()
-        return loss, {name: parameter.grad.clone() for name, parameter in trainable_parameters(model)}
 
-    loss, kept = gradients(False)
-    assert len(calls) == 3, "one call for each of the three sparse layers"
-    again, recomputed = gradients(True)
-    assert len(calls) == 6, "the recomputation stops before the experts' products"
-    assert torch.equal(loss, again)
-    for name, gradient in kept.items():
-        assert torch.equal(gradient, recomputed[name]), name
+def test_bfloat16_errs_no_more_than_transformers(tmp_path: Path) -> None:
+    # All keys but one, of the last query: enough to have attention go the way of long documents.
+    reference = save_tiny(tmp_path, DSA, num_experts_per_tok=8, index_topk=47)
+    checks.check_bfloat16_against_transformers(tmp_path, reference)
 
 
 # --- the indexer's tensors
@@ -261,7 +183,7 @@ def test_a_full_fine_tune_trains_all_but_the_indexers(tmp_path: Path) -> None:
     }
     assert len(frozen) == 4 * 5
     tokens = random_tokens((2, 48))
-    cross_entropy(model(tokens), tokens).backward()
+    checks.cross_entropy(model(tokens), tokens).backward()
     assert all(parameter.grad is not None for _, parameter in trainable_parameters(model)), "nothing else is left out"
 
 

@@ -90,12 +90,29 @@ def test_tied_head_stays_one_parameter(tmp_path: Path) -> None:
 def test_stored_copy_of_a_tied_head_is_left_out(tmp_path: Path) -> None:
     save_tiny_glm(tmp_path / "tied", tie_word_embeddings=True)
     tensors = load_file(tmp_path / "tied" / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": torch.ones(128, 64)}, tmp_path / "tied" / "model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | head, tmp_path / "tied" / "model.safetensors")
     model = load_model(tmp_path / "tied", "none", torch.float32)
     assert model.lm_head.weight.value is model.model.embed_tokens.weight
     assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
     summary = convert(tmp_path / "tied", tmp_path / "x", StorageSpec("none"), torch.float32)
     assert summary.carried == ("lm_head.weight",)
+
+
+@pytest.mark.parametrize("rows", [128, 127])
+def test_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path, rows: int) -> None:
+    save_tiny_glm(tmp_path / "tied", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "tied" / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"][:rows].clone()
+    head[5, 3] += 1e-3
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "tied" / "model.safetensors")
+    refused = (
+        r"\(tie_word_embeddings: true\), but lm_head\.weight differs from model\.embed_tokens\.weight\.\nSet tie_wo"
+    )
+    with pytest.raises(NibbleError, match=refused):
+        load_model(tmp_path / "tied", "none", torch.float32)
+    with pytest.raises(NibbleError, match=refused):
+        convert(tmp_path / "tied", tmp_path / "x", StorageSpec("none"), torch.float32)
 
 
 def test_converted_copy_beside_the_hub_folder_is_used(

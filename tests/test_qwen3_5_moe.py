@@ -130,6 +130,11 @@ def test_bfloat16_is_near_float32(tmp_path: Path, form: str, storage: str) -> No
     checks.check_bfloat16(tmp_path, storage)
 
 
+def test_bfloat16_errs_no_more_than_transformers(tmp_path: Path) -> None:
+    reference = save_tiny(tmp_path, TEXT, num_experts_per_tok=8)
+    checks.check_bfloat16_against_transformers(tmp_path, reference)
+
+
 # --- how checkpoints spell it
 
 

@@ -99,7 +99,7 @@ def tiny(model_type: str, seed: int = 0, **changes: Any) -> Any:
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "norm" in name and not name.endswith(".bias"):
-                centred = 0.0 if model_type.startswith("qwen") and "linear_attn" not in name else 1.0
+                centred = 0.0 if model_type.startswith("qwen3_5") and "linear_attn" not in name else 1.0
                 tensor.copy_(centred + 0.2 * torch.randn_like(tensor))
             elif name.endswith(("e_score_correction_bias", "expert_bias", ".bias", "dt_bias")):
                 tensor.copy_(0.2 * torch.randn_like(tensor))
