@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,12 +49,15 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scal
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    options: dict[str, Any] = {}
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif groups > 1:  # torch 2.11: a copy of keys and values for every query head
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     offsets, longest = documents.offsets, documents.longest
     # How far to the left and to the right a query sees; -1 is as far as there are keys.
     sees = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scale, window_size=sees)
+    out = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scale, window_size=sees, **options)
     assert isinstance(out, Tensor)
     return out
 

@@ -48,7 +48,7 @@ def gated_delta_rule(
     flash-linear-attention are used when they are installed, everywhere else the chunked form in torch.
     """
     # A broken installation is an error: the torch form would be several times slower, and nobody would know why.
-    if value.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and find_spec("fla") is not None:
+    if uses_fla(value.device, value.dtype):
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
         wide = (decay.to(torch.float32), beta.to(torch.float32))
@@ -56,6 +56,11 @@ def gated_delta_rule(
         out: Tensor = chunk_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True, cu_seqlens=documents.offsets)[0]
         return out[0]
     return chunked_gated_delta_rule(query, key, value, decay, beta, documents)
+
+
+def uses_fla(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether values of this dtype on this device go through flash-linear-attention."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and find_spec("fla") is not None
 
 
 def stepwise_gated_delta_rule(

@@ -210,7 +210,7 @@ class _SelectedAttention(torch.autograd.Function):
             block, seen = slice(start, stop), slice(0, stop)
             chances = _probabilities(q, k, selected, start, stop, ctx.scale)
             dv[:, seen] += torch.matmul(chances.to(v.dtype).transpose(1, 2), dy[:, block])
-            d_chances = torch.matmul(dy[:, block], v[:, seen].transpose(1, 2)).to(torch.float32)
+            d_chances = _float32_product(dy[:, block], v[:, seen].transpose(1, 2))
             d_scores = chances * (d_chances - (chances * d_chances).sum(-1, keepdim=True)) * ctx.scale
             d_scores = d_scores.to(q.dtype)
             dq[:, block] = torch.matmul(d_scores, k[:, seen])
@@ -224,9 +224,18 @@ def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(0, 1).to(product_dtype(x.device, x.dtype)).contiguous() for x in tensors)
 
 
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two batches without rounding the sums to the operands' dtype, as fused attention kernels have them."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.to(torch.float32), b.to(torch.float32))
+
+
 def _probabilities(query: Tensor, key: Tensor, selected: Tensor, start: int, stop: int, scale: float) -> Tensor:
     """Of the block's queries, over the keys up to its end: float32 [h, stop - start, stop]."""
-    scores = torch.matmul(query[:, start:stop], key[:, :stop].transpose(1, 2)).to(torch.float32) * scale
+    scores = _float32_product(query[:, start:stop], key[:, :stop].transpose(1, 2)) * scale
     hidden = torch.ones(stop - start, key.shape[1], dtype=torch.bool, device=key.device)
     hidden.scatter_(-1, selected[start:stop].long(), False)
     return scores.masked_fill_(hidden[:, :stop] | _is_later(start, stop, key.device), float("-inf")).softmax(-1)

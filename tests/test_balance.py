@@ -209,13 +209,18 @@ def test_only_the_first_computation_of_a_pass_with_gradients_counts(checkpoints:
     assert balance.counts.sum() == 2 * 3 * batch.real_tokens
 
 
-def test_a_micro_batch_without_labels_is_not_counted(checkpoints: dict[str, tuple[Path, Any]]) -> None:
+def test_a_micro_batch_without_labels_is_counted_and_changes_no_gradient(
+    checkpoints: dict[str, tuple[Path, Any]],
+) -> None:
     model = trainable(checkpoints[SIGMOID][0])
     model.balance = Balance(model)
     empty = micro_batch((30,), seed=9)
     empty = Batch(empty.tokens, torch.full_like(empty.labels, IGNORED), empty.documents, 30, 0)
-    assert step(model, (*BATCHES, empty)).balance == step(model, BATCHES).balance
+    norm = step(model, BATCHES).grad_norm
     assert model.balance.counts.sum() == 2 * 3 * (20 + 9 + 41 + 33)
+    result = step(model, (*BATCHES, empty))
+    assert model.balance.counts.sum() == 2 * 3 * (20 + 9 + 41 + 33 + 30)
+    assert result.grad_norm == norm
 
 
 # --- the auxiliary loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from benchmarks.delta_rule import check_equal_results, report
 from models import delta_rule
 from models.delta_rule import Blocking, chunked_gated_delta_rule, gated_delta_rule, stepwise_gated_delta_rule
 from models.documents import Documents
+from models.registry import architecture_for
 from quant.errors import NibbleError
+from quant.storage import StorageSpec
 from tests.helpers import assert_close, relative_error
+from tests.tiny import TINY
+from train import overview
 
 NAMES = ("query", "key", "value", "decay", "beta")
 LENGTHS = [(1,), (64,), (200,), (5, 70, 129), (1, 64, 63, 65, 128), (2, 1, 1, 3), (30, 40, 58)]
@@ -271,3 +276,21 @@ def test_the_benchmark_reports_medians_and_targets() -> None:
     assert lines[2].split() == ["nibble", "0.20", "0.60", "0.80", "300"]
     assert lines[4] == "time: 0.100 of the peer's (1/10.0); target 1/8: met"
     assert lines[5] == "peak memory: 0.300 of the peer's (1/3.3); target 1/4: NOT MET"
+
+
+def test_a_run_on_a_gpu_says_which_form_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"model_type": "qwen3_5_moe_text", **TINY["qwen3_5_moe_text"]}
+    architecture = architecture_for(config, "tiny")
+    model = architecture.build(architecture.parse_config(config, "tiny"), StorageSpec("nf4"), torch.bfloat16, "meta")
+    monkeypatch.setattr(overview, "device_name", str)
+
+    def shown(device: str) -> str:
+        return overview.model_text(model, "tiny", Path("tiny"), torch.device(device))
+
+    assert "gated delta rule" not in shown("cpu")
+    for found, text in (
+        (None, "by torch, slower than flash-linear-attention"),
+        (object(), "by flash-linear-attention"),
+    ):
+        monkeypatch.setattr(delta_rule, "find_spec", lambda name, found=found: found)
+        assert f"gated delta rule {text}" in shown("cuda")

@@ -65,23 +65,24 @@ def training_step(
 ) -> StepResult:
     """One optimiser step over all its micro-batches; `step` is for messages. The learning rate is the optimiser's.
 
-    Micro-batches without a label have no gradient and are passed over; `model.balance` doesn't count them either.
+    A micro-batch without a label has no gradient and is passed over, unless `model.balance` counts its tokens.
 
     Raises NonFiniteError for a loss or gradient that is infinite or not a number, before any weight has changed.
     """
     labelled, tokens = sum(batch.labelled for batch in batches), sum(batch.real_tokens for batch in batches)
     if labelled == 0:
         raise NibbleError(f"step {step} has no token to learn; such rows should have been skipped. See data.train.")
-    batches = [batch for batch in batches if batch.labelled]
-    seen, balance = sum(batch.real_tokens for batch in batches), model.balance
+    balance = model.balance
     loss = torch.zeros((), device=device)
     if balance is not None:
         balance.begin_step()
     for batch in batches:
+        if balance is None and batch.labelled == 0:
+            continue
         # Every token weighs the same, in whichever micro-batch it lies: one denominator for the whole step.
         part = batch_loss(model, batch.to(device), denominator=labelled)
         loss += part.detach()
-        extra = balance.collect(batch.real_tokens / seen) if balance is not None else None
+        extra = balance.collect(batch.real_tokens / tokens) if balance is not None else None
         (part if extra is None else part + extra).backward()
     mean = loss.item()  # only now, when the device has been given the whole backward pass
     check_loss(mean, step)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from models.decoder import CausalLM
+from models.delta_rule import uses_fla
 from models.lora import trainable_parameters
 from models.native import describe
 from models.parameter_table import GroupRow, parameter_table
@@ -37,8 +38,13 @@ def model_text(model: CausalLM, name: str, folder: Path, device: torch.device) -
     stored = describe(model.spec, model.dtype).removeprefix("none, ")
     title = f"{Path(name).name} ({model.model_type}) from {folder} · {stored} · {where}"
     header = ("group", "parameters", "stored", "size", "trained", "")
-    rows = [header, *(_cells(row) for row in parameter_table(model))]
-    return f"{title}\n\n{table(rows, right=(1, 3, 4))}\n"
+    groups = parameter_table(model)
+    text = f"{title}\n\n{table([header, *map(_cells, groups)], right=(1, 3, 4))}\n"
+    if device.type == "cuda" and any(row.group == "linear_attention" for row in groups):
+        fused = uses_fla(device, model.dtype)
+        ways = ("flash-linear-attention", "torch, slower than flash-linear-attention (pip install -e '.[fla]')")
+        text += f"\n  gated delta rule by {ways[0] if fused else ways[1]}\n"
+    return text
 
 
 def _cells(row: GroupRow) -> tuple[str, ...]:
