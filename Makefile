@@ -30,8 +30,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PY) -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-test: $(INSTALLED)  ## run the tests (ARGS="-k quant" passes options to pytest)
-	$(PY) -m pytest $(ARGS)
+test: $(INSTALLED)  ## run the tests, two at a time (ARGS="-k quant" passes options to pytest)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(INSTALLED)  ## ruff: rules and formatting
 	$(PY) -m ruff check .
