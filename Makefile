@@ -46,7 +46,7 @@ types: $(INSTALLED)  ## mypy
 
 check: lint types test  ## all three
 
-demo: $(INSTALLED)  ## the whole job in a minute or two: checkpoint, base, NF4, QLoRA, adapter (ARCH=afmoe: of Trinity)
+demo: $(INSTALLED)  ## the whole job in a few minutes: checkpoint, base, NF4, QLoRA, adapter (ARCH=afmoe: Trinity's)
 	$(PY) -m train.demo prepare $(DEMO) --arch $(ARCH)
 	$(PY) -m train --config configs/$(TINY)_pretrain.yaml
 	$(PY) -m models.convert $(DEMO)/base/model $(DEMO)/base-nf4 --storage nf4

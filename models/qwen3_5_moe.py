@@ -82,9 +82,12 @@ class Qwen3_5MoeConfig:
     @staticmethod
     def parse_vision_language(config: dict[str, Any], where: str) -> Qwen3_5MoeConfig:
         """Reads the config.json of a vision-language model, for its text model."""
-        text = config.get("text_config", {})
+        text = config.get("text_config")
         if not isinstance(text, dict):
-            raise NibbleError(f"{where}: text_config must be an object, got {text!r}.")
+            raise NibbleError(
+                f"{where}: text_config must be an object that describes the text model, got {text!r}.\n"
+                "The file of a text model alone has model_type qwen3_5_moe_text, and no text_config."
+            )
         # transformers ties what the outer section says, whatever the inner one has.
         tied = flag(config, "tie_word_embeddings", False, where)
         return Qwen3_5MoeConfig._parse(text, f"{where}, text_config", tied, True)

@@ -27,7 +27,7 @@ GROUP_WORDS: dict[str, str] = {
     "shared_experts": "shared experts' matrices",
     "dense_mlp": "dense layers' matrices",
     "router": "routers' matrices",
-    "indexer": "indexer's matrices",
+    "indexer": "indexer",
     "norm": "norms",
     "embedding": "embedding",
     "head": "output head",
@@ -209,7 +209,8 @@ def _no_match(target: str, key_map: KeyMap, model_type: str) -> NibbleError:
     names = {name: key.group for key in keys for name in _spellings(key)}
     wanted = module_name(target)
     for name in (wanted, wanted.rpartition(".")[2]):
-        near = difflib.get_close_matches(name, [*groups, *names], n=1)
+        # The usual cutoff of 0.6 takes DeltaNet's in_proj_qkv for down_proj.
+        near = difflib.get_close_matches(name, [*groups, *names], n=1, cutoff=0.65)
         if near and near[0] in groups:
             return NibbleError(f"{where} matches nothing in {model_type}. Did you mean {near[0]!r}?")
         if near:

@@ -265,8 +265,7 @@ def model_without_values(model_type: str, device: str = "meta") -> CausalLM:
         (
             "afmoe",
             "indexer",
-            "'indexer': this afmoe has no indexer's matrices.\n"
-            "Its groups: attention, experts, shared_experts, dense_mlp, router.",
+            "'indexer': this afmoe has no indexer.\nIts groups: attention, experts, shared_experts, dense_mlp, router.",
         ),
         *(
             (
@@ -292,6 +291,17 @@ def model_without_values(model_type: str, device: str = "meta") -> CausalLM:
             "'qkv_proj' matches nothing in afmoe.\n"
             "Its attention projections are q_proj, k_proj, v_proj, self_attn.gate_proj, o_proj; "
             "'attention' names them all.",
+        ),
+        (
+            "glm4_moe",
+            "in_proj_qkv",
+            "'in_proj_qkv' matches nothing in glm4_moe. Its groups, and the names in them:\n"
+            "  attention: q_proj, k_proj, v_proj, o_proj\n"
+            "  experts: mlp.experts.gate_up_proj, mlp.experts.down_proj\n"
+            "  shared_experts: mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj, "
+            "mlp.shared_experts.down_proj\n"
+            "  dense_mlp: mlp.gate_proj, mlp.up_proj, mlp.down_proj\n"
+            "  router: mlp.gate",
         ),
         (
             "qwen3_5_moe_text",

@@ -122,7 +122,7 @@ def test_the_published_sizes_are_those_of_the_models(hub_id: str) -> None:
 
 
 @pytest.mark.parametrize("path", REAL, ids=named)
-def test_the_header_states_what_the_sizes_give(path: Path) -> None:
+def test_header_and_tables_state_what_the_sizes_give(path: Path) -> None:
     config, comment = load_config(path), comment_of(path)
     assert f"python -m train --config configs/{path.name} " in comment
     assert config.output.dir == f"outputs/{path.stem.replace('_', '-')}"
@@ -132,9 +132,12 @@ def test_the_header_states_what_the_sizes_give(path: Path) -> None:
     spec = StorageSpec(config.model.storage, double) if double is not None else StorageSpec(config.model.storage)
     assert stated[1] == gib_of(config.model.path, spec)
 
-    trained = re.search(r"LoRA ([\d,]+) parameters, ([\d.]+) GiB with gradients and the 8-bit", comment)
-    assert (trained is not None) == (config.model.path != "zai-org/GLM-4.7-Flash")
-    if trained is None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = re.search(rf"\({re.escape(f'configs/{path.name}')}\) \| \w+, ([\d.]+) GiB \|", readme)
+    assert (row is None) == (config.adapter.kind == "none")
+    assert row is None or row[1] == stated[1]
+
+    if config.adapter.kind == "none":
         return
     adapter = config.adapter
     spec_of_lora = AdapterSpec(adapter.targets, adapter.rank, adapter.alpha)
@@ -143,11 +146,20 @@ def test_the_header_states_what_the_sizes_give(path: Path) -> None:
         target.rank * sum(target.key.shape[-2:]) * (target.key.shape[0] if len(target.key.shape) == 3 else 1)
         for target in targets
     )
-    assert trained[1] == f"{parameters:,}"
     # A value and its gradient; two moments of a byte, with a float32 scale for 256 of them.
     each = 2 * BYTES[adapter.dtype] + 2 * (1 + 4 / 256)
     assert config.train.optimizer == "adamw_8bit"
-    assert trained[2] == f"{parameters * each / 2**30:.1f}"
+    gib = f"{parameters * each / 2**30:.1f}"
+    trained = re.search(r"LoRA ([\d,]+) parameters, ([\d.]+) GiB with gradients and the 8-bit", comment)
+    assert (trained is not None) == (config.model.path != "zai-org/GLM-4.7-Flash")
+    assert trained is None or trained.groups() == (f"{parameters:,}", gib)
+
+    total = float(stated[1]) + float(gib)
+    performance = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    row = re.search(
+        rf"^\| {path.stem} \| {stated[1]} GiB \| {gib} GiB \| {total:.1f} GiB \| (\d+) GB", performance, re.M
+    )
+    assert row is not None and total < int(row[1]) * 1e9 / 2**30
 
 
 @pytest.mark.parametrize("path", REAL, ids=named)

@@ -227,7 +227,8 @@ def test_the_whole_demo_in_a_few_steps(
 
     assert demo.main(["report", folder]) == 2
     message = capsys.readouterr().err
-    assert message == f"error: {folder}/base: this run has not finished. `make demo` goes on where it stopped.\n"
+    command = "make demo" if model_type == demo_models.DEFAULT else f"make demo ARCH={model_type}"
+    assert message == f"error: {folder}/base: this run has not finished. `{command}` goes on where it stopped.\n"
 
     def all_but_the_report() -> list[int]:
         return [

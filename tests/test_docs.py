@@ -27,7 +27,7 @@ TEXTS = [
     *sorted(ROOT.glob("benchmarks/*.md")),
 ]
 # Slow to import, so they are imported in the function that needs them.
-SLOW = {"bitsandbytes", "peft", "matplotlib", "tensorboard", "pyarrow", "huggingface_hub"}
+SLOW = {"bitsandbytes", "fla", "peft", "matplotlib", "tensorboard", "pyarrow", "huggingface_hub"}
 # Tests are lists of cases, so theirs may be longer.
 MOST_LINES, MOST_TEST_LINES = 450, 700
 

@@ -341,7 +341,10 @@ def test_errors_of_config_json(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text_config": None}, "^where: text_config must be an object, got None"),
+        (
+            {"text_config": None},
+            "^where: text_config must be an object that describes the text model, got None.\nThe file of a text model",
+        ),
         ({"tie_word_embeddings": "yes"}, "^where: tie_word_embeddings must be true or false, got 'yes'"),
     ],
 )

@@ -58,7 +58,9 @@ def report(folder: Path) -> str:
     for name, run in (("base: word problems in prose", "base"), ("QLoRA: word problems in YAML", "qlora")):
         finished = folder / run / "run.json"
         if not finished.is_file():
-            raise NibbleError(f"{folder / run}: this run has not finished. `make demo` goes on where it stopped.")
+            model_type = folder.name.partition("-")[2]
+            command = f"make demo ARCH={model_type}" if model_type in MODELS else "make demo"
+            raise NibbleError(f"{folder / run}: this run has not finished. `{command}` goes on where it stopped.")
         figures = json.loads(finished.read_text(encoding="utf-8"))
         before, after = figures["held_out_loss_before"], figures["held_out_loss_after"]
         losses.append((name, f"{before:.3f}", f"{after:.3f}"))
@@ -101,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m train.demo",
         description="The first and the last command of `make demo`.",
-        epilog="example:\n  python -m train.demo prepare outputs/demo",
+        epilog="example:\n  python -m train.demo prepare outputs/demo-afmoe --arch afmoe",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = made.add_subparsers(dest="command", required=True)
