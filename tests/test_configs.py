@@ -34,7 +34,7 @@ _TRINITY = {"model_type": "afmoe", "num_dense_layers": 2, "num_experts": 128, "n
 PUBLISHED: dict[str, dict[str, Any]] = {
     "zai-org/GLM-4.7-Flash": {"model_type": "glm4_moe_lite"},
     "zai-org/GLM-4.5-Air": {"model_type": "glm4_moe", "head_dim": 128, "attention_bias": True},
-    "Qwen/Qwen3.5-35B-A3B": {"model_type": "qwen3_5_moe"},
+    "Qwen/Qwen3.5-35B-A3B": {"model_type": "qwen3_5_moe", "text_config": {}},
     "arcee-ai/Trinity-Nano-Preview": {
         **_TRINITY,
         "hidden_size": 1024,
