@@ -22,13 +22,13 @@ from quant.storage import StorageSpec
 from .configjson import choices, flag, integer, number, refuse_dropout, refuse_unknown_activation
 from .decoder import CausalLM, Decoder, Run
 from .documents import Documents
-from .experts import Experts
 from .gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, grouped_query_attention_keys, kv_heads
 from .keymap import KeyMap, KeyMapBuilder
 from .mlp import SwiGLU
+from .moe import SharedExpertsMoE
 from .norm import RMSNorm
 from .rope import RopeConfig, parse_rope
-from .router import RoutingRule, SigmoidRouter
+from .router import RoutingRule
 
 
 @dataclass(frozen=True)
@@ -118,28 +118,6 @@ def _refuse_other_routing(config: dict[str, Any], where: str) -> None:
             )
 
 
-class MoE(nn.Module):
-    """Routed experts plus shared ones, which see every token."""
-
-    def __init__(
-        self, config: AfmoeConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str, name: str
-    ) -> None:
-        super().__init__()
-        c = config
-        self.router = SigmoidRouter(c.hidden, c.experts, c.routing, device=device, name=f"{name}.router")
-        self.shared_experts = SwiGLU(
-            c.hidden, c.shared_width, spec=spec, dtype=dtype, device=device, name=f"{name}.shared_experts"
-        )
-        self.experts = Experts(
-            c.experts, c.hidden, c.expert_width, spec=spec, dtype=dtype, device=device, name=f"{name}.experts"
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        chosen, weights = self.router(x)
-        shared = self.shared_experts(x)
-        return self.experts(x, chosen, weights) + shared
-
-
 class DecoderLayer(nn.Module):
     """Norms before and behind the attention, and before and behind the feed-forward half, all kept in float32."""
 
@@ -165,11 +143,21 @@ class DecoderLayer(nn.Module):
         )
         self.post_attention_layernorm = norm(c.hidden)
         self.pre_mlp_layernorm = norm(c.hidden)
-        self.mlp: SwiGLU | MoE
+        self.mlp: SwiGLU | SharedExpertsMoE
         if index < c.dense_layers:
             self.mlp = SwiGLU(c.hidden, c.dense_width, spec=spec, dtype=dtype, device=device, name=f"{name}.mlp")
         else:
-            self.mlp = MoE(c, spec=spec, dtype=dtype, device=device, name=f"{name}.mlp")
+            self.mlp = SharedExpertsMoE(
+                c.experts,
+                c.hidden,
+                c.expert_width,
+                c.shared_width,
+                c.routing,
+                spec=spec,
+                dtype=dtype,
+                device=device,
+                name=f"{name}.mlp",
+            )
         self.post_mlp_layernorm = norm(c.hidden)
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -218,8 +206,8 @@ def key_map(config: AfmoeConfig) -> KeyMap:
         if index < c.dense_layers:
             keys.swiglu(f"{layer}.mlp", "dense_mlp", c.hidden, c.dense_width)
         else:
-            router = f"{layer}.mlp.router"
-            keys.matrix(router, "router", (c.experts, c.hidden), stored="float32", hub=f"{router}.gate")
+            router = f"{layer}.mlp.gate"
+            keys.matrix(router, "router", (c.experts, c.hidden), stored="float32", hub=f"{layer}.mlp.router.gate")
             keys.plain(
                 f"{router}.e_score_correction_bias",
                 "router",

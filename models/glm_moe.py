@@ -1,6 +1,6 @@
-"""The feed-forward half of GLM's mixture-of-experts layers: sigmoid-routed experts plus shared ones.
+"""The feed-forward half of GLM's layers: how config.json describes it, and its keys.
 
-GLM-4.5 to GLM-5 share it; their attention differs. Shapes: N tokens, H hidden.
+GLM-4.5 to GLM-5 share it; their attention differs.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from quant.errors import NibbleError
 from quant.storage import StorageSpec
 
 from .configjson import flag, integer, number
-from .experts import Experts
 from .keymap import KeyMapBuilder
 from .mlp import SwiGLU
-from .router import RoutingRule, SigmoidRouter
+from .moe import SharedExpertsMoE
+from .router import RoutingRule
 
 
 @dataclass(frozen=True)
@@ -99,37 +98,16 @@ def _check_rule(rule: RoutingRule, experts: int, where: str) -> None:
         )
 
 
-class GlmMoE(nn.Module):
-    """Routed experts plus shared ones, which see every token."""
-
-    def __init__(
-        self, config: GlmMoEConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str, name: str
-    ) -> None:
-        super().__init__()
-        c = config
-        self.gate = SigmoidRouter(c.hidden, c.experts, c.routing, device=device, name=f"{name}.gate")
-        self.shared_experts = SwiGLU(
-            c.hidden, c.shared_width, spec=spec, dtype=dtype, device=device, name=f"{name}.shared_experts"
-        )
-        self.experts = Experts(
-            c.experts, c.hidden, c.expert_width, spec=spec, dtype=dtype, device=device, name=f"{name}.experts"
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, H]: [N, H]."""
-        chosen, weights = self.gate(x)
-        shared = self.shared_experts(x)
-        # The routed experts come last: a recomputed layer then stops before them (models/experts.py).
-        return self.experts(x, chosen, weights) + shared
-
-
 def glm_mlp(
     config: GlmMoEConfig, layer: int, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str, name: str
-) -> SwiGLU | GlmMoE:
+) -> SwiGLU | SharedExpertsMoE:
     """What layer number `layer` has: a dense MLP in the leading layers, experts in the others."""
     if config.dense[layer]:
         return SwiGLU(config.hidden, config.dense_width, spec=spec, dtype=dtype, device=device, name=name)
-    return GlmMoE(config, spec=spec, dtype=dtype, device=device, name=name)
+    c = config
+    return SharedExpertsMoE(
+        c.experts, c.hidden, c.expert_width, c.shared_width, c.routing, spec=spec, dtype=dtype, device=device, name=name
+    )
 
 
 def glm_mlp_keys(keys: KeyMapBuilder, name: str, c: GlmMoEConfig, layer: int) -> None:

@@ -110,8 +110,8 @@ def test_what_is_loaded_in_float32(tmp_path: Path) -> None:
     assert checks.float32_names(tmp_path) == {
         *(f"{name}.weight" for name in norms),
         "weight",  # of the final norm
-        "mlp.router.weight.value",
-        "mlp.router.e_score_correction_bias",
+        "mlp.gate.weight.value",
+        "mlp.gate.e_score_correction_bias",
     }
 
 

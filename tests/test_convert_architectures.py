@@ -97,7 +97,7 @@ def test_what_stays_float32(tmp_path: Path, form: str, kept: tuple[str, ...], in
     stored, native = tensors_in(tmp_path / "hub"), tensors_in(tmp_path / "native")
     for hub_name in kept:
         name = hub_name.replace("model.language_model.", "model.")
-        name = name.replace("mlp.expert_bias", "mlp.router.e_score_correction_bias")
+        name = name.replace("mlp.expert_bias", "mlp.gate.e_score_correction_bias")
         name = name.replace("gate.weight", "gate.weight.value")
         assert stored[hub_name].dtype == in_file
         assert native[name].dtype == torch.float32, name

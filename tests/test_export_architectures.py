@@ -94,7 +94,7 @@ def test_what_was_trained_in_float32_is_not_rounded_to_the_sources_dtype(tmp_pat
     model = load_model(hub, "none", torch.bfloat16)
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-5
-        model.model.layers[1].mlp.router.e_score_correction_bias[0] += 1e-5
+        model.model.layers[1].mlp.gate.e_score_correction_bias[0] += 1e-5
     before, after = tensors_in(hub), tensors_in(export_hub(model, tmp_path / "out", hub))
     changed = {"model.norm.weight", "model.layers.1.mlp.expert_bias"}
     assert {name for name in after if after[name].dtype != before[name].dtype} == changed
