@@ -160,11 +160,17 @@ class DecoderLayer(nn.Module):
             )
         self.post_mlp_layernorm = norm(c.hidden)
 
-    def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor], run: Run) -> Tensor:
+        # The last norm needs the experts' output for its gradients. Outside of what may be computed again it keeps that
+        # output, [N, H]; inside, the experts would be multiplied a second time to get at it.
+        x, out = run(self.up_to_last_norm, x, documents, tables)
+        return x + self.post_mlp_layernorm(out)
+
+    def up_to_last_norm(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x behind the attention, and the output of the feed-forward half: [N, H] each."""
         attended = self.self_attn(self.input_layernorm(x), documents, tables if self.sliding else None)
         x = x + self.post_attention_layernorm(attended)
-        # The last norm needs the experts' output for its gradients, so a recomputed layer computes the experts again.
-        return x + self.post_mlp_layernorm(self.mlp(self.pre_mlp_layernorm(x)))
+        return x, self.mlp(self.pre_mlp_layernorm(x))
 
 
 class AfmoeDecoder(Decoder):
@@ -176,7 +182,7 @@ class AfmoeDecoder(Decoder):
         tables = self.rope.tables(documents.positions)
         x = self.embed_tokens(tokens) * self.embedding_scale
         for layer in self.layers:
-            x = run(layer, x, documents, tables)
+            x = layer(x, documents, tables, run)
         return self.norm(x)
 
 

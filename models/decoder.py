@@ -20,7 +20,8 @@ from .documents import Documents
 from .linear import Linear
 from .rope import RopeConfig
 
-Run = Callable[..., Any]  # run(layer, *inputs): the layer's output, perhaps to be computed again for its gradients
+# run(layer, *inputs): the output of a layer, or of a part of one, perhaps to be computed again for its gradients.
+Run = Callable[..., Any]
 
 
 class Embedding(nn.Module):
@@ -117,7 +118,7 @@ class CausalLM(nn.Module):
         documents = Documents.from_lengths([length] * batch, tokens.device)
         return self.lm_head(self.hidden(tokens.flatten(), documents)).unflatten(0, (batch, length))
 
-    def _run(self, layer: nn.Module, *inputs: Any) -> Any:
+    def _run(self, layer: Callable[..., Any], *inputs: Any) -> Any:
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return layer(*inputs)
         # Nothing in a layer is random, so there is no generator state to keep.

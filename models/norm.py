@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -20,8 +23,34 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype != x.dtype:
-            return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+            out: Tensor = _WideRMSNorm.apply(x, self.weight, self.eps)
+            return out
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class _WideRMSNorm(torch.autograd.Function):
+    """With a float32 weight. Keeps x as it is for its gradients, where the ready function would keep a float32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.float32)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse * weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        unit, wide = x.to(torch.float32) * inverse, grad.to(torch.float32)
+        dx = dw = None
+        if needs_x:
+            d_unit = wide * weight
+            dx = ((d_unit - unit * (unit * d_unit).mean(-1, keepdim=True)) * inverse).to(x.dtype)
+        if needs_weight:
+            dw = (wide * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        return dx, dw, None
 
 
 class ZeroCentredRMSNorm(RMSNorm):
