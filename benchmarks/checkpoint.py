@@ -22,7 +22,7 @@ def parameters_of(config: dict[str, Any]) -> int:
 
     architecture = architecture_for(config, "config.json")
     keys = architecture.key_map(architecture.parse_config(config, "config.json")).keys
-    return sum(math.prod(key.shape) for key in keys if not key.is_buffer)
+    return sum(math.prod(key.shape) for key in keys if key.counted)
 
 
 def ensure_checkpoint(config: dict[str, Any], root: Path) -> Path:

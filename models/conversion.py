@@ -131,7 +131,7 @@ def convert(
 
 def count_parameters(keys: Iterable[Key]) -> int:
     """Of the dense model. Buffers (routers' correction biases) don't count."""
-    return sum(_numel(key) for key in keys if not key.is_buffer)
+    return sum(_numel(key) for key in keys if key.counted)
 
 
 def _numel(key: Key) -> int:

@@ -115,6 +115,6 @@ def glm_mlp_keys(keys: KeyMapBuilder, name: str, c: GlmMoEConfig, layer: int) ->
         keys.swiglu(name, "dense_mlp", c.hidden, c.dense_width)
         return
     keys.matrix(f"{name}.gate", "router", (c.experts, c.hidden), stored="float32")
-    keys.plain(f"{name}.gate.e_score_correction_bias", "router", (c.experts,), float32=True, is_buffer=True)
+    keys.plain(f"{name}.gate.e_score_correction_bias", "router", (c.experts,), float32=True, counted=False)
     keys.swiglu(f"{name}.shared_experts", "shared_experts", c.hidden, c.shared_width)
     keys.experts(f"{name}.experts", c.experts, c.hidden, c.expert_width)

@@ -46,7 +46,7 @@ class Key:
     parts: stacked experts only: the per-expert keys with `{e}` for the expert, whose matrices are concatenated
         along their first dimension (gate above up).
     fused: stacked experts only: an export writes the fused key rather than the parts. Both can be read.
-    is_buffer: not among the parameters that are counted, as transformers counts them.
+    counted: among the parameters that are counted, as transformers counts them (GLM's correction biases are not).
     """
 
     native: str
@@ -57,7 +57,7 @@ class Key:
     is_storage: bool
     parts: tuple[str, ...] = ()
     fused: bool = False
-    is_buffer: bool = False
+    counted: bool = True
 
     def part_keys(self) -> Iterator[str]:
         """The keys under which the hub may hold this tensor unfused: one, or E × parts for stacked experts."""
@@ -113,14 +113,12 @@ class KeyMapBuilder:
         shape: tuple[int, ...],
         *,
         float32: bool = False,
-        is_buffer: bool = False,
+        counted: bool = True,
         hub: str | None = None,
     ) -> None:
         """A norm, an embedding, a bias or a buffer."""
         stored: Stored = "float32" if float32 else "dense"
-        self._keys.append(
-            Key(name, self._hub(hub or name), group, shape, stored, is_storage=False, is_buffer=is_buffer)
-        )
+        self._keys.append(Key(name, self._hub(hub or name), group, shape, stored, is_storage=False, counted=counted))
 
     def matrix(
         self, name: str, group: Group, shape: tuple[int, int], *, stored: Stored = "storage", hub: str | None = None

@@ -67,6 +67,6 @@ def _held(model: CausalLM, key: Key) -> tuple[int, str, int, int]:
         trained = held.numel if any(tensor.requires_grad for tensor in held.parameters()) else 0
         kind = held.kind if held.kind != "none" else str(held.dtype).removeprefix("torch.")
         return held.numel, kind, held.nbytes, trained
-    count = 0 if key.is_buffer else held.numel()
+    count = held.numel() if key.counted else 0
     trained = count if held.requires_grad else 0
     return count, str(held.dtype).removeprefix("torch."), held.numel() * held.element_size(), trained

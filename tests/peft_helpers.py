@@ -133,7 +133,7 @@ def check_training(
             optimizer.step()
         losses.append(pair[0].item())
         assert_close(pair[1].detach(), pair[0].detach(), what=f"loss after {len(losses) - 1} steps")
-    assert losses[-1] < 0.998 * losses[0], losses
+    assert losses[-1] < 0.97 * losses[0], losses
     peft.save_pretrained(str(directory / "theirs"))
     save_adapter(model, directory / "ours", "org/base")
     expected = load_file(directory / "theirs" / "adapter_model.safetensors")
