@@ -11,14 +11,23 @@ import torch
 from quant.errors import NibbleError
 
 
-def choose_device(name: str | None = None) -> torch.device:
+def choose_device(name: str | None = None, local_rank: int | None = None) -> torch.device:
     """The device called `name` ("cpu", "cuda", "cuda:1"); for None CUDA where there is one, else the CPU.
+
+    local_rank: of one of several processes on this machine; each takes the GPU of that number.
 
     The result always carries an index on CUDA, so that it compares equal to the device of its tensors.
     Raises NibbleError for a name that means nothing here or a device that this machine does not have.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_rank is not None and name.startswith("cuda:"):
+        raise NibbleError(
+            f"device '{name}' with several processes: each takes a GPU of its own.\nUse device cuda (train.device: "
+            "cuda), and choose among the GPUs with CUDA_VISIBLE_DEVICES."
+        )
+    if local_rank is not None and name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

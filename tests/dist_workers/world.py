@@ -1,0 +1,59 @@
+"""What the processes of tests/test_world.py do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Replicate, Shard
+
+from parallel.mesh import Meshes, make_meshes, mesh_sizes
+from parallel.parts import Part, bounds
+from parallel.world import World
+
+
+def together(world: World) -> dict[str, Any]:
+    """Sums, maxima, the rows and columns of the meshes, and parts of even and uneven tensors."""
+    mine = torch.tensor([1.0, -float(world.rank)])
+    total, most = world.sum(mine.clone()), world.max(mine.clone())
+    replicate, expert = (2, 2) if world.size == 4 else (1, 1)
+    grid = make_meshes(mesh_sizes(world, expert=expert, replicate=replicate), torch.device("cpu"))
+    # One copy of the model is cut over all processes here; with replicas over half of them.
+    plain = make_meshes(mesh_sizes(world), torch.device("cpu"))
+    return {
+        "sum": total.tolist(),
+        "max": most.tolist(),
+        "grid": [grid.dense.get_local_rank("replicate"), grid.part, grid.owner],
+        "groups": [grid.parts_group.size(), grid.expert_group.size()],
+        "shards": [list(grid.dense_shards().mesh_dim_names or ()), list(grid.expert_shards().mesh_dim_names or ())],
+        "parts": [cut(plain, (8, 3), 0), cut(plain, (5, 2), 0), cut(plain, (3, 7), 1), cut(grid, (6, 2), 0)],
+        "wrong": wrong_shape(plain),
+    }
+
+
+def cut(meshes: Meshes, shape: tuple[int, int], dim: int) -> list[Any]:
+    """Where the part of this process lies, its shape, and whether all parts make up the whole again."""
+    whole = torch.arange(shape[0] * shape[1]).view(shape)
+    start, stop = bounds(shape[dim], meshes.sizes.parts, meshes.part)
+    part = Part(shape, dim, start, stop, meshes.dense, (Replicate(), Shard(dim)))
+    local = part.of(whole).contiguous()
+    wrapped = part.wrap(local)
+    assert wrapped.to_local().data_ptr() == local.data_ptr()  # not copied
+    assert part.local_shape == tuple(local.shape)
+    return [start, stop, list(local.shape), torch.equal(part.gather(local), whole)]
+
+
+def wrong_shape(meshes: Meshes) -> str:
+    part = Part((4, 2), 0, 0, 2, meshes.dense, (Replicate(), Shard(0)))
+    try:
+        part.wrap(torch.zeros(3, 2))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def one_fails(world: World) -> None:
+    """The last one raises; the others wait for it."""
+    if world.rank == world.size - 1:
+        raise RuntimeError("this one was meant to fail")
+    world.wait()
