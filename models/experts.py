@@ -8,6 +8,9 @@ choices.
 Memory: what lives for the backward pass is the block's input and the routing. Dense weights exist for a few experts
 at a time (one on CPU), in both directions, so the working memory does not grow with the number of experts.
 
+Several processes may own the experts between them (`Experts.own`). `Experts.exchange` then brings the tokens to their
+experts, wherever those are, and calls the same block for the ones that are here.
+
 Shapes: N tokens, E experts, K chosen per token, H hidden, I expert width, R rank, n rows of a few experts,
 c experts at a time.
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,7 @@ from quant.products import (
     product_dtype,
     row_padding,
 )
-from quant.storage import StorageSpec
+from quant.storage import StorageSpec, new_storage
 
 from .linear import ExpertWeights, trained
 
@@ -62,13 +65,16 @@ class Routing:
     rows: tuple[int, ...]
 
     @staticmethod
-    def by_expert(chosen: Tensor, experts: int) -> Routing:
+    def by_expert(chosen: Tensor, experts: int, rows: tuple[int, ...] | None = None) -> Routing:
+        """rows: those of each expert, where they are known already."""
         flat = chosen.flatten()
         # Stable: the rows of an expert keep the order of tokens, so a run repeats bit for bit.
         slots = torch.argsort(flat, stable=True)
-        rows = torch.bincount(flat, minlength=experts)
-        # The block's one wait for the device: the host must know which rows to give to which chunk of experts.
-        return Routing(slots, rows.cumsum(0, dtype=torch.int32), tuple(rows.tolist()))
+        counts = count_choices(flat, experts)
+        if rows is None:
+            # The block's one wait for the device: the host must know which rows to give to which chunk of experts.
+            rows = tuple(counts.tolist())
+        return Routing(slots, counts.cumsum(0, dtype=torch.int32), rows)
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         """The experts that have rows, up to `size` consecutive ones at a time."""
@@ -86,8 +92,34 @@ class Routing:
             start += total
 
 
+def count_choices(flat: Tensor, experts: int) -> Tensor:
+    """How often each expert is among `flat` int64 [n]: int64 [E]. Not bincount, which waits for the device."""
+    return flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+class LocalExperts(Protocol):
+    """The block of the experts that are here, numbered from 0: as `Experts.forward`, for n rows that may be none.
+
+    rows: how many choices each expert has, where the host knows it already; else it waits for the device to say so.
+    """
+
+    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, rows: tuple[int, ...] | None = None) -> Tensor: ...
+
+
+class Exchange(Protocol):
+    """Computes what `Experts.forward` does where the experts lie in several processes; `compute` does it for those
+    here. Every process calls it as often as the others, forward and backward.
+    """
+
+    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, compute: LocalExperts) -> Tensor: ...
+
+
 class Experts(nn.Module):
-    """All routed experts of a layer. `gate_up_proj` [E, 2I, H] holds gate above up; `down_proj` is [E, H, I]."""
+    """All routed experts of a layer. `gate_up_proj` [E, 2I, H] holds gate above up; `down_proj` is [E, H, I].
+
+    owned: which of the layer's experts are here, all unless `own` has said otherwise; E above is their number.
+    exchange: how tokens reach the others; None: all are here.
+    """
 
     def __init__(
         self,
@@ -102,6 +134,8 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.experts = experts
+        self.owned = range(experts)
+        self.exchange: Exchange | None = None
 
         def weights(shape: tuple[int, int, int], part: str) -> ExpertWeights:
             return ExpertWeights(shape, spec=spec, dtype=dtype, device=device, name=f"{name}.{part}")
@@ -110,9 +144,38 @@ class Experts(nn.Module):
         self.down_proj = weights((experts, hidden, width), "down_proj")
         self.experts_at_a_time: int | None = None  # None: what suits the device
 
+    def own(self, owned: range) -> None:
+        """Keep only these consecutive experts of the layer, with their LoRA. For tensors on the meta device: those
+        that are kept are new ones. Raises ValueError elsewhere, or for a range that is none of the layer's.
+        """
+        if owned.step != 1 or not 0 <= owned.start < owned.stop <= self.experts:
+            raise ValueError(f"no experts {owned}: there are {self.experts}")
+
+        def fewer(whole: nn.Parameter) -> nn.Parameter:
+            return nn.Parameter(whole.new_empty(len(owned), *whole.shape[1:]), requires_grad=whole.requires_grad)
+
+        for projection in (self.gate_up_proj, self.down_proj):
+            all_of_them, lora = projection.weight, projection.lora
+            if all_of_them.device.type != "meta":
+                raise ValueError(f"{all_of_them.name} has values already; experts are dealt out before")
+            shape = (len(owned), *all_of_them.shape[1:])
+            kept = new_storage(all_of_them.spec, shape, all_of_them.dtype, "meta", all_of_them.name)
+            for name, tensor in all_of_them.named_parameters():
+                kept.get_parameter(name).requires_grad_(tensor.requires_grad)
+            projection.weight = kept
+            if lora is not None:
+                lora.A, lora.B = fewer(lora.A), fewer(lora.B)
+        self.experts, self.owned = len(owned), owned
+
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [N, H], chosen int64 [N, K], weights float32 [N, K]: [N, H] in the dtype of x."""
-        routing = Routing.by_expert(chosen, self.experts)
+        """x [N, H], chosen int64 [N, K] of all experts, weights float32 [N, K]: [N, H] in the dtype of x."""
+        if self.exchange is not None:
+            return self.exchange(x, chosen, weights, self._local)
+        return self._local(x, chosen, weights)
+
+    def _local(self, x: Tensor, chosen: Tensor, weights: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
+        """A LocalExperts."""
+        routing = Routing.by_expert(chosen, self.experts, rows)
         tensors: list[Tensor | None] = []
         for projection in (self.gate_up_proj, self.down_proj):
             lora = projection.lora
@@ -229,10 +292,11 @@ def _padded(chunk: Chunk, rows: Tensor) -> Chunk:
     return Chunk(chunk.experts, Groups((len(rows),)), chunk.start, chunk.stop)
 
 
-def _combine(slots: Tensor, weights: Tensor | None, tokens: int, dtype: torch.dtype) -> Tensor:
-    """Sums each token's K slots [N·K, H], weighted when there are weights, in float32: [N, H] in `dtype`."""
+def combine(slots: Tensor, weights: Tensor | None, chosen: int, dtype: torch.dtype) -> Tensor:
+    """Sums each token's K = `chosen` slots [N·K, H], weighted when there are weights, in float32: [N, H] in `dtype`."""
+    tokens = len(slots) // chosen
     out = torch.empty(tokens, slots.shape[1], dtype=dtype, device=slots.device)
-    slots = slots.unflatten(0, (tokens, -1))
+    slots = slots.unflatten(0, (tokens, chosen))
     for start in range(0, tokens, TOKENS_AT_A_TIME):
         part = slice(start, start + TOKENS_AT_A_TIME)
         wide = slots[part].to(torch.float32)
@@ -268,7 +332,7 @@ def _forward(module: Experts, x: Tensor, weights: Tensor, routing: Routing) -> T
         hidden = _swiglu(project(rows, gate_up, dense_gate_up, chunk))
         y = project(hidden, down, dense_down, chunk)
         slots.index_copy_(0, chosen_slots, y[: len(chosen_slots)])
-    return _combine(slots, weights, len(x), x.dtype)
+    return combine(slots, weights, chosen, x.dtype)
 
 
 class _Gradients:
@@ -356,7 +420,7 @@ def _backward(
                 gate_up_adapted[0].add_input_gradient(gate_up_adapted[2], d_rows)
             d_slots.index_copy_(0, chosen_slots, d_rows[:count])
 
-    dx = _combine(d_slots, None, len(x), x.dtype) if d_slots is not None else None
+    dx = combine(d_slots, None, chosen, x.dtype) if d_slots is not None else None
     dw = d_weights.view_as(weights) if d_weights is not None else None
     return (
         dx, dw, gate_up_grads.a, gate_up_grads.b, gate_up_grads.value, down_grads.a, down_grads.b, down_grads.value,

@@ -1,0 +1,118 @@
+"""Expert parallelism: tokens travel to the processes that own their experts, and the results travel back.
+
+A group of P processes owns E / P consecutive experts each. One token's way: its K choices become K rows among the N·K
+that this process sends, sorted by expert and so by owner; each row goes to its owner with its routing weight, is
+computed there by the block of models/experts.py, and comes back weighted; a token's K rows are summed in float32, in
+the order of its choices. The gradients take the same ways in the other direction.
+
+Time: five exchanges of rows per layer and step (two forward, one in the recomputation of activation checkpointing, two
+backward) and one small exchange of counts before each forward one. The host waits for the device once, for the counts:
+it must know how much to send and to expect.
+
+Memory: what comes to a process lives for the backward pass, n rows [n, H] in the dtype of x: N·K on average, which is
+K times what the layer of one process keeps, and P·N·K when all tokens choose the experts of one process. Activation
+checkpointing bounds it to one layer at a time.
+
+Shapes: N tokens of this process, E experts of the layer, K chosen per token, H hidden, n rows that came here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.experts import LocalExperts, combine, count_choices
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How many rows go to each process of the group, and how many come from each."""
+
+    sent: list[int]
+    received: list[int]
+    group: dist.ProcessGroup
+
+    def there(self, rows: Tensor) -> Tensor:
+        """The rows of all processes that are for this one, in the order of their senders."""
+        return _travel(rows, self.sent, self.received, self.group)
+
+    def back(self, rows: Tensor) -> Tensor:
+        return _travel(rows, self.received, self.sent, self.group)
+
+
+def _travel(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    arrived = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
+    return arrived
+
+
+class ExpertExchange:
+    """An Exchange of models/experts.py. group: its process i owns experts i·E/P up to (i + 1)·E/P; experts: E."""
+
+    def __init__(self, group: dist.ProcessGroup, experts: int) -> None:
+        if experts % group.size():
+            raise ValueError(f"{experts} experts can't be dealt out evenly to {group.size()} processes")
+        self.group, self.experts = group, experts
+
+    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, compute: LocalExperts) -> Tensor:
+        """x [N, H], chosen int64 [N, K] of all experts, weights float32 [N, K]: [N, H] in the dtype of x.
+
+        N may differ between the processes and may be 0. Every process must call it, and have gradients flow back or
+        not, as the others do.
+        """
+        processes, choices, flat = self.group.size(), chosen.shape[1], chosen.flatten()
+        slots = torch.argsort(flat, stable=True)  # the slot token·K + choice of every row that is sent, by expert
+        mine = count_choices(flat, self.experts)
+        theirs = torch.empty_like(mine)  # by sender and expert that is here
+        dist.all_to_all_single(theirs, mine, group=self.group)
+        counts = torch.stack((mine, theirs)).view(2, processes, -1).tolist()  # the wait for the device
+        sent, received = ([sum(of_process) for of_process in side] for side in counts)
+        way = _Way(sent, received, self.group)
+        rows = tuple(sum(of_expert) for of_expert in zip(*counts[1], strict=True))
+
+        expert = torch.arange(len(rows), device=x.device).repeat(processes)
+        expert = expert.repeat_interleave(theirs, output_size=sum(received))
+        arrived = _Send.apply(x, slots, choices, way)
+        arrived_weights = _Send.apply(weights.reshape(-1, 1), slots, 1, way)
+        return _Return.apply(compute(arrived, expert[:, None], arrived_weights, rows), slots, choices, way)
+
+
+# Two autograd functions, each the other's transpose. Nothing behind the experts is saved for the backward pass: under
+# activation checkpointing a layer's recomputation still ends at the experts, with their input that has travelled once
+# more, before they are multiplied (models/experts.py). `_Return` therefore keeps the first computation's slots, 8
+# bytes a row, as an attribute. Routing is computed from the same bits both times, so they are the recomputation's too.
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor, choices: int, way: _Way) -> Tensor:
+        """x [N, H], K = `choices` rows of each token: [n, H]."""
+        ctx.save_for_backward(slots)
+        ctx.choices, ctx.way = choices, way
+        return way.there(x.index_select(0, slots // choices))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slots,) = ctx.saved_tensors
+        return _by_token(ctx.way.back(grads[0]), slots, ctx.choices), None, None, None
+
+
+class _Return(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, slots: Tensor, choices: int, way: _Way) -> Tensor:
+        """y [n, H]: [N, H], each token the sum of its K rows."""
+        ctx.slots, ctx.choices, ctx.way = slots, choices, way
+        return _by_token(way.back(y), slots, choices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.way.there(grads[0].index_select(0, ctx.slots // ctx.choices)), None, None, None
+
+
+def _by_token(rows: Tensor, slots: Tensor, choices: int) -> Tensor:
+    """rows [N·K, H] in the order of `slots`: their sums by token [N, H], in float32, in the order of the choices."""
+    return combine(torch.empty_like(rows).index_copy_(0, slots, rows), None, choices, rows.dtype)
