@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from .decoder import CausalLM
 from .hub import some
 from .keymap import Key
 from .linear import LoRA
-from .lora import adapted, attach_lora, key_map_of
+from .lora import Put, adapted, attach_lora, copy_whole, key_map_of
 from .peft_config import CONFIG, WEIGHTS, config_targets, describe, peft_config, read_config
 from .spelling import Spelling, respelled, spellings
 from .targets import AdapterSpec, Target, module_name, resolve
@@ -38,6 +38,13 @@ _OLD_LAYOUT = (
     "Its expert tensors have the layout of PEFT before 0.19.1 (in and out swapped), which newer PEFT can't read.\n"
     "Merge it into its base with the PEFT that made it, and train from the merged weights."
 )
+
+# Makes one tensor of a parameter.
+Whole = Callable[[Tensor], Tensor]
+
+
+def as_it_is(parameter: Tensor) -> Tensor:
+    return parameter.detach()
 
 
 # --- names
@@ -73,12 +80,16 @@ def save_adapter(
     base_model_name_or_path: str,
     *,
     names: Literal["checkpoint"] | Spelling = "checkpoint",
+    whole: Whole = as_it_is,
+    writes: bool = True,
 ) -> None:
     """Write the LoRA of `model` to `directory` so that PEFT and `load_adapter` read it.
 
     base_model_name_or_path: hub id or folder of the base checkpoint, for PEFT to find it.
     names: `checkpoint` names matrices as the base checkpoint does. PEFT applies an adapter to the class whose names it
         has: `text` is for AutoModelForCausalLM, also of a vision-language checkpoint; `vision-language` for the whole.
+    whole, writes: where the model lies in parts on several processes, all of them call this: `whole` makes one tensor
+        of the parts of a parameter, one at a time, and only the process that `writes` touches the disk.
     The tensors keep their dtype. The same adapter always gives the same bytes. A save that fails or is interrupted
     leaves the old adapter or, for a moment at the end, none; never a mixture. Raises NibbleError when the model has no
     adapter or the disk is full.
@@ -89,6 +100,11 @@ def save_adapter(
     found = adapted(model, key_map)
     if not found:
         raise NibbleError("this model has no adapter to save; add_lora or load_adapter gives it one.")
+    prefixes = _tensor_names([key for key, _ in found])
+    if not writes:
+        for _ in _file_tensors(found, prefixes, whole):
+            pass
+        return
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -97,19 +113,14 @@ def save_adapter(
     config = peft_config(key_map, found, base_model_name_or_path)
     text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     config_path = directory / CONFIG
-    prefixes = _tensor_names([key for key, _ in found])
     tensors = {}
     for key, lora in found:
         for letter, shape in zip("AB", _file_shapes(key, lora.rank), strict=True):
             tensors[f"{prefixes[key.native]}.lora_{letter}.weight"] = (shape, lora.A.dtype)
     writer = TensorWriter(directory / WEIGHTS, tensors)
     try:
-        for key, lora in found:
-            a, b = (lora.A.detach(), lora.B.detach())
-            if b.ndim == 3:
-                a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
-            writer.write(f"{prefixes[key.native]}.lora_A.weight", a)
-            writer.write(f"{prefixes[key.native]}.lora_B.weight", b)
+        for name, tensor in _file_tensors(found, prefixes, whole):
+            writer.write(name, tensor)
     except BaseException:
         writer.abandon()
         raise
@@ -117,6 +128,17 @@ def save_adapter(
         config_path.unlink()  # between the two renames there is no adapter, rather than new weights under an old config
     writer.finish()
     write_atomically(config_path, text)
+
+
+def _file_tensors(
+    found: Sequence[tuple[Key, LoRA]], prefixes: Mapping[str, str], whole: Whole
+) -> Iterator[tuple[str, Tensor]]:
+    for key, lora in found:
+        a, b = whole(lora.A), whole(lora.B)
+        if b.ndim == 3:
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+        yield f"{prefixes[key.native]}.lora_A.weight", a
+        yield f"{prefixes[key.native]}.lora_B.weight", b
 
 
 # --- reading
@@ -151,9 +173,30 @@ def load_adapter(
     if dtype is None:
         stored = {DTYPES.get(info.dtype) for info in header.values()}
         dtype = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
-    loras = attach_lora(model, targets, rslora, dtype)
-    _copy_tensors(targets, loras, directory / WEIGHTS)
+    attach_lora(model, targets, rslora, dtype)
+    read_adapter_weights(model, directory)
     return adapter_spec(model)
+
+
+def read_adapter_weights(model: CausalLM, directory: str | Path, put: Put = copy_whole) -> None:
+    """Read the tensors of the adapter that `load_adapter` gave to `model`, once more: for a model that was on the meta
+    device then. One tensor at a time is in memory.
+    """
+    from safetensors import safe_open
+
+    path, key_map = Path(directory) / WEIGHTS, key_map_of(model)
+    spelt = spellings(read_header(path))
+    found = adapted(model, respelled(key_map, *spelt) if len(spelt) == 1 else key_map)
+    prefixes = _tensor_names([key for key, _ in found])
+    with safe_open(path, framework="pt") as file:
+        for key, lora in found:
+            a: Tensor = file.get_tensor(f"{prefixes[key.native]}.lora_A.weight")
+            b: Tensor = file.get_tensor(f"{prefixes[key.native]}.lora_B.weight")
+            if len(key.shape) == 3:
+                experts = key.shape[0]
+                a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+            put(lora.A, a)
+            put(lora.B, b)
 
 
 def adapter_spec(model: CausalLM) -> AdapterSpec:
@@ -214,18 +257,3 @@ def _check_expected(
                 raise NibbleError(f"{where}: {name} has {field} {mine}, adapter.{field} says {other}.{ask}")
     if rslora != wanted_rslora:
         raise NibbleError(f"{where}: use_rslora is {rslora}, adapter.rslora is {wanted_rslora}.{ask}")
-
-
-def _copy_tensors(targets: Sequence[Target], loras: Sequence[LoRA], path: Path) -> None:
-    from safetensors import safe_open
-
-    prefixes = _tensor_names([target.key for target in targets])
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        for target, lora in zip(targets, loras, strict=True):
-            a: Tensor = file.get_tensor(f"{prefixes[target.key.native]}.lora_A.weight")
-            b: Tensor = file.get_tensor(f"{prefixes[target.key.native]}.lora_B.weight")
-            if lora.B.ndim == 3:
-                experts = lora.B.shape[0]
-                a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-            lora.A.copy_(a)
-            lora.B.copy_(b)

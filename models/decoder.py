@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from quant.storage import StorageSpec
+from quant.storage import DenseStorage, StorageSpec
 
 from .balance import Balance
 from .documents import Documents
@@ -67,6 +67,18 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+class Head(Linear):
+    """The projection to the vocabulary, a Linear whose weight [V, H] is never quantised."""
+
+    def reduce(self, hidden: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """function(hidden, weight): for what is computed of the logits without their ever being there all at once.
+
+        Where the weight lies in parts on several processes, it is whole inside `function`, and only there.
+        """
+        assert isinstance(self.weight, DenseStorage)
+        return function(hidden, self.weight.value)
+
+
 class CausalLM(nn.Module):
     """A decoder with a head, over documents packed into a flat batch.
 
@@ -94,12 +106,12 @@ class CausalLM(nn.Module):
         self.model = decoder
         vocabulary, hidden = decoder.embed_tokens.weight.shape
         dense = StorageSpec("none")
-        self.lm_head = Linear(hidden, vocabulary, spec=dense, dtype=dtype, device=device, name="lm_head")
+        self.lm_head = Head(hidden, vocabulary, spec=dense, dtype=dtype, device=device, name="lm_head")
         if tied:
             self.lm_head.weight.value = decoder.embed_tokens.weight
 
     @property
-    def head(self) -> Linear:
+    def head(self) -> Head:
         return self.lm_head
 
     @property

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from quant.errors import NibbleError
 from quant.storage import DenseStorage, Storage
 
+from .adapter import Whole, as_it_is
 from .configjson import text_section
 from .decoder import CausalLM
 from .hub import CONFIG, INDEX, SIDE_FILES, SINGLE, HubCheckpoint, local_folder, read_config
@@ -51,6 +53,8 @@ def export_hub(
     *,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
+    whole: Whole = as_it_is,
+    writes: bool = True,
 ) -> Path:
     """Write `model`, whose storage is none, to `directory`: weights in shards, index, config, tokenizer.
 
@@ -61,6 +65,7 @@ def export_hub(
         converted from; where that is gone, a warning says what is left out. A copy of a tied head is not written.
     max_shard_bytes: a tensor larger than that gets a shard of its own.
     overwrite: replace a checkpoint that is there already.
+    whole, writes: as for `models.adapter.save_adapter`, where the model lies in parts on several processes.
 
     Everything is written in the model's dtype, except what the model keeps in float32 all the same (routers, their
     biases, Trinity's norms, DeltaNet's decay): that is float32, unless the source has it in the model's dtype and
@@ -80,6 +85,9 @@ def export_hub(
             "this model has an adapter, and an export writes the base weights alone.\nSave the adapter: save_adapter."
         )
     config = _config(source, model.dtype)
+    if not writes:
+        _take_part(model, source, whole)
+        return directory
     if directory.exists() and not (overwrite and (directory / CONFIG).is_file()):
         raise NibbleError(f"{directory} exists already. Name a folder that doesn't.")
     partial = directory.with_name(directory.name + ".partial")
@@ -90,7 +98,7 @@ def export_hub(
         manifest = Manifest.load(source) if is_converted(source) else None
         with _origin(source, manifest) or contextlib.nullcontext() as origin:
             key_map = _layout(ARCHITECTURES[model.model_type].key_map(model.config), origin, manifest)
-            items = list(_items(model, key_map, origin))
+            items = list(_items(model, key_map, origin, whole))
             if origin is not None:
                 items += _carried(key_map, origin)
             _write_shards(items, partial, max_shard_bytes)
@@ -105,27 +113,63 @@ def export_hub(
     return directory
 
 
-def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None) -> Iterator[_Item]:
+def _take_part(model: CausalLM, source: Path, whole: Whole) -> None:
+    """What a process does while another one writes: give its parts, in the order in which they are written."""
+    manifest = Manifest.load(source) if is_converted(source) else None
+    with _origin(source, manifest) or contextlib.nullcontext() as origin:
+        key_map = _layout(ARCHITECTURES[model.model_type].key_map(model.config), origin, manifest)
+        for item in list(_items(model, key_map, origin, whole)):
+            item.read()
+
+
+def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None, whole: Whole) -> Iterator[_Item]:
     """Hub tensors in the key map's order; stacks are split into experts and their parts where the hub has them so."""
     for key in key_map.keys:
-        value = _value(model, key)
+        value = _Once(_value(model, key), whole)
+        dtype = _written(key, value, model.dtype, origin)
         if not key.parts or key.fused:
-            value = value.to(_written(key, value, model.dtype, origin))
-            yield _Item(key.hub, key.shape, value.dtype, lambda value=value: value)  # type: ignore[misc]
+            yield _Item(key.hub, key.shape, dtype, lambda value=value, dtype=dtype: value.take().to(dtype))  # type: ignore[misc]
             continue
         experts, rows, columns = key.shape
-        height = rows // len(key.parts)
+        height, last = rows // len(key.parts), (experts - 1, len(key.parts) - 1)
         for expert in range(experts):
             for index, part in enumerate(key.parts):
-                block = value[expert, index * height : (index + 1) * height]
-                yield _Item(part.format(e=expert), (height, columns), value.dtype, lambda block=block: block)  # type: ignore[misc]
+
+                def block(
+                    value: _Once = value, expert: int = expert, index: int = index, height: int = height,
+                    last: tuple[int, int] = last,
+                ) -> Tensor:  # fmt: skip
+                    stack = value.take() if (expert, index) == last else value.get()
+                    return stack[expert, index * height : (index + 1) * height]
+
+                yield _Item(part.format(e=expert), (height, columns), dtype, block)
 
 
-def _written(key: Key, value: Tensor, dtype: torch.dtype, origin: HubCheckpoint | None) -> torch.dtype:
+class _Once:
+    """A parameter made whole when it is first asked for, for as long as it is needed."""
+
+    def __init__(self, parameter: Tensor, whole: Whole) -> None:
+        self.parameter, self._whole = parameter, whole
+        self._made: Tensor | None = None
+
+    def get(self) -> Tensor:
+        if self._made is None:
+            self._made = self._whole(self.parameter)
+        return self._made
+
+    def take(self) -> Tensor:
+        """For the last time."""
+        made, self._made = self.get(), None
+        return made
+
+
+def _written(key: Key, value: _Once, dtype: torch.dtype, origin: HubCheckpoint | None) -> torch.dtype:
     """The dtype to write a tensor in: see `export_hub` for those that are float32 in a model of another dtype."""
-    if value.dtype == dtype or origin is None or key.hub not in origin or DTYPES.get(origin.dtype(key.hub)) != dtype:
-        return value.dtype
-    return dtype if torch.equal(value.to(dtype).to(value.dtype), value) else value.dtype
+    has = value.parameter.dtype
+    if has == dtype or origin is None or key.hub not in origin or DTYPES.get(origin.dtype(key.hub)) != dtype:
+        return has
+    whole = value.take()
+    return dtype if torch.equal(whole.to(dtype).to(has), whole) else has
 
 
 def _value(model: CausalLM, key: Key) -> Tensor:
@@ -138,7 +182,7 @@ def _value(model: CausalLM, key: Key) -> Tensor:
         if not isinstance(storage, DenseStorage):
             raise NibbleError(f"{key.native} is stored as {storage.kind}; only dense weights can be exported.")
         value = storage.value
-    return value.detach()
+    return cast(Tensor, value)
 
 
 def _origin(source: Path, manifest: Manifest | None) -> HubCheckpoint | None:

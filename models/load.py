@@ -72,24 +72,7 @@ def load_model(
     Raises NibbleError where the checkpoint is missing, damaged, doesn't fit its config, or is stored otherwise than
     asked for.
     """
-    spec = StorageSpec(cast(Kind, storage), double_quant)
-    folder = open_folder(path)
-    where = str(folder.path / "config.json")
-    architecture = architecture_for(folder.config, where)
-    config = architecture.parse_config(folder.config, where)
-    keys = architecture.key_map(config)
-    model = architecture.build(config, spec, dtype, "meta")
-    reader: Reader
-    if folder.manifest is not None:
-        reader = _converted(folder.path, spec, dtype).bind(keys.keys)
-    else:
-        checkpoint = HubCheckpoint(folder.path)
-        copy = find_converted(checkpoint, spec, dtype)
-        if copy is not None:
-            log.info("%s: using the converted copy %s", folder.path, copy.path)
-            reader = copy.bind(keys.keys)
-        else:
-            reader = _hub_reader(checkpoint, keys, spec, dtype, device)
+    model, reader = prepare_model(path, storage, dtype, device, double_quant=double_quant)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Bar("loading")) if progress else None
         fill(model, reader, device, progress=bar.update if bar is not None else None)
@@ -100,6 +83,35 @@ def load_model(
 
         load_adapter(model, Path(adapter))
     return model
+
+
+def prepare_model(
+    path: str | Path,
+    storage: str = "nf4",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    *,
+    double_quant: bool = True,
+) -> tuple[CausalLM, Reader]:
+    """The model on the meta device, and what its weights are read from; arguments and errors as for `load_model`.
+
+    device: where matrices of a hub checkpoint are quantised.
+    """
+    spec = StorageSpec(cast(Kind, storage), double_quant)
+    folder = open_folder(path)
+    where = str(folder.path / "config.json")
+    architecture = architecture_for(folder.config, where)
+    config = architecture.parse_config(folder.config, where)
+    keys = architecture.key_map(config)
+    model = architecture.build(config, spec, dtype, "meta")
+    if folder.manifest is not None:
+        return model, _converted(folder.path, spec, dtype).bind(keys.keys)
+    checkpoint = HubCheckpoint(folder.path)
+    copy = find_converted(checkpoint, spec, dtype)
+    if copy is not None:
+        log.info("%s: using the converted copy %s", folder.path, copy.path)
+        return model, copy.bind(keys.keys)
+    return model, _hub_reader(checkpoint, keys, spec, dtype, device)
 
 
 def _hub_reader(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +25,35 @@ def key_map_of(model: CausalLM) -> KeyMap:
     return ARCHITECTURES[model.model_type].key_map(model.config)
 
 
+# Puts a whole tensor into a parameter of the model. Where the model lies in parts, it keeps the part that is here.
+Put = Callable[[Tensor, Tensor], None]
+
+
+def copy_whole(parameter: Tensor, whole: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(whole)
+
+
 def add_lora(model: CausalLM, spec: AdapterSpec, seed: int = 0) -> None:
     """Freeze every parameter of `model` and give the matrices that `spec` names a LoRA, in place.
 
     B is zero, so the model computes what it did before, bit for bit. A is drawn as PEFT draws it (Kaiming uniform with
     a = sqrt(5): uniform within ±1/sqrt(in)), from a generator of its own per matrix, so it depends on the seed, the
-    name and the shape: not on the device, nor on what else is adapted.
+    name and the shape: not on the device, nor on what else is adapted. On the meta device only shapes are given:
+    `initialise_lora` is called when there is memory.
     """
     targets = resolve(key_map_of(model), spec, model.model_type)
-    for lora, target in zip(attach_lora(model, targets, spec.rslora, spec.dtype), targets, strict=True):
-        if lora.A.is_meta:
-            continue
-        with torch.no_grad():
-            lora.A.copy_(initial_a(tuple(lora.A.shape), target.module, seed))
-            lora.B.zero_()
+    loras = attach_lora(model, targets, spec.rslora, spec.dtype)
+    if not any(lora.A.is_meta for lora in loras):
+        initialise_lora(model, seed)
+
+
+def initialise_lora(model: CausalLM, seed: int, put: Put = copy_whole) -> None:
+    """The starting values of every LoRA of `model`, a matrix or stack at a time; see `add_lora`."""
+    for key, lora in adapted(model):
+        *experts, out_features, in_features = key.shape
+        put(lora.A, initial_a((*experts, lora.rank, in_features), module_name(key.native), seed))
+        put(lora.B, torch.zeros(*experts, out_features, lora.rank))
 
 
 def initial_a(shape: tuple[int, ...], name: str, seed: int) -> Tensor:
