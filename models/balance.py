@@ -4,6 +4,9 @@ A router that is trained can drift towards a few experts. Either an auxiliary lo
 Fedus et al. 2021, arXiv:2101.03961 eq. 4 to 6, as Qwen's models have it), or the bias that takes part in choosing is
 moved after every step (DeepSeek-V3, arXiv:2412.19437 §2.1.2, as GLM's and Trinity's have it).
 
+A step may be spread over several processes, each with micro-batches of its own; `Balance.reduce` makes one load of
+theirs.
+
 Shapes: N tokens, E experts, K chosen per token, L layers with experts.
 """
 
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +30,10 @@ class Balance:
     pass and `collect`, and after the optimiser `end_step`. Passes without gradients and the recomputations of
     activation checkpointing count nothing. This class only counts; the other two below also act.
 
-    routers: the L routers of the model by name. counts: int64 [L, E], of the step so far.
+    routers: the L routers of the model by name. counts: int64 [L, E], of the step so far and of this process; after
+    `end_step` of all.
+    reduce: makes a tensor the sum of all processes' tensors, in place, and returns it. Every process must then call
+    `end_step`.
     """
 
     def __init__(self, model: nn.Module, rate: float = 0.0) -> None:
@@ -36,6 +42,7 @@ class Balance:
         if not self.routers:
             raise ValueError("the model has no router whose load could be balanced")
         self.rate = rate
+        self.reduce: Callable[[Tensor], Tensor] = _of_one_process
         self._tokens, self._recomputing = 0, False
         for layer, router in enumerate(self.routers.values()):
             router.observer = functools.partial(self._observe, layer)
@@ -47,14 +54,16 @@ class Balance:
     def begin(self, documents: Documents) -> None:
         """Called before every forward pass: which of its tokens, the first ones, are real."""
         self._tokens = documents.real_tokens
-        self._passed = self._zeros()
+        # Where it is computed; weights may be kept on the host meanwhile.
+        self._passed = self._zeros().to(documents.offsets.device)
 
     def collect(self, share: float) -> Tensor | None:
         """Adds the forward pass to the step; returns what is to be added to its loss, a float32 scalar, or None.
 
-        share: the micro-batch's part of the real tokens of the step.
+        share: the micro-batch's part of the real tokens of the step, those of all processes. A micro-batch may be
+        padding alone; its share is 0.
         """
-        self.counts += self._passed
+        self.counts = self.counts.to(self._passed.device) + self._passed
         return None
 
     def end_step(self) -> dict[str, float]:
@@ -63,6 +72,7 @@ class Balance:
         load_imbalance: how often the most chosen expert was chosen, relative to the mean over experts; mean over
         layers. 1 is an even load, E / K the most uneven one.
         """
+        self.counts = self.reduce(self.counts)
         counts = self.counts.double()
         return {"load_imbalance": (counts.amax(-1) / counts.mean(-1)).mean().item()}
 
@@ -97,11 +107,18 @@ class Balance:
         return torch.zeros(len(self.routers), router.out_features, dtype=torch.int64, device=device)
 
 
+def _of_one_process(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class AuxiliaryLoss(Balance):
     """Adds rate · E · Σ_e f_e · P_e to each micro-batch's loss.
 
     f_e is how often a token chose expert e and P_e its mean probability, over the tokens of the micro-batch in all
     layers together; the gradient flows through P. The loss is K where the load is even.
+
+    It is a loss of micro-batches, not of the step: where several processes cut a step into other micro-batches than one
+    process does (train/batches.py says when), it is another loss.
     """
 
     def begin_step(self) -> None:
@@ -119,19 +136,23 @@ class AuxiliaryLoss(Balance):
     def collect(self, share: float) -> Tensor:
         super().collect(share)
         layers, experts = self._passed.shape
-        chosen = self._passed.sum(0) / (layers * self._tokens)
-        probability = self._probabilities / (layers * self._tokens)
+        tokens = max(self._tokens, 1)  # padding alone has zeros to divide
+        chosen = self._passed.sum(0) / (layers * tokens)
+        probability = self._probabilities / (layers * tokens)
         loss = share * experts * (chosen * probability).sum()
-        self._loss += loss.detach()
+        self._loss = self._loss.to(loss.device) + loss.detach()
         return self.rate * loss
 
     def end_step(self) -> dict[str, float]:
         """aux_loss: without the rate, over the whole step."""
-        return {"aux_loss": self._loss.item(), **super().end_step()}
+        return {"aux_loss": self.reduce(self._loss).item(), **super().end_step()}
 
 
 class BiasUpdate(Balance):
-    """Lowers the bias of every expert that the step chose more often than the mean by `rate`, raises the others'."""
+    """Lowers the bias of every expert that the step chose more often than the mean by `rate`, raises the others'.
+
+    The load is that of all processes, so the biases stay the same on each.
+    """
 
     def __init__(self, model: nn.Module, rate: float) -> None:
         """Raises ValueError for a router without a bias."""
@@ -141,12 +162,13 @@ class BiasUpdate(Balance):
             raise ValueError("only sigmoid routers have a bias that could be moved")
 
     def end_step(self) -> dict[str, float]:
+        logged = super().end_step()
         with torch.no_grad():
             # In whole numbers, so that an expert at the mean is exactly at it.
             surplus = self.counts * self.counts.shape[-1] - self.counts.sum(-1, keepdim=True)
             for router, direction in zip(self._biased.values(), surplus.sign(), strict=True):
                 router.e_score_correction_bias -= self.rate * direction
-        return super().end_step()
+        return logged
 
     def buffers(self) -> dict[str, Tensor]:
         return {

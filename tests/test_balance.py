@@ -21,12 +21,13 @@ from models.export import export_hub
 from models.load import open_folder
 from models.lora import trainable_parameters
 from models.router import Router, SigmoidRouter
+from parallel.shards import Shards
 from quant.errors import NibbleError
 from tests.helpers import assert_close
 from tests.run_helpers import World, curve, error_of, make_world, messages, questions, settings, write_tokenizer
 from tests.tiny import save_tiny
 from train.__main__ import main
-from train.batches import IGNORED, Batch
+from train.batches import IGNORED, Batch, empty_batch
 from train.config import Config, parse_config
 from train.evaluate import batch_loss, held_out_loss
 from train.loop import StepResult, training_step
@@ -93,7 +94,7 @@ def real_documents(batch: Batch) -> list[tuple[Tensor, Tensor]]:
 def step(model: CausalLM, batches: Sequence[Batch] = BATCHES, rate: float = 0.0) -> StepResult:
     parameters = trainable_parameters(model)
     optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=rate)
-    return training_step(model, parameters, optimizer, batches, step=1, max_grad_norm=None, device=CPU)
+    return training_step(Shards(model), optimizer, batches, step=1, max_grad_norm=None, device=CPU)
 
 
 def gradients(model: CausalLM, batch: Batch) -> tuple[float, dict[str, Tensor]]:
@@ -221,6 +222,37 @@ def test_a_micro_batch_without_labels_is_counted_and_changes_no_gradient(
     result = step(model, (*BATCHES, empty))
     assert model.balance.counts.sum() == 2 * 3 * (20 + 9 + 41 + 33 + 30)
     assert result.grad_norm == norm
+
+
+@pytest.mark.parametrize("method", [AuxiliaryLoss, BiasUpdate])
+def test_a_micro_batch_of_padding_changes_nothing(
+    checkpoints: dict[str, tuple[Path, Any]], method: type[Balance]
+) -> None:
+    results = []
+    for batches in (BATCHES, (empty_batch(), *BATCHES, empty_batch())):
+        model = trainable(checkpoints[SOFTMAX if method is AuxiliaryLoss else SIGMOID][0])
+        model.balance = method(model, 0.3)
+        results.append((step(model, batches, rate=0.5), model.balance.counts, model.state_dict()))
+    (expected, expected_counts, expected_tensors), (found, counts, tensors) = results
+    assert found == expected  # all of them finite
+    assert torch.equal(counts, expected_counts)
+    for name, tensor in expected_tensors.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_the_load_is_that_of_all_processes(checkpoints: dict[str, tuple[Path, Any]]) -> None:
+    model = trainable(checkpoints[SIGMOID][0])
+    balance = model.balance = BiasUpdate(model, 0.5)
+    for bias in balance.buffers().values():
+        bias.zero_()
+    theirs = torch.zeros(2, 8, dtype=torch.int64)
+    theirs[0, 7] = 10**6  # of the first layer, the other process's choices outnumber ours
+    balance.reduce = lambda ours: ours.add_(theirs)
+    step(model)
+    assert balance.counts.sum() == 2 * 3 * (20 + 9 + 41 + 33) + 10**6
+    first, second = balance.buffers().values()
+    assert first.tolist() == [0.5] * 7 + [-0.5]
+    assert second.tolist() != first.tolist()
 
 
 # --- the auxiliary loss
@@ -555,6 +587,6 @@ def test_router_adapters_with_the_auxiliary_loss(tmp_path: Path, capsys: pytest.
 
 def test_a_run_loads_what_was_checked(checkpoints: dict[str, tuple[Path, Any]]) -> None:
     folder = checkpoints[SIGMOID][0]
-    model = load_trainable_model(config_of(folder, "train.balance=bias_update"), open_folder(folder), CPU)
+    model = load_trainable_model(config_of(folder, "train.balance=bias_update"), open_folder(folder), CPU).model
     assert isinstance(model.balance, BiasUpdate)
     assert set(model.balance.buffers()) == {n for n, _ in model.named_buffers() if n.endswith("correction_bias")}

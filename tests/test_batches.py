@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quant.errors import NibbleError
-from train.batches import IGNORED, Batch, EvalBatches, StepBatches, make_batch
+from train.batches import IGNORED, Batch, EvalBatches, StepBatches, empty_batch, make_batch
 from train.examples import Examples
 from train.packing import Packing, pack
 
@@ -152,6 +152,80 @@ def test_another_batch_size_goes_on_with_the_rows_not_yet_seen() -> None:
     assert Counter(seen) == Counter(range(60))
 
 
+def on_all(ranks: int, examples: Examples, **options: Any) -> list[StepBatches]:
+    return [steps(examples, rank=rank, ranks=ranks, **options) for rank in range(ranks)]
+
+
+def in_order(step: list[list[Batch]]) -> list[Batch]:
+    """The micro-batches of a step, process by process, in the order in which they were dealt; no empty ones."""
+    return [batch for turn in zip(*step, strict=True) for batch in turn if batch.real_tokens]
+
+
+@pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("accumulation", range(1, 6))
+def test_a_step_is_dealt_out_to_the_processes(ranks: int, accumulation: int) -> None:
+    micro, examples = 3, some_examples(97)
+    packing = pack(examples.lengths, ROOM, 0)
+    options: dict[str, Any] = {"packing": packing, "micro_batch_size": micro, "gradient_accumulation": accumulation}
+    alone, processes = steps(examples, **options), on_all(ranks, examples, **options)
+    sizes = []
+    for _ in range(2 * alone.steps_per_epoch):
+        count = min(micro * accumulation, len(packing) - alone.position)
+        expected, step = next(alone), [next(process) for process in processes]
+        dealt = in_order(step)  # equally many on every process
+        # The sequences of one process, each once and in the same order; so the rows too.
+        assert [n for batch in dealt for n in numbers(batch)] == [n for batch in expected for n in numbers(batch)]
+        assert all(process.state() == alone.state() for process in processes)
+        size = min(micro, -(-count // ranks))
+        assert len(dealt) == -(-count // size)
+        assert len(step[0]) == -(-len(dealt) // ranks)
+        assert all(process.steps_per_epoch == alone.steps_per_epoch for process in processes)
+        if size == micro:
+            assert same(dealt, expected)
+        empty = [batch for batches in step for batch in batches if not batch.real_tokens]
+        assert all(same([batch], [empty_batch()]) for batch in empty)
+        sizes.append(count)
+    assert sizes[0] == micro * accumulation
+    assert (min(sizes) < sizes[0]) == (len(packing) % (micro * accumulation) > 0)
+    if accumulation % ranks == 0:
+        assert all(min(micro, -(-count // ranks)) == micro for count in sizes if count >= micro * ranks)
+
+
+def test_fewer_sequences_than_processes() -> None:
+    examples = some_examples(3)
+    packing = pack(examples.lengths, ROOM, enabled=False)
+    step = [next(process) for process in on_all(8, examples, packing=packing)]
+    assert [len(batches) for batches in step] == [1] * 8
+    assert sorted(numbers(batches[0]) for batches in step) == [[]] * 5 + [[0], [1], [2]]
+    assert [batches[0].real_tokens > 0 for batches in step] == [True] * 3 + [False] * 5
+
+
+def test_an_empty_batch_is_padding_without_labels() -> None:
+    batch = empty_batch()
+    assert (batch.real_tokens, batch.labelled) == (0, 0)
+    assert batch.tokens.tolist() == [0] * 64
+    assert batch.labels.tolist() == [IGNORED] * 64
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    assert (batch.documents.lengths, batch.documents.padding, batch.documents.real_tokens) == ((64,), 64, 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_another_number_of_processes_goes_on_with_the_next_step(ranks: int) -> None:
+    examples = some_examples(60)
+    alone, before = steps(examples), on_all(4, examples)
+    for _ in range(alone.steps_per_epoch - 1):
+        next(alone)
+        assert all(next(process) for process in before)
+    state = json.loads(json.dumps(before[3].state()))
+    assert state["position"] > 0
+    after = on_all(ranks, examples)
+    for process in after:
+        process.restore(state)
+    for _ in range(2 * alone.steps_per_epoch):
+        expected = [number for batch in next(alone) for number in numbers(batch)]
+        assert [n for batch in in_order([next(process) for process in after]) for n in numbers(batch)] == expected
+
+
 def test_other_data_or_seed_are_refused() -> None:
     examples = some_examples(60)
     state = steps(examples).state()
@@ -190,6 +264,20 @@ def test_evaluation_has_everything_once_in_the_same_order() -> None:
     assert len(first) == len(batches) == -(-len(packing) // 4)
     assert Counter(number for batch in first for number in numbers(batch)) == Counter(range(41))
     assert sum(batch.labelled for batch in first) == examples.total_labelled
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 50])
+def test_evaluation_is_dealt_out_likewise(ranks: int) -> None:
+    examples = some_examples(41)
+    packing = pack(examples.lengths, ROOM, 0)
+    alone = EvalBatches(examples, packing, micro_batch_size=2)
+    processes = [EvalBatches(examples, packing, micro_batch_size=2, rank=r, ranks=ranks) for r in range(ranks)]
+    assert {process.fingerprint() for process in processes} == {alone.fingerprint()}
+    dealt = in_order([list(process) for process in processes])
+    assert same(dealt, in_order([list(process) for process in processes]))
+    assert [n for batch in dealt for n in numbers(batch)] == [n for batch in alone for n in numbers(batch)]
+    assert same(dealt, list(alone)) == (len(packing) > ranks)
+    assert {len(process) for process in processes} == {len(list(processes[0]))} == {-(-len(dealt) // ranks)}
 
 
 def test_the_fingerprint_of_held_out_rows_follows_their_content() -> None:

@@ -16,10 +16,11 @@ from models.decoder import CausalLM
 from models.documents import Documents
 from models.lora import add_lora, trainable_parameters
 from models.targets import AdapterSpec
+from parallel.shards import Shards
 from quant.errors import NibbleError
 from tests.helpers import assert_close, save_tiny_glm
 from train import loop
-from train.batches import IGNORED, Batch
+from train.batches import IGNORED, Batch, empty_batch
 from train.evaluate import batch_loss, held_out_loss
 from train.loop import training_step
 from train.optim import NonFiniteError, build_optimizer
@@ -92,7 +93,7 @@ def test_a_step_follows_the_gradient_of_the_mean_over_all_labelled_tokens(model:
     parameters = trainable_parameters(model)
     gradients = torch.autograd.grad(expected, [parameter for _, parameter in parameters])
     before = snapshot(model)
-    result = training_step(model, parameters, sgd(model, 0.5), BATCHES, step=1, max_grad_norm=None, device=CPU)
+    result = training_step(Shards(model), sgd(model, 0.5), BATCHES, step=1, max_grad_norm=None, device=CPU)
     assert_close(torch.tensor(result.loss), expected.detach(), what="loss")
     norm = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients]))
     assert_close(torch.tensor(result.grad_norm), norm, what="gradient norm")
@@ -116,7 +117,7 @@ def test_the_loss_is_that_of_transformers(checkpoint: tuple[Path, Any]) -> None:
 def test_gradients_are_clipped_to_the_norm(model: CausalLM) -> None:
     before = snapshot(model)
     parameters = trainable_parameters(model)
-    result = training_step(model, parameters, sgd(model, 1.0), BATCHES, step=1, max_grad_norm=0.01, device=CPU)
+    result = training_step(Shards(model), sgd(model, 1.0), BATCHES, step=1, max_grad_norm=0.01, device=CPU)
     assert result.grad_norm > 0.02  # as measured before clipping
     moved = torch.cat([(before[name] - parameter.detach()).flatten() for name, parameter in parameters])
     assert_close(torch.linalg.vector_norm(moved), torch.tensor(0.01), 1e-3)
@@ -124,19 +125,15 @@ def test_gradients_are_clipped_to_the_norm(model: CausalLM) -> None:
 
 def test_a_micro_batch_without_labels_adds_nothing(model: CausalLM) -> None:
     empty = batch((30,), 0, seed=9)
-    parameters = trainable_parameters(model)
-    with_it = training_step(
-        model, parameters, sgd(model, 0.0), [BATCHES[0], empty], step=1, max_grad_norm=None, device=CPU
-    )
-    alone = training_step(model, parameters, sgd(model, 0.0), [BATCHES[0]], step=1, max_grad_norm=None, device=CPU)
+    with_it = training_step(Shards(model), sgd(model, 0.0), [BATCHES[0], empty], step=1, max_grad_norm=None, device=CPU)
+    alone = training_step(Shards(model), sgd(model, 0.0), [BATCHES[0]], step=1, max_grad_norm=None, device=CPU)
     assert (with_it.loss, with_it.grad_norm) == (alone.loss, alone.grad_norm)
 
 
 def test_a_step_without_labels_is_an_error(model: CausalLM) -> None:
     with pytest.raises(NibbleError, match=r"step 3 has no token to learn"):
         training_step(
-            model,
-            trainable_parameters(model),
+            Shards(model),
             sgd(model, 1.0),
             [batch((30,), 0, seed=9)],
             step=3,
@@ -152,7 +149,7 @@ def test_what_is_not_finite_leaves_weights_and_optimiser_alone(
 ) -> None:
     parameters = trainable_parameters(model)
     optimizer = build_optimizer(optimizer_name, parameters, 1e-3)
-    training_step(model, parameters, optimizer, BATCHES, step=1, max_grad_norm=1.0, device=CPU)
+    training_step(Shards(model), optimizer, BATCHES, step=1, max_grad_norm=1.0, device=CPU)
     before = snapshot(model)
     state = [{k: v.clone() for k, v in optimizer.state[p].items() if isinstance(v, Tensor)} for _, p in parameters]
     victim = parameters[3]
@@ -165,7 +162,7 @@ def test_what_is_not_finite_leaves_weights_and_optimiser_alone(
     monkeypatch.setattr(loop, "batch_loss", spoilt)
     named = "the loss" if what == "loss" else f"the gradient of {victim[0]}"
     with pytest.raises(NonFiniteError, match=rf"step 2: {named} is not finite \(nan\)\. No weight was changed"):
-        training_step(model, parameters, optimizer, BATCHES, step=2, max_grad_norm=1.0, device=CPU)
+        training_step(Shards(model), optimizer, BATCHES, step=2, max_grad_norm=1.0, device=CPU)
     for name, tensor in snapshot(model).items():
         assert torch.equal(tensor, before[name]), name
     for (name, parameter), old in zip(parameters, state, strict=True):
@@ -182,7 +179,7 @@ def test_bfloat16_gradients_are_measured_in_float32(checkpoint: tuple[Path, Any]
     expected = sum(parameter.grad.double().pow(2).sum() for _, parameter in parameters if parameter.grad is not None)
     for _, parameter in parameters:
         parameter.grad = None
-    result = training_step(model, parameters, sgd(model, 0.0), BATCHES[:1], step=1, max_grad_norm=1.0, device=CPU)
+    result = training_step(Shards(model), sgd(model, 0.0), BATCHES[:1], step=1, max_grad_norm=1.0, device=CPU)
     assert_close(torch.tensor(result.grad_norm), torch.as_tensor(expected).sqrt().float())
 
 
@@ -201,6 +198,16 @@ def test_held_out_loss_is_the_mean_over_labelled_tokens(model: CausalLM, trainin
     with torch.no_grad():
         assert_close(torch.tensor(loss), expected_loss(model, BATCHES))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_empty_batch_has_no_loss_and_zero_gradients(model: CausalLM) -> None:
+    loss = batch_loss(model, empty_batch(), 7)
+    loss.backward()
+    assert loss.item() == 0
+    for name, parameter in trainable_parameters(model):
+        assert parameter.grad is not None, name  # or the processes would not exchange the same gradients
+        assert not parameter.grad.any(), name
+    assert held_out_loss(model, [*BATCHES, empty_batch()], CPU) == held_out_loss(model, BATCHES, CPU)
 
 
 def test_held_out_loss_can_be_stopped(model: CausalLM) -> None:

@@ -1,9 +1,15 @@
-"""Packed sequences to the batches of an optimiser step, in an order that can be taken up again exactly."""
+"""Packed sequences to the batches of an optimiser step, in an order that can be taken up again exactly.
+
+With several processes a step's sequences are those of one process, dealt out: its count sequences are cut into
+micro-batches of min(micro_batch_size, ⌈count / ranks⌉), and micro-batch i goes to process i mod ranks. Where
+gradient_accumulation is a multiple of the processes, these are one process's micro-batches; a step at the end of an
+epoch with fewer than micro_batch_size × ranks sequences has smaller ones, which spread over more processes.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +76,20 @@ def make_batch(examples: Examples, indices: Iterable[int], multiple: int = MULTI
     return Batch(torch.from_numpy(flat), torch.from_numpy(labels), documents, real, labelled)
 
 
+def empty_batch() -> Batch:
+    """Padding alone: what a process computes while the others have rows and it has none."""
+    labels = torch.full((MULTIPLE,), IGNORED, dtype=torch.int64)
+    documents = Documents.from_lengths([MULTIPLE], padding=MULTIPLE)
+    return Batch(torch.zeros(MULTIPLE, dtype=torch.int64), labels, documents, real_tokens=0, labelled=0)
+
+
 class StepBatches:
     """The micro-batches of every optimiser step, epoch after epoch without end.
 
-    A step is up to `gradient_accumulation` micro-batches of up to `micro_batch_size` sequences each. Every epoch
-    has all sequences once, in an order that depends on (seed, epoch) only; its last step takes what is left.
-    Iterating yields one list of batches per step and advances `epoch` and `position`.
+    A step is up to `micro_batch_size` × `gradient_accumulation` sequences, whatever the number of processes. Every
+    epoch has all sequences once, in an order that depends on (seed, epoch) only; its last step takes what is left.
+    Iterating yields the list of micro-batches that process `rank` of `ranks` computes in a step, of which the last may
+    be empty: it is equally long on every process. It advances `epoch` and `position`, which are the same on all.
     """
 
     def __init__(
@@ -86,15 +100,17 @@ class StepBatches:
         micro_batch_size: int,
         gradient_accumulation: int = 1,
         seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         if len(packing) == 0:
             raise ValueError("there are no sequences to train on")
         self._examples, self._packing, self._seed = examples, packing, seed
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size, self._rank, self._ranks = micro_batch_size, rank, ranks
         self._per_step = micro_batch_size * gradient_accumulation
         self._fingerprint: str | None = None
         self.epoch = 0
-        self.position = 0  # sequences of this epoch that earlier steps have taken
+        self.position = 0  # sequences of this epoch that earlier steps have taken, on all processes
         self._order = self._epoch_order()
 
     @property
@@ -107,22 +123,19 @@ class StepBatches:
     def __next__(self) -> list[Batch]:
         """The next step; never ends: the caller counts steps."""
         chosen = self._order[self.position : self.position + self._per_step]
-        size = self._micro_batch_size
-        step = [self._batch(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+        dealt = _dealt(len(chosen), self._micro_batch_size, self._rank, self._ranks)
+        step = [_sequences(self._examples, self._packing, chosen[part.start : part.stop]) for part in dealt]
         self.position += len(chosen)
         if self.position >= len(self._packing):
             self.epoch, self.position = self.epoch + 1, 0
             self._order = self._epoch_order()
         return step
 
-    def _batch(self, sequences: np.ndarray) -> Batch:
-        return make_batch(self._examples, np.concatenate([self._packing[int(s)] for s in sequences]))
-
     def _epoch_order(self) -> np.ndarray:
         return shuffled(len(self._packing), self._seed, _ORDER, self.epoch)
 
     def state(self) -> dict[str, Any]:
-        """Where the next step begins, as plain values for a checkpoint."""
+        """Where the next step begins, as plain values for a checkpoint; the same on every process."""
         return {
             "epoch": self.epoch,
             "position": self.position,
@@ -135,7 +148,7 @@ class StepBatches:
         """Continue where `state()` was taken.
 
         Raises NibbleError when the data, their packing or the seed are not the same, since the order would then
-        mean other rows. A different batch size is fine: the position counts sequences.
+        mean other rows. Another batch size or number of processes is fine: the position counts sequences.
         """
         if state["seed"] != self._seed:
             raise NibbleError(
@@ -158,25 +171,44 @@ class StepBatches:
 
 
 class EvalBatches:
-    """All sequences once, in fixed order, as often as it is iterated over."""
+    """All sequences once, in fixed order, as often as it is iterated over.
 
-    def __init__(self, examples: Examples, packing: Packing, *, micro_batch_size: int):
-        self._examples, self._packing, self._size = examples, packing, micro_batch_size
+    Process `rank` of `ranks` gets its share of the batches. Every process gets as many; the last may be empty.
+    """
+
+    def __init__(
+        self, examples: Examples, packing: Packing, *, micro_batch_size: int, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self._examples, self._packing = examples, packing
+        self._dealt = _dealt(len(packing), micro_batch_size, rank, ranks)
         self._fingerprint: str | None = None
 
     def fingerprint(self) -> str:
-        """Changes when any token or its place does: losses are then not to be compared."""
+        """Changes when any token or its place does: losses are then not to be compared. The same on every process."""
         if self._fingerprint is None:
             self._fingerprint = _fingerprint(self._examples, self._packing)
         return self._fingerprint
 
     def __len__(self) -> int:
-        return -(-len(self._packing) // self._size)
+        return len(self._dealt)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self._packing), self._size):
-            sequences = range(start, min(start + self._size, len(self._packing)))
-            yield make_batch(self._examples, np.concatenate([self._packing[s] for s in sequences]))
+        return (_sequences(self._examples, self._packing, part) for part in self._dealt)
+
+
+def _dealt(count: int, micro_batch_size: int, rank: int, ranks: int) -> list[range]:
+    """Which of `count` sequences process `rank` takes, a range per micro-batch; as many ranges on every process."""
+    size = max(1, min(micro_batch_size, -(-count // ranks)))
+    passes = -(-count // (size * ranks))
+    starts = (min((i * ranks + rank) * size, count) for i in range(passes))
+    return [range(start, min(start + size, count)) for start in starts]
+
+
+def _sequences(examples: Examples, packing: Packing, sequences: Sequence[int] | np.ndarray) -> Batch:
+    """The documents of `sequences` as one batch; no sequences make an empty one."""
+    if len(sequences) == 0:
+        return empty_batch()
+    return make_batch(examples, np.concatenate([packing[int(sequence)] for sequence in sequences]))
 
 
 def _fingerprint(examples: Examples, packing: Packing) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
 from models.progress import Bar
+from parallel.share import Array, share_arrays
+from parallel.world import ALONE, World
 from train.batches import EvalBatches, StepBatches
 from train.chat import load_chat_template
 from train.config import Config
@@ -19,7 +21,9 @@ from train.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Data:
-    """reports: what became of the rows, training rows first. train, held_out: what is learnt from and measured on."""
+    """reports: what became of the rows, training rows first; empty on a process that hasn't read them. train, held_out:
+    what is learnt from and measured on; this process's share of it. All else is the same on every process.
+    """
 
     reports: list[DataReport]
     examples: Examples
@@ -33,13 +37,58 @@ class Data:
         return sum(len(report.skipped_rows) for report in self.reports)
 
 
-def load_data(config: Config, folder: Path, skipped_path: Path, report: Report, now: datetime) -> Data:
+def load_data(
+    config: Config, folder: Path, skipped_path: Path, report: Report, now: datetime, world: World = ALONE
+) -> Data:
     """Read, tokenise, split and pack the rows of `config.data` with the tokenizer and template in `folder`.
 
     Rows that could not be used are written to `skipped_path` (which is removed when there are none). `now` is what a
     chat template that writes the date takes for today; a resumed run passes the day on which it began.
+
+    Of several processes the first reads, writes and reports; the others need neither files nor tokenizer and get its
+    tokens. What is made of these (split, packing, order) each process makes for itself, the same.
     """
     settings, train = config.data, config.train
+    reports: list[DataReport] = []
+    arrays: list[Array] | None = None
+    if world.first:
+        read, reports = _read(config, folder, report, now)
+        arrays = [array for examples in read for array in _arrays(examples)]
+        skipped = [row for one in reports for row in one.skipped_rows]
+        skipped_path.unlink(missing_ok=True)
+        if skipped:
+            write_skipped_rows(skipped_path, skipped)
+    shared = share_arrays(world, arrays)
+    number = len(fields(Examples))
+    examples, *others = (Examples(*shared[start : start + number]) for start in range(0, len(shared), number))
+    held_out = others[0] if others else None
+    if held_out is None and settings.eval_fraction is not None:
+        examples, held_out = split_examples(examples, settings.eval_fraction, train.seed)
+
+    packing = pack(examples.lengths, settings.sequence_length, train.seed, settings.packing)
+    batches = StepBatches(
+        examples,
+        packing,
+        micro_batch_size=train.micro_batch_size,
+        gradient_accumulation=train.gradient_accumulation,
+        seed=train.seed,
+        rank=world.rank,
+        ranks=world.size,
+    )
+    held_out_batches = None
+    if held_out is not None:
+        held_out_packing = pack(held_out.lengths, settings.sequence_length, train.seed, settings.packing)
+        held_out_batches = EvalBatches(
+            held_out, held_out_packing, micro_batch_size=train.micro_batch_size, rank=world.rank, ranks=world.size
+        )
+    return Data(
+        reports, examples, packing, batches, held_out_batches, held_out.total_rows if held_out is not None else 0
+    )
+
+
+def _read(config: Config, folder: Path, report: Report, now: datetime) -> tuple[list[Examples], list[DataReport]]:
+    """The rows of data.train and, where it is given, of data.eval."""
+    settings = config.data
     tokenizer = load_tokenizer(folder)
     template = load_chat_template(folder, tokenizer.special_tokens, now=now)
 
@@ -58,31 +107,11 @@ def load_data(config: Config, folder: Path, skipped_path: Path, report: Report, 
                 progress=lambda share: bar.update(round(1000 * share), 1000),
             )
 
-    examples, rows = read(settings.train, "data.train")
-    reports, held_out = [rows], None
+    made = [read(settings.train, "data.train")]
     if settings.eval is not None:
-        held_out, rows = read(settings.eval, "data.eval")
-        reports.append(rows)
-    elif settings.eval_fraction is not None:
-        examples, held_out = split_examples(examples, settings.eval_fraction, train.seed)
+        made.append(read(settings.eval, "data.eval"))
+    return [examples for examples, _ in made], [rows for _, rows in made]
 
-    skipped = [row for one in reports for row in one.skipped_rows]
-    skipped_path.unlink(missing_ok=True)
-    if skipped:
-        write_skipped_rows(skipped_path, skipped)
 
-    packing = pack(examples.lengths, settings.sequence_length, train.seed, settings.packing)
-    batches = StepBatches(
-        examples,
-        packing,
-        micro_batch_size=train.micro_batch_size,
-        gradient_accumulation=train.gradient_accumulation,
-        seed=train.seed,
-    )
-    held_out_batches = None
-    if held_out is not None:
-        held_out_packing = pack(held_out.lengths, settings.sequence_length, train.seed, settings.packing)
-        held_out_batches = EvalBatches(held_out, held_out_packing, micro_batch_size=train.micro_batch_size)
-    return Data(
-        reports, examples, packing, batches, held_out_batches, held_out.total_rows if held_out is not None else 0
-    )
+def _arrays(examples: Examples) -> list[Array]:
+    return [getattr(examples, field.name) for field in fields(Examples)]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from models.decoder import CausalLM
+from parallel.world import ALONE, World
 from quant.errors import NibbleError
-from quant.storage import DenseStorage
 from train.batches import Batch
 from train.loss import linear_cross_entropy
 
@@ -20,10 +20,11 @@ def batch_loss(model: CausalLM, batch: Batch, denominator: float) -> Tensor:
 
     `batch` must be on the model's device. The logits of all tokens never exist at once.
     """
-    head = model.head.weight
-    assert isinstance(head, DenseStorage)  # heads are never quantised
-    hidden = model.hidden(batch.tokens, batch.documents)
-    return linear_cross_entropy(hidden, head.value, batch.labels, denominator, labelled=batch.labelled)
+
+    def cross_entropy(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, batch.labels, denominator, labelled=batch.labelled)
+
+    return model.head.reduce(model.hidden(batch.tokens, batch.documents), cross_entropy)
 
 
 def held_out_loss(
@@ -32,11 +33,14 @@ def held_out_loss(
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda done: None,
+    world: World = ALONE,
 ) -> float | None:
     """Mean loss per labelled token, in nats, over all batches; None when `stop` said so on the way.
 
     The model is left in the mode (training or not) in which it was. `progress` gets the number of batches done.
-    Raises NibbleError when the loss is not finite.
+    With several processes each has its own batches, as many as the others; the result is that of all of them together,
+    and what `stop` says to one of them stops all.
+    Raises NibbleError, on every process, when no token is labelled or the loss is not finite.
     """
     was_training = model.training
     model.eval()
@@ -45,17 +49,18 @@ def held_out_loss(
     try:
         with torch.no_grad():
             for done, batch in enumerate(batches):
-                if stop():
+                if world.max(torch.tensor(int(stop()))):
                     return None
                 progress(done)
-                if batch.labelled:
+                if batch.labelled or world.size > 1:  # the others may wait for this process's part of the weights
                     total += batch_loss(model, batch.to(device), denominator=1.0)
                     labelled += batch.labelled
     finally:
         model.train(was_training)
-    if labelled == 0:
+    loss_sum, labelled_sum = world.sum(torch.stack((total, total.new_tensor(labelled)))).tolist()
+    if labelled_sum == 0:
         raise NibbleError("the held-out rows have no token to learn, so there is no loss to measure.\nSee data.eval.")
-    loss = total.item() / labelled
+    loss: float = loss_sum / labelled_sum
     if not math.isfinite(loss):
         raise NibbleError(
             f"the held-out loss is {loss}: the weights give numbers that are not finite.\n"
