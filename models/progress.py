@@ -6,9 +6,9 @@ import sys
 
 
 class Bar:
-    """On standard error where that is a terminal, otherwise nothing. Used as a context manager."""
+    """On standard error where that is a terminal and `show` allows it, otherwise nothing. Used as a context manager."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, show: bool = True) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -19,7 +19,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("left  {task.fields[part]}"),
             console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
+            disable=not (show and sys.stderr.isatty()),
         )
         self._task = self._progress.add_task(what, part="")
 

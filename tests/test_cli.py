@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from quant.errors import NibbleError
+from tests.processes import free_port, rank_environment
 from train.__main__ import EXAMPLE, main
 from train.config import Config, config_schema, load_config, parse_config
 from train.schema import keys
@@ -182,3 +183,34 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stderr.splitlines()[-1] == "HEAVY []"
+
+
+def test_of_several_processes_one_speaks(config_path: Path) -> None:
+    """What all of them find wrong is an error once, and what all of them are asked for is printed once."""
+
+    def run_two(*arguments: str) -> list[tuple[int, str, str]]:
+        port, started = free_port(), []
+        for rank in range(2):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **rank_environment(rank, 2, port)}
+            command = [sys.executable, "-m", "train", "--config", str(config_path), *arguments]
+            started.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                )
+            )
+        said = [process.communicate(timeout=60) for process in started]
+        return [(process.returncode, *streams) for process, streams in zip(started, said, strict=True)]
+
+    assert run_two("--check") == [(0, f"{config_path}: ok\n", ""), (0, "", "")]
+    wrong = "error: --set train.max_stpes=3: unknown key 'train.max_stpes'. Did you mean 'train.max_steps'?\n"
+    assert run_two("--set", "train.max_stpes=3") == [(2, "", wrong), (2, "", "")]
+
+
+def test_part_of_the_launchers_variables(
+    capsys: pytest.CaptureFixture[str], config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # main would set it
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["--config", str(config_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE is set, so this is one of several processes, but RANK")

@@ -557,6 +557,10 @@ def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     with Bar("converting") as bar:
         bar.update(30, 40, "layer-00001.safetensors")
     assert re.search(r"converting .*75%.*left  layer-00001\.safetensors", terminal.getvalue())
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Bar("loading", show=False) as bar:
+        bar.update(30, 40, "layer-00001.safetensors")
+    assert terminal.getvalue() == ""
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from quant.errors import NibbleError
 from train.metrics import MetricsLog, read_metrics
 from train.plots import _running_mean, loss_curve
-from train.report import Report, counted, format_bytes, format_seconds, table
+from train.report import Report, counted, format_bytes, format_seconds, log_path, table
 from train.signals import StopOnSignal
 
 
@@ -168,6 +168,30 @@ def test_report_sends_results_and_progress_their_ways(tmp_path: Path, capsys: py
     for text in ("a result", "a note", "step 1", "Traceback (most recent call last)", "ValueError: broken"):
         assert text in log
     assert "step 2" not in log
+
+
+def test_a_quiet_report_writes_the_log_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = log_path(tmp_path, 3)
+    assert path == tmp_path / "ranks" / "rank-3.log"
+    assert log_path(tmp_path, 0) == tmp_path / "run.log"
+    with Report(path, quiet=True) as report:
+        report.result("a result")
+        report.note("a note")
+        report.progress("step 1", keep=True)
+        report.progress("step 2", keep=False)
+        logging.getLogger("nibble").info("from a model")
+    report.log("too late")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert path.read_text().splitlines()[1:] == ["a result", "a note", "step 1", "from a model"]
+
+
+def test_a_line_for_the_log_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Report(tmp_path / "run.log") as report:
+        report.log("a line")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert (tmp_path / "run.log").read_text().endswith("---\na line\n")
 
 
 def test_a_log_on_a_full_disk_hides_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quant.errors import NibbleError
-from train.config import check_files, config_schema, dump_config, load_config
+from train.config import Config, check_files, config_schema, dump_config, load_config
 from train.console import flush_streams, say
 from train.schema import help_text
+
+if TYPE_CHECKING:
+    from parallel.watch import Watch
 
 EXAMPLE = "python -m train --config configs/glm47_qlora.yaml --set train.max_steps=3 --print-config"
 
@@ -48,31 +54,82 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.config is None:
         parser().error("--config FILE is required, e.g. --config configs/glm47_qlora.yaml")
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.print_config:
-            say(dump_config(config).removesuffix("\n"), sys.stdout)
-            return 0
-        check_files(config)
-        if arguments.check:
-            say(f"{arguments.config}: ok", sys.stdout)
-            return 0
-        # Only now: importing torch takes seconds, and a mistake in a config must show at once.
-        from train.run import run
-
-        return run(config, config_path=Path(arguments.config))
-    except NibbleError as error:
+        if several_processes():
+            return run_with_others(arguments)
+        return carry_out(arguments, load_config(arguments.config, arguments.overrides))
+    except (NibbleError, KeyboardInterrupt) as error:
         print_error(error)
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted", sys.stderr)
-        return 130
+        return describe(error)[1]
 
 
-def print_error(error: NibbleError) -> None:
-    """`error: …` on standard error, its further lines indented under the first."""
-    first, *rest = str(error).splitlines()
+def carry_out(arguments: argparse.Namespace, config: Config, watch: Watch | None = None) -> int:
+    """What the arguments ask for. watch: over the other processes, on several; the first one speaks."""
+    first = watch is None or watch.world.first
+    if arguments.print_config:
+        if first:
+            say(dump_config(config).removesuffix("\n"), sys.stdout)
+        return 0
+    check_files(config)
+    if arguments.check:
+        if first:
+            say(f"{arguments.config}: ok", sys.stdout)
+        return 0
+    # Only now: importing torch takes seconds, and a mistake in a config must show at once.
+    from train.run import run
+
+    if watch is None:
+        return run(config, config_path=Path(arguments.config))
+    return run(config, config_path=Path(arguments.config), watch=watch)
+
+
+def several_processes() -> bool:
+    """Whether a launcher has started this process as one of several; parallel.world, which knows more, needs torch."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def run_with_others(arguments: argparse.Namespace) -> int:
+    """One of several processes. What goes wrong, in a config too, is said once for all of them."""
+    # torch would add dozens of lines of its own to every connection that a failed process leaves broken.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+    from parallel.watch import watched
+    from parallel.world import launched_world
+    from train.report import log_path
+
+    world = launched_world()
+    log: Path | None = None
+
+    def body(watch: Watch) -> int:
+        nonlocal log
+        config = load_config(arguments.config, arguments.overrides)
+        log = log_path(Path(config.output.dir), world.rank)
+        return carry_out(arguments, config, watch)
+
+    return watched(world, body, lambda error: describe(error, log), lambda text: say(text, sys.stderr))
+
+
+def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
+    """What the user is to read of an error, and the exit code.
+
+    A NibbleError is `error: …`, its further lines indented under the first. Any other is its traceback, or the last
+    line of it where `log` has the rest.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, NibbleError):
+        text, code = str(error), 2
+    elif log is not None and log.is_file():
+        last = "".join(traceback.format_exception_only(type(error), error)).strip()
+        text, code = f"{last}\nThe traceback is in {log}.", 1
+    else:
+        return "".join(traceback.format_exception(error)).rstrip(), 1
     indent = " " * len("error: ")
-    say("\n".join([f"error: {first}", *(indent + line.removeprefix(indent) for line in rest)]), sys.stderr)
+    first, *rest = text.splitlines()
+    return "\n".join([f"error: {first}", *(indent + line.removeprefix(indent) for line in rest)]), code
+
+
+def print_error(error: BaseException) -> None:
+    """What the user is to read of it, on standard error."""
+    say(describe(error)[0], sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,20 @@ from typing import Any
 from train.console import say, silence
 
 
+def log_path(folder: Path, rank: int) -> Path:
+    """Where a process of a run in `folder` keeps its log: the first has run.log, which tells of the run."""
+    return folder / "run.log" if rank == 0 else folder / "ranks" / f"rank-{rank}.log"
+
+
 class Report:
     """The voice of a run. As a context manager it also writes the traceback of an error that ends the run to the log,
     which is where a traceback belongs: the terminal gets the message alone.
 
     A terminal that has gone away and a full disk take its words, and nothing else: training goes on, and what matters
-    (metrics, checkpoints) has errors of its own."""
+    (metrics, checkpoints) has errors of its own. quiet: all goes to the log alone; of several processes one speaks."""
 
-    def __init__(self, log_path: Path) -> None:
+    def __init__(self, log_path: Path, quiet: bool = False) -> None:
+        self.quiet = quiet
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = log_path.open("a", encoding="utf-8")
@@ -30,7 +36,7 @@ class Report:
             from models.tensorfile import disk_error  # needs torch, which the demo's --help must not wait for
 
             raise disk_error(error, log_path) from error
-        self._write_log(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} ---")
+        self.log(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} ---")
         self._live: Any = None  # rich.live.Live while a progress line is on the terminal
         # What the models have to say (which converted copy they read, …) belongs among the rest.
         self._logger, self._handler = logging.getLogger("nibble"), _Notes(self)
@@ -38,19 +44,23 @@ class Report:
     def result(self, text: str = "") -> None:
         """Something that the user asked for: a table, the summary."""
         self._above_live()
-        say(text, sys.stdout)
-        self._write_log(text)
+        if not self.quiet:
+            say(text, sys.stdout)
+        self.log(text)
 
     def note(self, text: str) -> None:
         """Something that happened on the way."""
         self._above_live()
-        say(text, sys.stderr)
-        self._write_log(text)
+        if not self.quiet:
+            say(text, sys.stderr)
+        self.log(text)
 
     def progress(self, text: str, keep: bool) -> None:
         """The state of long work in one line. On a terminal the line is redrawn in place; elsewhere, and in the log, a
         line is written when `keep` says that this one is worth keeping."""
-        if sys.stderr.isatty():
+        if self.quiet:
+            pass
+        elif sys.stderr.isatty():
             try:
                 self._redraw(text)
             except OSError:  # the terminal was closed
@@ -59,7 +69,7 @@ class Report:
         elif keep:
             say(text, sys.stderr)
         if keep:
-            self._write_log(text)
+            self.log(text)
 
     def end_progress(self) -> None:
         """Leave the last progress line where it is and go on below it."""
@@ -69,6 +79,12 @@ class Report:
                 live.stop()
             except OSError:
                 silence(sys.stderr)
+
+    def log(self, text: str) -> None:
+        """Something for the log alone. Any thread may call it, at any time."""
+        with contextlib.suppress(OSError, ValueError):  # a full disk; closed already
+            self._log.write(text + "\n")
+            self._log.flush()
 
     def __enter__(self) -> Report:
         self._logger.addHandler(self._handler)
@@ -83,7 +99,7 @@ class Report:
         self._logger.removeHandler(self._handler)
         self._logger.setLevel(self._logger_level)
         if error is not None:
-            self._write_log("".join(traceback.format_exception(error)).rstrip())
+            self.log("".join(traceback.format_exception(error)).rstrip())
         with contextlib.suppress(OSError):  # of a full disk; it would hide the error that ended the run
             self._log.close()
 
@@ -103,11 +119,6 @@ class Report:
             live.start()
             self._live = live
         self._live.update(line, refresh=True)
-
-    def _write_log(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._log.write(text + "\n")
-            self._log.flush()
 
 
 class _Notes(logging.Handler):
