@@ -1,16 +1,49 @@
-"""The table that a run starts with: how many weights each group has, how they are stored, how many are trained."""
+"""The table that a run starts with: how many weights each group has, how they are stored, how many are trained.
+
+It counts whole tensors, also where a process holds a part of each or some of the experts only: sizes come from the key
+map, and from the tensors held no more than how they are kept and whether they are trained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from quant.storage import Storage
+import torch
+from torch import Tensor
+
+from quant.storage import Storage, storage_tensors
 
 from .decoder import CausalLM
 from .keymap import Key
+from .linear import LoRA
 from .lora import key_map_of
 from .targets import GROUP_WORDS, module_name
+
+
+@dataclass(frozen=True)
+class WholeTensor:
+    """One tensor of the model, of the size that it has on a single process.
+
+    name: dotted, as the model has it. key: of the weight that it keeps, or belongs to. lora: it is LoRA's A or B.
+    trained: it has a gradient.
+    """
+
+    name: str
+    key: Key
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    lora: bool
+    trained: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -32,41 +65,77 @@ class GroupRow:
 
 def parameter_table(model: CausalLM) -> list[GroupRow]:
     """A row for each group that the model has, then the total."""
-    key_map = key_map_of(model)
+    tensors = whole_tensors(model)
     rows = []
     for group in GROUP_WORDS:
-        keys = [key for key in key_map.keys if key.group == group]
-        if keys:
-            rows.append(_row(model, group, keys))
-    return [*rows, _row(model, "total", key_map.keys)]
+        of_group = [tensor for tensor in tensors if tensor.key.group == group]
+        if of_group:
+            rows.append(_row(model, group, of_group))
+    return [*rows, _row(model, "total", tensors)]
 
 
-def _row(model: CausalLM, group: str, keys: Sequence[Key]) -> GroupRow:
+def whole_tensors(model: CausalLM) -> list[WholeTensor]:
+    """The tensors of every key, parameters and buffers, then those of its LoRA, in the order of the key map."""
+    return [tensor for key in key_map_of(model).keys for tensor in (*_weights(model, key), *_lora(model, key))]
+
+
+def _weights(model: CausalLM, key: Key) -> Iterator[WholeTensor]:
+    held = _held(model, key)
+    if isinstance(held, Tensor):
+        yield WholeTensor(key.native, key, key.shape, held.dtype, False, held.requires_grad)
+        return
+    for name, (shape, dtype) in storage_tensors(held.spec, key.shape, held.dtype, held.name).items():
+        trained = held.get_parameter(name).requires_grad
+        yield WholeTensor(f"{key.native}.{name}", key, shape, dtype, False, trained)
+
+
+def _lora(model: CausalLM, key: Key) -> Iterator[WholeTensor]:
+    lora = _lora_of(model, key)
+    if lora is None:
+        return
+    *experts, rows, columns = key.shape
+    for name, tensor, shape in (("A", lora.A, (lora.rank, columns)), ("B", lora.B, (rows, lora.rank))):
+        full = f"{module_name(key.native)}.lora.{name}"
+        yield WholeTensor(full, key, (*experts, *shape), tensor.dtype, True, tensor.requires_grad)
+
+
+def _held(model: CausalLM, key: Key) -> Storage | Tensor:
+    owner, _, leaf = key.native.rpartition(".")
+    held = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(held, Storage | Tensor)
+    return held
+
+
+def _lora_of(model: CausalLM, key: Key) -> LoRA | None:
+    return getattr(model.get_submodule(module_name(key.native)), "lora", None) if key.is_storage else None
+
+
+def _row(model: CausalLM, group: str, tensors: Iterable[WholeTensor]) -> GroupRow:
     parameters = nbytes = trained = 0
     kinds: dict[str, int] = {}
     ranks: set[int] = set()
-    for key in keys:
-        held, kind, size, own_trained = _held(model, key)
-        parameters += held
-        nbytes += size
-        trained += own_trained
+    for key, of_key in _by_key(tensors):
+        size = sum(tensor.nbytes for tensor in of_key if not tensor.lora)
+        kind = _kind(_held(model, key))
         kinds[kind] = kinds.get(kind, 0) + size
-        lora = getattr(model.get_submodule(module_name(key.native)), "lora", None) if key.is_storage else None
-        if lora is not None:
-            trained += sum(tensor.numel() for tensor in lora.parameters() if tensor.requires_grad)
+        nbytes += size
+        if key.counted:
+            parameters += math.prod(key.shape)
+        trained += sum(tensor.numel for tensor in of_key if tensor.trained)
+        if (lora := _lora_of(model, key)) is not None:
             ranks.add(lora.rank)
     stored = tuple(sorted(kinds, key=lambda kind: -kinds[kind]))
     return GroupRow(group, parameters, stored, nbytes, trained, tuple(sorted(ranks, reverse=True)))
 
 
-def _held(model: CausalLM, key: Key) -> tuple[int, str, int, int]:
-    """Of one native tensor: parameters, kind of storage, bytes, trained parameters."""
-    owner, _, leaf = key.native.rpartition(".")
-    held = getattr(model.get_submodule(owner), leaf)
-    if isinstance(held, Storage):
-        trained = held.numel if any(tensor.requires_grad for tensor in held.parameters()) else 0
-        kind = held.kind if held.kind != "none" else str(held.dtype).removeprefix("torch.")
-        return held.numel, kind, held.nbytes, trained
-    count = held.numel() if key.counted else 0
-    trained = count if held.requires_grad else 0
-    return count, str(held.dtype).removeprefix("torch."), held.numel() * held.element_size(), trained
+def _by_key(tensors: Iterable[WholeTensor]) -> Iterable[tuple[Key, list[WholeTensor]]]:
+    found: dict[Key, list[WholeTensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.key, []).append(tensor)
+    return found.items()
+
+
+def _kind(held: Storage | Tensor) -> str:
+    if isinstance(held, Storage) and held.kind != "none":
+        return held.kind
+    return str(held.dtype).removeprefix("torch.")

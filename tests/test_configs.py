@@ -14,20 +14,25 @@ import yaml
 
 from models.conversion import count_parameters
 from models.decoder import CausalLM
+from models.experts import Experts
 from models.keymap import KeyMap
+from models.lora import add_lora, trainable_parameters
 from models.registry import ARCHITECTURES, architecture_for
 from models.targets import AdapterSpec, adaptable, groups_of, resolve
+from parallel.mesh import MeshSizes
+from parallel.plan import cuts
 from quant.storage import StorageSpec
 from train import demo
 from train.__main__ import main
-from train.config import load_config
+from train.config import dump_config, load_config, parse_config
 from train.demo_models import MODELS
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = [path for path in CONFIGS if "_tiny_" in path.stem]
-REAL = [path for path in CONFIGS if path not in TINY]
+CUT = [path for path in CONFIGS if path.stem.endswith("_qlora_fsdp")]  # for several processes
+REAL = [path for path in CONFIGS if path not in (*TINY, *CUT) and path.stem != "tiny_fsdp"]
 
 # What the published config.json says where the parser's defaults are another model's.
 _TRINITY = {"model_type": "afmoe", "num_dense_layers": 2, "num_experts": 128, "num_experts_per_tok": 8}
@@ -162,7 +167,7 @@ def test_header_and_tables_state_what_the_sizes_give(path: Path) -> None:
     assert row is not None and total < int(row[1]) * 1e9 / 2**30
 
 
-@pytest.mark.parametrize("path", REAL, ids=named)
+@pytest.mark.parametrize("path", [*REAL, *CUT], ids=named)
 def test_every_target_is_there_at_the_real_size(path: Path) -> None:
     config = load_config(path)
     if config.adapter.kind == "none":
@@ -193,6 +198,84 @@ def test_each_architecture_has_a_tiny_config_for_each_step(model_type: str) -> N
 def test_there_are_no_other_tiny_configs() -> None:
     assert set(MODELS) <= set(ARCHITECTURES)
     assert len(TINY) == 2 * len(MODELS)
+
+
+# --- several processes
+
+
+@functools.cache
+def adapted_at_the_real_size(path: Path) -> CausalLM:
+    config = load_config(path)
+    hub_id, adapter = config.model.path, config.adapter
+    architecture = architecture_for(PUBLISHED[hub_id], hub_id)
+    spec = StorageSpec(config.model.storage, config.model.double_quant)
+    parsed = architecture.parse_config(PUBLISHED[hub_id], hub_id)
+    model: CausalLM = architecture.build(parsed, spec, torch.bfloat16, "meta")
+    assert adapter.dtype == "float32"
+    add_lora(model, AdapterSpec(adapter.targets, adapter.rank, adapter.alpha))
+    return model
+
+
+def test_there_is_a_config_for_several_processes_of_each_family() -> None:
+    assert {path.stem.removesuffix("_qlora_fsdp") for path in CUT} == {"glm47", "qwen35", "trinity_mini"}
+
+
+@pytest.mark.parametrize("path", CUT, ids=named)
+def test_a_cut_model_is_trained_as_on_one_device(path: Path) -> None:
+    single, config = load_config(path.with_name(path.name.replace("_fsdp", ""))), load_config(path)
+    changes = [f"output.dir=outputs/{path.stem.replace('_', '-')}"]
+    if path.stem.startswith("qwen35"):  # whose rank and dtype on one card are what the card has room for
+        changes += ["adapter.rank=16", "adapter.alpha=32", "adapter.dtype=float32"]
+    assert config == parse_config(dump_config(single), changes)
+    assert all(f"  {key}: " in path.read_text(encoding="utf-8") for key in ("shard", "expert", "replicate"))
+
+
+@pytest.mark.parametrize("path", CUT, ids=named)
+def test_a_cut_model_divides_by_the_processes(path: Path) -> None:
+    model, comment, text = adapted_at_the_real_size(path), comment_of(path), path.read_text(encoding="utf-8")
+    assert f"torchrun --nproc-per-node 8 -m train --config configs/{path.name} " in comment
+    assert "For 4 or 2 GPUs" in comment
+    experts = {module.experts for module in model.modules() if isinstance(module, Experts)}
+    assert len(experts) == 1
+    (count,) = experts
+    assert f"{count // 2}, {count // 4} or {count // 8} of a layer's {count} experts" in text
+    for parts in (2, 4, 8):
+        for sizes in (MeshSizes(shard=parts), MeshSizes(expert=parts)):
+            assert cuts(model, sizes)
+        assert count % parts == 0
+    sequences = load_config(path).train.micro_batch_size * load_config(path).train.gradient_accumulation
+    assert sequences == 8 and "one for each of 8, two for each of 4. 16,384 tokens" in text
+
+
+@pytest.mark.parametrize("path", CUT, ids=named)
+def test_header_states_what_a_process_holds(path: Path) -> None:
+    config, model, comment = load_config(path), adapted_at_the_real_size(path), comment_of(path)
+    weights = sum(tensor.nbytes for name, tensor in model.state_dict().items() if ".lora." not in name)
+    trained = sum(parameter.numel() for _, parameter in trainable_parameters(model))
+    assert config.train.optimizer == "adamw_8bit"
+    training = trained * (2 * 4 + 2 * (1 + 4 / 256))  # a value and its gradient; two moments with their scales
+    gib = 2**30
+    assert f"weights {weights / gib:.1f} GiB; LoRA {trained:,} parameters, {training / gib:.1f} GiB with" in comment
+    eighth, fourth, half = (f"{(weights + training) / parts / gib:.1f}" for parts in (8, 4, 2))
+    assert f"Each of 8 processes holds {eighth} GiB of that (of 4: {fourth}, of 2: {half})" in comment
+    layers: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        unit = ".".join(name.split(".")[:3]) if ".layers." in name else name
+        size = parameter.nbytes * (2 if parameter.requires_grad else 1)  # the gradient lies beside it for a moment
+        layers[unit] = layers.get(unit, 0) + size
+    head = layers["lm_head.weight.value"] + layers["model.norm.weight"]
+    largest = sum(sorted(size for name, size in layers.items() if ".layers." in name)[-2:])
+    gathered = head + max(largest, layers["model.embed_tokens.weight"])
+    assert f"gathers at most {gathered / gib:.2f} GiB more at a time" in comment
+
+
+def test_the_tiny_config_for_two_processes_is_the_demos() -> None:
+    path = ROOT / "configs" / "tiny_fsdp.yaml"
+    changes = ["output.dir=outputs/demo/qlora-fsdp", "train.device=cpu"]
+    assert load_config(path) == parse_config(
+        dump_config(load_config(ROOT / "configs" / "glm47_tiny_qlora.yaml")), changes
+    )
+    assert "torchrun --nproc-per-node 2 -m train --config configs/tiny_fsdp.yaml" in comment_of(path)
 
 
 # --- runs

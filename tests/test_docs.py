@@ -198,7 +198,7 @@ def test_every_config_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     for key in keys(config_schema()):
         assert f"`{key}`" in text, key
-    for key in re.findall(r"`((?:model|adapter|data|train|output)\.\w+)`", text):
+    for key in re.findall(r"`((?:model|adapter|data|train|parallel|output)\.\w+)`", text):
         assert key in keys(config_schema()), f"docs/configuration.md explains {key}, which doesn't exist"
 
 

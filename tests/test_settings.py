@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,17 @@ from transformers import get_scheduler
 
 from models import load_model
 from models.adapter import save_adapter
+from models.decoder import CausalLM
 from models.load import open_folder
 from models.lora import add_lora, trainable_parameters
 from models.targets import AdapterSpec
+from parallel import fsdp
+from parallel.mesh import Meshes, MeshSizes
+from parallel.shards import Shards
 from quant.errors import NibbleError
 from tests.helpers import save_tiny_glm
 from tests.text_helpers import save_checkpoint_texts, say, write_lines
+from train.checkpoint import write_snapshot
 from train.config import Config, parse_config
 from train.data import Data, load_data
 from train.loop import training_step
@@ -80,7 +87,7 @@ def data_of(config: Config, out: Path) -> Data:
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_model_and_adapter(folder: Path, tmp_path: Path, double_quant: bool) -> None:
     overrides = ("model.storage=fp4", f"model.double_quant={str(double_quant).lower()}", "train.seed=3", *ADAPTER)
-    ours = load_trainable_model(configured(folder, tmp_path, *overrides), open_folder(folder / "model"), CPU)
+    ours = load_trainable_model(configured(folder, tmp_path, *overrides), open_folder(folder / "model"), CPU).model
     theirs = load_model(folder / "model", storage="fp4", dtype=torch.float32, double_quant=double_quant)
     add_lora(theirs, SPEC, seed=3)
     expected = theirs.state_dict()
@@ -111,17 +118,24 @@ def test_optimisation(folder: Path, tmp_path: Path, schedule: str) -> None:
     config = configured(folder, tmp_path / "run", *overrides, "train.weight_decay=0.3", "train.max_grad_norm=0.05")
     assert run(config) == 0
 
-    model = load_trainable_model(config, open_folder(folder / "model"), CPU)
-    parameters, batches = trainable_parameters(model), data_of(config, tmp_path / "plain").train
+    shards, batches = (
+        load_trainable_model(config, open_folder(folder / "model"), CPU),
+        data_of(config, tmp_path / "a").train,
+    )
     optimizer = torch.optim.AdamW(
-        [p for _, p in parameters], lr=0.01, betas=(0.7, 0.8), eps=1e-3, weight_decay=0.3, fused=True
+        [p for _, p in trainable_parameters(shards.model)],
+        lr=0.01,
+        betas=(0.7, 0.8),
+        eps=1e-3,
+        weight_decay=0.3,
+        fused=True,
     )
     name = "constant_with_warmup" if schedule == "constant" else schedule
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=5)
     expected = []
     for step in range(1, 6):
         rate = scheduler.get_last_lr()[0]
-        result = training_step(model, parameters, optimizer, next(batches), step=step, max_grad_norm=0.05, device=CPU)
+        result = training_step(shards, optimizer, next(batches), step=step, max_grad_norm=0.05, device=CPU)
         scheduler.step()
         expected.append((result.loss, result.grad_norm, rate))
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
@@ -134,9 +148,9 @@ def test_optimisation(folder: Path, tmp_path: Path, schedule: str) -> None:
 def test_activation_checkpointing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
     seen = []
 
-    def step(model: object, *args: object, **kwargs: object) -> object:
-        seen.append(model.activation_checkpointing)  # type: ignore[attr-defined]
-        return training_step(model, *args, **kwargs)  # type: ignore[arg-type]
+    def step(shards: Shards, *args: object, **kwargs: object) -> object:
+        seen.append(shards.model.activation_checkpointing)
+        return training_step(shards, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr("train.loop.training_step", step)
     assert run(configured(folder, tmp_path / "run", f"train.activation_checkpointing={str(wanted).lower()}")) == 0
@@ -147,6 +161,57 @@ def test_checkpoints(folder: Path, tmp_path: Path) -> None:
     assert run(configured(folder, tmp_path, "train.save_every=1", "train.keep_checkpoints=3")) == 0
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step-000003", "step-000004", "step-000005"]
+
+
+def test_checkpoints_in_the_background(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def write(*args: Any) -> Path:
+        threads.append(threading.current_thread().name)
+        return write_snapshot(*args)
+
+    monkeypatch.setattr("train.saver.write_snapshot", write)
+    for name, wanted in (("plain", "false"), ("background", "true")):
+        overrides = ("train.save_every=2", "train.keep_checkpoints=3", f"train.save_async={wanted}")
+        assert run(configured(folder, tmp_path / name, *overrides)) == 0
+    assert threads == ["MainThread"] * 3 + ["checkpoint_0"] * 3
+    plain, background = (
+        {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("step-*/*.safetensors")
+        }
+        for name in ("plain", "background")
+    )
+    assert {path.parent.name for path in plain} == {"step-000002", "step-000004", "step-000005"}
+    assert plain == background
+
+
+# --- parallel, as far as one process has use for it
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_offloaded_to_host_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reshard: bool) -> None:
+    seen, cut = [], fsdp.shard
+
+    def shard(model: CausalLM, meshes: Meshes, *, reshard_after_forward: bool, cpu_offload: bool) -> Shards:
+        seen.append((meshes.sizes, reshard_after_forward, cpu_offload))
+        return cut(model, meshes, reshard_after_forward=reshard_after_forward, cpu_offload=cpu_offload)
+
+    monkeypatch.setattr("parallel.fsdp.shard", shard)
+    wanted = f"parallel.reshard_after_forward={str(reshard).lower()}"
+    assert run(configured(folder, tmp_path / "whole", wanted)) == 0
+    assert seen == [], "one process alone cuts nothing"
+    assert run(configured(folder, tmp_path / "host", wanted, "parallel.cpu_offload=true")) == 0
+    assert seen == [(MeshSizes(1, 1, 1), reshard, True)]
+    whole, host = ([r["loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "host"))
+    assert len(whole) > 5
+    assert host == pytest.approx(whole, rel=1e-6)
+
+
+def test_more_processes_than_were_started(folder: Path, tmp_path: Path) -> None:
+    expected = r"parallel\.shard 2 × parallel\.expert 1 × parallel\.replicate 1 is 2, but 1 process was started"
+    with pytest.raises(NibbleError, match=expected):
+        run(configured(folder, tmp_path, "parallel.shard=2"))
 
 
 def test_rows(folder: Path, tmp_path: Path) -> None:

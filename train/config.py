@@ -162,10 +162,13 @@ class TrainConfig(Section):
     """the optimisation"""
 
     micro_batch_size: Annotated[int, Field(ge=1)] = Field(
-        default=2, description="Sequences in one forward and backward pass."
+        default=2, description="Sequences in one forward and backward pass; the most that a process gets at a time."
     )
     gradient_accumulation: Annotated[int, Field(ge=1)] = Field(
-        default=4, description="Micro-batches in one optimiser step."
+        default=4,
+        description="Micro-batches in one optimiser step. The step's batch is train.micro_batch_size × this many "
+        "sequences in all, dealt out over the processes, whatever their number: more processes make fewer passes each "
+        "for the same step.",
     )
     epochs: Annotated[int, Field(ge=1)] = Field(
         default=1, description="Passes over the training rows. Not used when train.max_steps is given."
@@ -209,6 +212,11 @@ class TrainConfig(Section):
     save_every: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Steps between two checkpoints; null: only at the end, or when interrupted."
     )
+    save_async: bool = Field(
+        default=False,
+        description="Write checkpoints in the background: training goes on after the tensors have been copied to host "
+        "memory.",
+    )
     keep_checkpoints: Annotated[int, Field(ge=1)] = Field(
         default=2, description="Newest checkpoints to keep; older ones are deleted."
     )
@@ -241,6 +249,42 @@ class TrainConfig(Section):
     tensorboard: bool = Field(default=True, description="Write TensorBoard events into output.dir too.")
 
 
+class ParallelConfig(Section):
+    """how a run is spread over the processes that torchrun starts: replicate × expert × shard of them"""
+
+    shard: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="In how many parts weights, gradients and optimiser state are cut (FSDP); a layer's parts are "
+        "gathered when it is computed. null: what parallel.expert and parallel.replicate leave of the processes.",
+    )
+    expert: Annotated[int, Field(ge=1)] = Field(
+        default=1,
+        description="In how many ranges the experts are dealt out (expert parallelism): a process computes its own "
+        "range only, and tokens travel to it. Above 1 where gathering the experts' weights takes longer than sending "
+        "the tokens. Must divide the model's number of experts.",
+    )
+    replicate: Annotated[int, Field(ge=1)] = Field(
+        default=1,
+        description="Copies of the model, each cut over the other processes (HSDP). The number of machines, where a "
+        "model fits one machine and the network between them is slow: only gradients cross it then.",
+    )
+    reshard_after_forward: bool = Field(
+        default=True,
+        description="Free a layer's gathered weights after its forward pass and gather them again for the backward "
+        "pass. false: keep them in between, which is faster and takes the memory of the whole model.",
+    )
+    cpu_offload: bool = Field(
+        default=False,
+        description="Keep this process's weights, gradients and optimiser state in host memory; weights go to the GPU "
+        "layer by layer. Slower; for a model that is larger than the memory of the GPUs, with one process too.",
+    )
+    lost_after: Annotated[float, Field(gt=0)] = Field(
+        default=30.0,
+        description="Seconds after which a process that gave no sign of life is taken for dead; the others then end "
+        "with a message that names it.",
+    )
+
+
 class OutputConfig(Section):
     """where the run writes"""
 
@@ -257,6 +301,7 @@ class Config(Section):
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     output: OutputConfig
 
     @model_validator(mode="after")

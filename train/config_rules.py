@@ -18,7 +18,7 @@ Found = list[tuple[tuple[str, ...], str]]
 
 def combination_problems(config: Config) -> Found:
     """(keys concerned, message) for each pair of keys whose values can't stand together."""
-    model, adapter, data, train = config.model, config.adapter, config.data, config.train
+    model, adapter, data, train, parallel = config.model, config.adapter, config.data, config.train, config.parallel
     found: Found = []
 
     def problem(*keys: str, text: str) -> None:
@@ -86,6 +86,22 @@ def combination_problems(config: Config) -> Found:
             text=f"train.optimizer: {train.optimizer} with train.device: cpu: paged state needs CUDA. Set "
             f"train.optimizer: {train.optimizer.removeprefix('paged_')}, or train.device: cuda.",
         )  # fmt: skip
+    if train.optimizer.startswith("paged_") and parallel.cpu_offload:
+        problem(
+            "train.optimizer", "parallel.cpu_offload",
+            text=f"train.optimizer: {train.optimizer} with parallel.cpu_offload: true: its state is in host memory "
+            f"already and there is nothing to page. Set train.optimizer: {train.optimizer.removeprefix('paged_')}, or "
+            "parallel.cpu_offload: false.",
+        )  # fmt: skip
+    if train.device is not None and ":" in train.device:
+        for name, size in (("shard", parallel.shard), ("expert", parallel.expert), ("replicate", parallel.replicate)):
+            if size is not None and size > 1:
+                problem(
+                    "train.device", f"parallel.{name}",
+                    text=f"train.device: {train.device} with parallel.{name}: {size}: several processes can't share "
+                    "one GPU; each takes one of its own. Set train.device: cuda (or leave it out).",
+                )  # fmt: skip
+                break
     if train.balance == "none" and train.balance_rate is not None:
         problem(
             "train.balance_rate", "train.balance",

@@ -12,7 +12,7 @@ from train.config import Config
 _FILES = ("model.path", "data.train", "data.eval")
 
 # Keys that may change between a checkpoint and its resumption: they leave every later weight as it would have been
-# (on the same device; another device changes rounding only).
+# (on the same device; another device, or another number of processes, changes rounding only).
 _FREE_ON_RESUME = (
     *_FILES,
     "data.on_bad_row",
@@ -20,12 +20,15 @@ _FREE_ON_RESUME = (
     "train.log_every",
     "train.eval_every",
     "train.save_every",
+    "train.save_async",
     "train.keep_checkpoints",
     "train.resume",
     "train.device",
     "train.tensorboard",
     "output.dir",
 )
+# A run may go on with any number of processes.
+_FREE_SECTION = "parallel."
 
 
 def resume_fingerprint(config: Config) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def resume_fingerprint(config: Config) -> dict[str, Any]:
     warm-up it does not, so that such a run can be extended.
     """
     flat = _flat(config)
-    dropped = set(_FREE_ON_RESUME)
+    dropped = {key for key in flat if key in _FREE_ON_RESUME or key.startswith(_FREE_SECTION)}
     if config.adapter.kind == "none":
         dropped |= {key for key in flat if key.startswith("adapter.") and key != "adapter.kind"}
     train = config.train
