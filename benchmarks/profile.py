@@ -19,9 +19,10 @@ from models.linear import ExpertWeights, Linear
 from models.mla import LatentAttention
 from models.mlp import SwiGLU
 from models.router import SigmoidRouter
+from parallel.shards import Shards
 from quant.products import product_dtype
 from quant.storage import DenseStorage
-from train.loop import Parameters, training_step
+from train.loop import training_step
 from train.loss import linear_cross_entropy
 from train.optim import clip_gradients
 
@@ -40,25 +41,27 @@ KINDS = (
 )  # fmt: skip
 
 
-def profile_step(model: CausalLM, named: Parameters, optimizer: Optimizer, request: Request) -> dict[str, Any]:
+def profile_step(shards: Shards, optimizer: Optimizer, request: Request) -> dict[str, Any]:
     """Milliseconds: {"phases": …, "parts": …, "operations": …}. Trains the model by a few steps."""
+    model = shards.model
 
     def tokens(step: int) -> Tensor:
         return batch(request, model.vocabulary, 1000 + step)
 
     phases: dict[str, list[float]] = defaultdict(list)
     for number in range(3):
-        for name, seconds in _phases(model, named, optimizer, tokens(number)):
+        for name, seconds in _phases(shards, optimizer, tokens(number)):
             phases[name].append(1e3 * seconds)
     return {
         "phases": {name: sorted(values)[len(values) // 2] for name, values in phases.items()},
         "parts": _parts(model, request),
-        "operations": _operations(model, named, optimizer, tokens(3)),
+        "operations": _operations(shards, optimizer, tokens(3)),
     }
 
 
-def _phases(model: CausalLM, named: Parameters, optimizer: Optimizer, tokens: Tensor) -> Iterable[tuple[str, float]]:
+def _phases(shards: Shards, optimizer: Optimizer, tokens: Tensor) -> Iterable[tuple[str, float]]:
     """One training step taken apart."""
+    model = shards.model
     given, head = one_document(tokens), model.head.weight
     assert isinstance(head, DenseStorage)
     clock = time.perf_counter
@@ -72,7 +75,7 @@ def _phases(model: CausalLM, named: Parameters, optimizer: Optimizer, tokens: Te
     loss.backward()
     yield "recomputation and backward", clock() - start
     start = clock()
-    clip_gradients(named, MAX_GRAD_NORM, 0)
+    clip_gradients(shards.parameters, MAX_GRAD_NORM, 0)
     yield "gradient norm and clipping", clock() - start
     start = clock()
     optimizer.step()
@@ -165,10 +168,10 @@ def _dequantisation(model: CausalLM) -> dict[str, float]:
     return total
 
 
-def _operations(model: CausalLM, named: Parameters, optimizer: Optimizer, tokens: Tensor) -> dict[str, float]:
+def _operations(shards: Shards, optimizer: Optimizer, tokens: Tensor) -> dict[str, float]:
     """Self time by kind of operation in one step, the largest first."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        training_step(model, named, optimizer, [one_document(tokens)], step=0, max_grad_norm=MAX_GRAD_NORM, device=CPU)
+        training_step(shards, optimizer, [one_document(tokens)], step=0, max_grad_norm=MAX_GRAD_NORM, device=CPU)
     kinds: dict[str, float] = defaultdict(float)
     for event in recorded.key_averages():
         kinds[_kind(event.key)] += event.self_cpu_time_total / 1e3

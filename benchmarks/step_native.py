@@ -14,9 +14,10 @@ from torch import Tensor
 
 from models.documents import Documents
 from models.load import load_model
-from models.lora import add_lora, trainable_parameters
+from models.lora import add_lora
 from models.parameter_table import parameter_table
 from models.targets import AdapterSpec
+from parallel.shards import Shards
 from quant.fourbit import import_bitsandbytes
 from quant.products import product_dtype
 from train.batches import Batch
@@ -43,14 +44,13 @@ def measure(request: Request) -> Measured:
     model.activation_checkpointing = True
     add_lora(model, AdapterSpec((*SETTINGS[request.arch].attention, *EXPERTS), RANK, ALPHA), seed=request.seed)
     model.train()
-    named = trainable_parameters(model)
+    shards = Shards(model)
+    named = shards.parameters
     optimizer = build_optimizer("adamw", named, LEARNING_RATE)
     loaded(measured, start)
 
     def step(tokens: Tensor) -> tuple[float, float]:
-        done = training_step(
-            model, named, optimizer, [one_document(tokens)], step=0, max_grad_norm=MAX_GRAD_NORM, device=CPU
-        )
+        done = training_step(shards, optimizer, [one_document(tokens)], step=0, max_grad_norm=MAX_GRAD_NORM, device=CPU)
         return done.loss, done.grad_norm
 
     before = [parameter.detach().clone() for _, parameter in named]
@@ -62,7 +62,7 @@ def measure(request: Request) -> Measured:
     if request.profile:
         from .profile import profile_step
 
-        measured.notes["profile"] = profile_step(model, named, optimizer, request)
+        measured.notes["profile"] = profile_step(shards, optimizer, request)
     return measured
 
 

@@ -7,6 +7,7 @@ the start. parallel/fsdp.py carries it out.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -88,15 +89,18 @@ def cuts(model: CausalLM, sizes: MeshSizes) -> dict[str, Rule]:
     """
     other_dtype = _trained_in_another_dtype(model, sizes)
     found: dict[str, Rule] = {}
+    evenly: dict[str, int] = {}  # the sizes of what has to be cut so, in words
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if parameter.ndim == 0 or parameter in other_dtype:
                 found[name] = WHOLE
                 continue
             rule = _rule(module, name, parameter, sizes.parts)
-            if rule.evenly and parameter.shape[0] % sizes.parts:
-                raise _uneven(module, name, parameter.shape[0], sizes)
+            if rule.evenly:
+                size = parameter.shape[0]
+                evenly[f"{module_name} has {size} {'experts' if rule is STACK else 'rows'}"] = size
             found.setdefault(name, rule)
+    _require_even(evenly, sizes)
     return found
 
 
@@ -130,12 +134,17 @@ def _trained_in_another_dtype(model: CausalLM, sizes: MeshSizes) -> set[nn.Param
     return other
 
 
-def _uneven(module: nn.Module, name: str, size: int, sizes: MeshSizes) -> NibbleError:
+def _require_even(evenly: dict[str, int], sizes: MeshSizes) -> None:
     parts = sizes.parts
-    what = f"{size} experts" if isinstance(module, Storage | LoRA) and _is_stack(module) else f"{size} rows"
-    fit = [str(n) for n in range(1, size + 1) if size % n == 0 and n <= 4 * parts]
-    return NibbleError(
-        f"{name} has {what}, which can't be cut into {parts} equal parts (parallel.expert {sizes.expert} × "
-        f"parallel.shard {sizes.shard}).\nNumbers of parts that would do: {', '.join(fit)}. More processes can be put "
-        "to use with parallel.replicate."
+    wrong = [what for what, size in evenly.items() if size % parts]
+    if not wrong:
+        return
+    # Experts first: their number is the user's first thought.
+    first = min(wrong, key=lambda what: not what.endswith("experts"))
+    common = math.gcd(*evenly.values())
+    fit = [str(number) for number in range(1, common + 1) if common % number == 0]
+    raise NibbleError(
+        f"{first}, which can't be cut into {parts} equal parts (parallel.expert {sizes.expert} × parallel.shard "
+        f"{sizes.shard}).\nThis model can be cut into {', '.join(fit)}. More processes are put to use with "
+        "parallel.replicate."
     )

@@ -18,6 +18,7 @@ from .mesh import Meshes
 from .parts import Part
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
@@ -51,6 +52,11 @@ class Shards:
     def replicated(self) -> frozenset[str]:
         """The trained tensors that every process has whole although the model is cut."""
         return frozenset(name for name, _ in self.parameters if self.meshes is not None and name not in self.parts)
+
+    def before_pass(self, last: bool) -> None:
+        """Before each backward pass of a step. The copies of a model are summed with each other after the last one."""
+        if self.meshes is not None and self.meshes.sizes.replicate > 1:
+            cast("FSDPModule", self.model).set_requires_all_reduce(last)
 
     def take_gradients(self) -> None:
         """After the last backward pass of a step: the gradients of `parameters`, summed over all processes."""

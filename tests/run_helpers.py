@@ -103,7 +103,7 @@ def settings(world: World, out: Path, **changes: Any) -> list[str]:
     }
     for name, value in changes.items():
         section, key = name.split("__")
-        values[section][key] = value
+        values.setdefault(section, {})[key] = value
     path = out.with_name(out.name + ".yaml")
     path.write_text(yaml.safe_dump(values))
     return ["--config", str(path)]
@@ -135,3 +135,20 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     shown = capsys.readouterr().err
     assert "Traceback" not in shown
     return shown[shown.index("error: ") :]
+
+
+def torchrun(arguments: list[str], processes: int, *options: str) -> list[str]:
+    """The command that runs `python -m train ARGUMENTS` in so many processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return [*launcher, *(options or ("--standalone",)), "-m", "train", *arguments]
+
+
+def in_processes(
+    arguments: list[str], processes: int, *options: str, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun` to its end, a thread for each process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        torchrun(arguments, processes, *options), cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from models.decoder import CausalLM
 from parallel.device import peak_memory_bytes
+from parallel.shards import Shards
+from parallel.world import ALONE, World
 from quant.errors import NibbleError
 from train.batches import Batch, EvalBatches, StepBatches
 from train.config import TrainConfig
@@ -22,8 +22,6 @@ from train.optim import NonFiniteError, check_loss, clip_gradients
 from train.report import Report, format_bytes, format_seconds
 from train.schedule import learning_rate, set_learning_rate, warmup_steps
 from train.signals import StopOnSignal
-
-Parameters = Sequence[tuple[str, nn.Parameter]]
 
 
 @dataclass
@@ -54,39 +52,47 @@ class StepResult:
 
 
 def training_step(
-    model: CausalLM,
-    parameters: Parameters,
+    shards: Shards,
     optimizer: Optimizer,
     batches: Sequence[Batch],
     *,
     step: int,
     max_grad_norm: float | None,
     device: torch.device,
+    world: World = ALONE,
 ) -> StepResult:
     """One optimiser step over all its micro-batches; `step` is for messages. The learning rate is the optimiser's.
 
-    A micro-batch without a label has no gradient and is passed over, unless `model.balance` counts its tokens.
+    On several processes each has its own micro-batches, equally many; what is returned is of all of them. Alone, a
+    micro-batch without a label has no gradient and is passed over, unless `model.balance` counts its tokens.
 
     Raises NonFiniteError for a loss or gradient that is infinite or not a number, before any weight has changed.
     """
-    labelled, tokens = sum(batch.labelled for batch in batches), sum(batch.real_tokens for batch in batches)
+    model = shards.model
+    counts = torch.tensor([sum(batch.labelled for batch in batches), sum(batch.real_tokens for batch in batches)])
+    labelled, tokens = world.sum(counts).tolist()
     if labelled == 0:
         raise NibbleError(f"step {step} has no token to learn; such rows should have been skipped. See data.train.")
     balance = model.balance
     loss = torch.zeros((), device=device)
     if balance is not None:
         balance.begin_step()
-    for batch in batches:
-        if balance is None and batch.labelled == 0:
+    for number, batch in enumerate(batches, start=1):
+        # Weights in parts are gathered by all processes together: none of them can leave a pass out.
+        if balance is None and batch.labelled == 0 and shards.meshes is None:
             continue
         # Every token weighs the same, in whichever micro-batch it lies: one denominator for the whole step.
         part = batch_loss(model, batch.to(device), denominator=labelled)
         loss += part.detach()
         extra = balance.collect(batch.real_tokens / tokens) if balance is not None else None
+        shards.before_pass(last=number == len(batches))
         (part if extra is None else part + extra).backward()
-    mean = loss.item()  # only now, when the device has been given the whole backward pass
+    shards.take_gradients()
+    mean = world.sum(loss).item()  # only now, when the device has been given the whole backward pass
     check_loss(mean, step)
-    grad_norm = clip_gradients(parameters, max_grad_norm, step)
+    grad_norm = clip_gradients(
+        shards.parameters, max_grad_norm, step, total=shards.sum_of_parts, replicated=shards.replicated
+    )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(mean, grad_norm, tokens, labelled, balance.end_step() if balance is not None else {})
@@ -97,31 +103,32 @@ class Loop:
     """Everything that the steps of a run work with. `run` is the loop itself."""
 
     settings: TrainConfig
-    model: CausalLM
-    parameters: Parameters
+    shards: Shards
     optimizer: Optimizer
     batches: StepBatches
     held_out: EvalBatches | None
     total_steps: int
     device: torch.device
-    metrics: MetricsLog
+    metrics: MetricsLog | None  # of the first process
     report: Report
     stop: StopOnSignal
     save: Callable[[], None]  # writes a checkpoint of all this
     last_checkpoint: Callable[[], str]  # for messages
     progress: Progress = field(default_factory=Progress)
+    world: World = ALONE
 
     def run(self) -> bool:
         """Train to the last step and evaluate; False when a signal asked to stop. Either way everything is saved."""
         progress, saved = self.progress, self.progress.step if self.progress.step else None
         window = _Window()
-        self.model.train()
-        self.model.activation_checkpointing = self.settings.activation_checkpointing
+        model = self.shards.model
+        model.train()
+        model.activation_checkpointing = self.settings.activation_checkpointing
         while progress.step < self.total_steps:
             # Evaluating before a step rather than after one makes a resumed run catch up on what a kill cut off.
             if self._evaluation_due():
                 self._evaluate()
-            if self.stop.requested:
+            if self._stopping():
                 break
             result, rate = self._step(window)
             self._log(result, rate, window)
@@ -130,10 +137,14 @@ class Loop:
                 saved = progress.step
         if saved != progress.step:
             self._save()
-        if progress.step == self.total_steps and not self.stop.requested:
+        if progress.step == self.total_steps and not self._stopping():
             self._evaluate()
         self.report.end_progress()
-        return progress.step == self.total_steps and not self.stop.requested
+        return progress.step == self.total_steps and not self._stopping()
+
+    def _stopping(self) -> bool:
+        """Whether a signal has reached any of the processes: they stop after the same step."""
+        return bool(self.world.max(torch.tensor([int(self.stop.requested)])))
 
     def _step(self, window: _Window) -> tuple[StepResult, float]:
         settings, progress, started = self.settings, self.progress, time.perf_counter()
@@ -142,13 +153,13 @@ class Loop:
         set_learning_rate(self.optimizer, rate)
         try:
             result = training_step(
-                self.model,
-                self.parameters,
+                self.shards,
                 self.optimizer,
                 next(self.batches),
                 step=progress.step + 1,
                 max_grad_norm=settings.max_grad_norm,
                 device=self.device,
+                world=self.world,
             )
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}\n{self.last_checkpoint()}") from error
@@ -157,7 +168,9 @@ class Loop:
         progress.tokens += result.tokens
         progress.labelled_tokens += result.labelled
         progress.seconds += seconds
-        progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes(self.device))
+        # Of the process that needed most.
+        peak = int(self.world.max(torch.tensor([peak_memory_bytes(self.device)])))
+        progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)
         window.add(result.tokens, seconds)
         return result, rate
 
@@ -165,7 +178,7 @@ class Loop:
         progress = self.progress
         due = progress.step % self.settings.log_every == 0 or progress.step == self.total_steps
         tokens_per_second = window.tokens_per_second
-        if due:
+        if due and self.metrics is not None:
             self.metrics.write(
                 {
                     "kind": "train",
@@ -195,14 +208,16 @@ class Loop:
             window.start_line()
 
     def _save(self) -> None:
-        norms = torch.stack([parameter.detach().norm(dtype=torch.float32) for _, parameter in self.parameters])
-        if not bool(norms.isfinite().all()):
-            first = self.parameters[norms.isfinite().tolist().index(False)][0]
+        parameters = self.shards.parameters
+        norms = torch.stack([parameter.detach().norm(dtype=torch.float32) for _, parameter in parameters])
+        broken = self.world.max((~norms.isfinite()).to("cpu", torch.int64)).tolist()
+        if any(broken):
             raise NonFiniteError(
-                f"after step {self.progress.step} {first} is not finite, so that no checkpoint is written.\n"
-                f"Lower train.learning_rate or lengthen train.warmup_ratio.\n{self.last_checkpoint()}"
+                f"after step {self.progress.step} {parameters[broken.index(1)][0]} is not finite, so that no checkpoint"
+                " is written.\nLower train.learning_rate or lengthen train.warmup_ratio.\n" + self.last_checkpoint()
             )
-        self.metrics.sync()
+        if self.metrics is not None:
+            self.metrics.sync()
         self.save()
 
     def _evaluation_due(self) -> bool:
@@ -211,22 +226,30 @@ class Loop:
 
     def _evaluate(self) -> None:
         step = self.progress.step
-        if self.held_out is None or self.metrics.evaluated(step):
+        if self.held_out is None or self._evaluated(step):
             return
         self.report.end_progress()
         count, started = len(self.held_out), time.perf_counter()
         loss = held_out_loss(
-            self.model,
+            self.shards.model,
             self.held_out,
             self.device,
             stop=lambda: self.stop.requested,
             progress=lambda done: self.report.progress(f"evaluating  {done}/{count} batches", keep=False),
+            world=self.world,
         )
+        self.shards.reshard()
         if loss is not None:
             seconds = round(time.perf_counter() - started, 3)
-            self.metrics.write({"kind": "eval", "step": step, "loss": loss, "seconds": seconds})
+            if self.metrics is not None:
+                self.metrics.write({"kind": "eval", "step": step, "loss": loss, "seconds": seconds})
             self.report.progress(f"held-out loss {loss:.4f} after step {step}", keep=True)
         self.report.end_progress()
+
+    def _evaluated(self, step: int) -> bool:
+        """Whether the held-out loss after `step` is already on record; the first process knows."""
+        known = self.metrics is not None and self.metrics.evaluated(step)
+        return bool(self.world.max(torch.tensor([int(known)])))
 
 
 class _Window:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.adapter import load_adapter
+from models.adapter import load_adapter, read_adapter_weights
 from models.balance import AuxiliaryLoss, BiasUpdate
 from models.configjson import number, text_section
 from models.decoder import CausalLM
 from models.hub import HubCheckpoint
-from models.load import ModelFolder, load_model
-from models.lora import add_lora, trainable_parameters
+from models.load import ModelFolder, load_model, prepare_model
+from models.lora import add_lora, initialise_lora
 from models.native import NativeCheckpoint, describe, dtype_name
+from models.progress import Bar
 from models.registry import architecture_for
 from models.router import Router, SigmoidRouter
 from models.targets import AdapterSpec
+from parallel.load import fill_parts
+from parallel.mesh import Meshes, MeshSizes
+from parallel.plan import cuts
+from parallel.shards import Shards
 from quant.errors import NibbleError
 from quant.storage import StorageSpec
 from train.config import Config
@@ -28,10 +34,11 @@ _BALANCE_RATE = 1e-3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def check_model(config: Config, source: ModelFolder, device: torch.device) -> None:
+def check_model(config: Config, source: ModelFolder, device: torch.device, sizes: MeshSizes | None = None) -> None:
     """Find what the config asks of a model that it can't give, from config.json and an adapter's files alone.
 
-    Goes through the same steps as `load_trainable_model`, on a model without weights. Raises NibbleError.
+    Goes through the same steps as `load_trainable_model`, on a model without weights; sizes: of the meshes over which
+    the model will be cut, if it will be. Raises NibbleError.
     """
     require_device(config.train.optimizer, device)
     spec, dtype = _storage(config)
@@ -43,6 +50,8 @@ def check_model(config: Config, source: ModelFolder, device: torch.device) -> No
     model = architecture.build(parsed, spec, dtype, "meta")
     make_trainable(model, config)
     attach_balance(model, config, source)
+    if sizes is not None:
+        cuts(model, sizes)
 
 
 def _check_length(config: Config, source: ModelFolder, where: str) -> None:
@@ -82,20 +91,47 @@ def content_fingerprint(source: ModelFolder) -> str:
     return HubCheckpoint(source.path).fingerprint()
 
 
-def load_trainable_model(config: Config, source: ModelFolder, device: torch.device) -> CausalLM:
-    """The model with what the config trains ready to be trained, and all else frozen."""
-    settings = config.model
-    model = load_model(
-        source.path,
-        storage=settings.storage,
-        dtype=_DTYPES[settings.dtype],
-        device=device,
-        double_quant=settings.double_quant,
-        progress=True,
-    )
-    make_trainable(model, config)
+def load_trainable_model(
+    config: Config, source: ModelFolder, device: torch.device, meshes: Meshes | None = None, *, progress: bool = True
+) -> Shards:
+    """The model with what the config trains ready to be trained, and all else frozen.
+
+    meshes: cut it over these, each process reading its own part; all of them must call this. None: it is whole here.
+    progress: show a bar while weights are read.
+    """
+    settings, dtype = config.model, _DTYPES[config.model.dtype]
+    if meshes is None:
+        model = load_model(
+            source.path, settings.storage, dtype, device, double_quant=settings.double_quant, progress=progress
+        )
+        make_trainable(model, config)
+        shards = Shards(model)
+    else:
+        from parallel.fsdp import materialise, shard
+
+        # Nothing has memory until it is known what this process keeps of it.
+        model, reader = prepare_model(
+            source.path, settings.storage, dtype, device, double_quant=settings.double_quant
+        )
+        model.requires_grad_(False)
+        make_trainable(model, config)
+        parallel = config.parallel
+        shards = shard(
+            model,
+            meshes,
+            reshard_after_forward=parallel.reshard_after_forward,
+            cpu_offload=parallel.cpu_offload,
+        )
+        materialise(shards, device, cpu_offload=parallel.cpu_offload)
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(Bar("loading")) if progress else None
+            fill_parts(shards, reader, bar.update if bar is not None else None)
+        if config.adapter.kind == "lora" and config.adapter.init_from is not None:
+            read_adapter_weights(model, config.adapter.init_from, shards.put)
+        elif config.adapter.kind == "lora":
+            initialise_lora(model, config.train.seed, shards.put)
     attach_balance(model, config, source)
-    return model
+    return shards
 
 
 def make_trainable(model: CausalLM, config: Config) -> None:
@@ -121,9 +157,12 @@ def make_trainable(model: CausalLM, config: Config) -> None:
         add_lora(model, spec, config.train.seed)
 
 
-def trained_tensors(model: CausalLM) -> dict[str, Tensor]:
-    """All that a training step changes in `model`, by name: trained parameters, and the biases that balance routers."""
-    return {**dict(trainable_parameters(model)), **(model.balance.buffers() if model.balance is not None else {})}
+def trained_tensors(shards: Shards) -> dict[str, Tensor]:
+    """All that a training step changes, by name: trained parameters, as far as this process holds them, and the biases
+    that balance routers.
+    """
+    balance = shards.model.balance
+    return {**dict(shards.parameters), **(balance.buffers() if balance is not None else {})}
 
 
 def attach_balance(model: CausalLM, config: Config, source: ModelFolder) -> None:

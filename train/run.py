@@ -2,7 +2,7 @@
 
 output.dir/
   config.yaml          the config with every key filled in; runs again as it is
-  run.log              what was printed, and tracebacks
+  run.log              what was printed, and tracebacks (of other processes: ranks/rank-1.log …)
   run.json             written when the run has finished: its figures
   metrics.jsonl        a line per logged step and per evaluation; tensorboard/ shows the same
   loss.png             the same as a picture
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -27,24 +28,28 @@ import torch
 from torch.optim import Optimizer
 
 from models.adapter import save_adapter
-from models.decoder import CausalLM
 from models.export import export_hub
 from models.load import ModelFolder, open_folder
-from models.lora import trainable_parameters
 from models.tensorfile import disk_error, write_atomically
 from parallel.device import choose_device
+from parallel.mesh import Meshes, MeshSizes, make_meshes, mesh_sizes
+from parallel.shards import Shards
+from parallel.texts import gather_texts
+from parallel.watch import Watch
+from parallel.world import ALONE, World, process_group
 from quant.errors import NibbleError
-from train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
+from train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from train.config import Config, dump_config
 from train.data import Data, load_data
 from train.fingerprint import resume_fingerprint, run_identity
 from train.loop import Loop, Progress
 from train.metrics import MetricsLog, read_metrics
 from train.model import check_model, content_fingerprint, load_trainable_model, trained_tensors
-from train.optim import build_optimizer, load_optimizer_state, optimizer_state
+from train.optim import build_optimizer, optimizer_state
 from train.overview import data_text, model_text, plan_text, summary_text
 from train.plots import loss_curve
-from train.report import Report
+from train.report import Report, log_path
+from train.saver import CheckpointSaver
 from train.signals import StopOnSignal
 
 
@@ -65,44 +70,103 @@ class RunFolder:
         self.model = path / "model"
 
 
-def run(config: Config, config_path: Path | None = None) -> int:
+def run(config: Config, config_path: Path | None = None, watch: Watch | None = None) -> int:
     """Do what `config` says; returns the exit code, 0. Raises NibbleError for what the user can mend.
 
-    `config_path` is the file that it was read from, for messages.
+    `config_path` is the file that it was read from, for messages. `watch`: over the other processes, on several: all of
+    them call this with the same config.
     """
-    folder = RunFolder(Path(config.output.dir))
-    with _sole_run_in(folder.path), Report(folder.log) as report, _explained_errors(folder.path):
-        device = choose_device(config.train.device)
-        checkpoint = find_checkpoint(config, folder, report)
-        if (result := finished_result(config, folder, checkpoint)) is not None:
+    watch = watch or Watch.alone()
+    world, folder = watch.world, RunFolder(Path(config.output.dir))
+    watch.lost_after = config.parallel.lost_after
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_sole_run_in(folder.path) if world.first else contextlib.nullcontext())
+        report = stack.enter_context(Report(log_path(folder.path, world.rank), quiet=not world.first))
+        stack.enter_context(_explained_errors(folder.path))
+        watch.log, watch.hint = report.log, lambda: _last_checkpoint(folder)
+        device = choose_device(config.train.device, world.local_rank if world.size > 1 else None)
+        parallel, sizes, meshes = config.parallel, None, None
+        wanted = mesh_sizes(world, parallel.shard, parallel.expert, parallel.replicate)
+        # One process alone holds the whole model, without ado, unless the model is to be in host memory.
+        if world.size > 1 or parallel.cpu_offload:
+            stack.enter_context(process_group(world, device, watch.store))
+            stack.enter_context(watch.errors())
+            sizes, meshes = wanted, make_meshes(wanted, device)
+        return _run(config, folder, report, device, world, sizes, meshes)
+
+
+def _run(
+    config: Config,
+    folder: RunFolder,
+    report: Report,
+    device: torch.device,
+    world: World,
+    sizes: MeshSizes | None,
+    meshes: Meshes | None,
+) -> int:
+    checkpoint = find_checkpoint(config, folder, report, world)
+    result = finished_result(config, folder, checkpoint) if world.first else None
+    if world.max(torch.tensor([int(result is not None)])).item():
+        if result is not None:
             report.result(f"This run finished on {result['finished']}; there is nothing left to do.")
             report.result(summary_text(result, config, folder.path))
-            return 0
-        # What a small file can tell comes before large ones are read: first config.json, then rows, then weights.
-        source = open_folder(config.model.path)
-        check_model(config, source, device)
-        base = {"name": source.name, "fingerprint": content_fingerprint(source)}
-        require_same_base(checkpoint, base, config)
+        return 0
+    # What a small file can tell comes before large ones are read: first config.json, then rows, then weights.
+    if world.local_rank == 0:
+        open_folder(config.model.path)  # a hub id is fetched here, once on each machine
+    world.wait()
+    source = open_folder(config.model.path)
+    check_model(config, source, device, sizes)
+    base = {"name": source.name, "fingerprint": content_fingerprint(source)}
+    require_same_everywhere(base["fingerprint"], config)
+    require_same_base(checkpoint, base, config)
 
-        torch.manual_seed(config.train.seed)
-        started = datetime.fromisoformat(checkpoint.state["started"]) if checkpoint else datetime.now()
-        data = load_data(config, source.path, folder.skipped_rows, report, now=started)
-        total_steps = config.train.max_steps or config.train.epochs * data.train.steps_per_epoch
-        restore_data(checkpoint, data, total_steps)
+    torch.manual_seed(config.train.seed)
+    started = datetime.fromisoformat(checkpoint.state["started"]) if checkpoint else datetime.now()
+    data = load_data(config, source.path, folder.skipped_rows, report, now=started, world=world)
+    total_steps = config.train.max_steps or config.train.epochs * data.train.steps_per_epoch
+    restore_data(checkpoint, data, total_steps)
+    if world.first:
         folder.finished.unlink(missing_ok=True)
         write_atomically(folder.config, dump_config(config).encode())
-        model = load_trainable_model(config, source, device)
-        parameters = trainable_parameters(model)
+    shards = load_trainable_model(config, source, device, meshes, progress=world.first)
+    model = shards.model
+    if model.balance is not None:
+        model.balance.reduce = world.sum
 
-        report.result(model_text(model, source.name, source.path, device))
+    if world.first:
+        report.result(model_text(model, source.name, source.path, device, sizes, world.machines))
         report.result(data_text(data, config, folder.skipped_rows))
-        report.result(plan_text(model, data, config, total_steps))
+        report.result(plan_text(model, data, config, total_steps, sizes))
 
-        train = config.train
-        optimizer = build_optimizer(
-            train.optimizer, parameters, train.learning_rate, train.betas, train.eps, train.weight_decay
+    train = config.train
+    optimizer = build_optimizer(
+        train.optimizer,
+        shards.parameters,
+        train.learning_rate,
+        train.betas,
+        train.eps,
+        train.weight_decay,
+        sizes={name: math.prod(part.shape) for name, part in shards.parts.items()},
+    )
+    progress = restore(checkpoint, folder, shards, optimizer, total_steps, report)
+
+    def draw() -> None:
+        if world.first:
+            loss_curve(read_metrics(folder.metrics), folder.plot, folder.path.name)
+
+    tensorboard = folder.tensorboard if train.tensorboard else None
+    resume_step = checkpoint.step if checkpoint else None
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopOnSignal())
+        metrics = None
+        if world.first:
+            metrics = stack.enter_context(MetricsLog(folder.metrics, tensorboard, resume_step))
+        saver = stack.enter_context(
+            CheckpointSaver(
+                folder.checkpoints, train.keep_checkpoints, report.note, world=world, asynchronous=train.save_async
+            )
         )
-        progress = restore(checkpoint, folder, model, optimizer, total_steps, report)
 
         def save() -> None:
             state = {
@@ -113,58 +177,55 @@ def run(config: Config, config_path: Path | None = None) -> int:
                 "batches": data.train.state(),
                 "held_out": data.held_out.fingerprint() if data.held_out is not None else None,
             }
-            kept, saved = train.keep_checkpoints, optimizer_state(optimizer)
-            tensors = trained_tensors(model)
-            save_checkpoint(folder.checkpoints, progress.step, tensors, saved, state, kept, report.note)
+            saved = optimizer_state(optimizer, shards.parts)
+            saver.save(progress.step, trained_tensors(shards), saved, state, shards.parts)
 
-        def draw() -> None:
-            loss_curve(read_metrics(folder.metrics), folder.plot, folder.path.name)
-
-        tensorboard = folder.tensorboard if train.tensorboard else None
-        resume_step = checkpoint.step if checkpoint else None
-        with StopOnSignal() as stop, MetricsLog(folder.metrics, tensorboard, resume_step) as metrics:
-            loop = Loop(
-                settings=train,
-                model=model,
-                parameters=parameters,
-                optimizer=optimizer,
-                batches=data.train,
-                held_out=data.held_out,
-                total_steps=total_steps,
-                device=device,
-                metrics=metrics,
-                report=report,
-                stop=stop,
-                save=save,
-                last_checkpoint=lambda: _last_checkpoint(folder),
-                progress=progress,
-            )
-            try:
-                complete = loop.run()
-            except NibbleError:
-                with contextlib.suppress(NibbleError):  # of a full disk, which is then what is being raised
-                    draw()  # where a loss went wrong is a thing to see
-                raise
-            draw()
-            if not complete:
-                report.result(stopped_text(stop.name, progress, total_steps, config, folder))
-                return 0
-            saved = save_result(config, model, source, folder)
+        loop = Loop(
+            settings=train,
+            shards=shards,
+            optimizer=optimizer,
+            batches=data.train,
+            held_out=data.held_out,
+            total_steps=total_steps,
+            device=device,
+            metrics=metrics,
+            report=report,
+            stop=stop,
+            save=save,
+            last_checkpoint=lambda: _last_checkpoint(folder),
+            progress=progress,
+            world=world,
+        )
+        try:
+            complete = loop.run()
+            saver.wait()
+        except NibbleError:
+            with contextlib.suppress(NibbleError):  # of a full disk, which is then what is being raised
+                draw()  # where a loss went wrong is a thing to see
+            raise
+        draw()
+        if not complete:
+            report.result(stopped_text(stop.name, progress, total_steps, config, folder, world))
+            return 0
+        saved = save_result(config, shards, source, folder, world)
+        if world.first:
             result = write_result(config, folder, progress, saved, device)
             report.result(summary_text(result, config, folder.path))
-        return 0
+    return 0
 
 
 # --- what is there already
 
 
-def find_checkpoint(config: Config, folder: RunFolder, report: Report) -> Checkpoint | None:
+def find_checkpoint(
+    config: Config, folder: RunFolder, report: Report, world: World = ALONE
+) -> Checkpoint | None:
     """The checkpoint that `train.resume` says to go on from. Raises NibbleError rather than overwrite another run's."""
     wanted, here = config.train.resume, sorted(folder.checkpoints.glob("step-*"))
     if wanted == "auto":
-        checkpoint = latest_checkpoint(folder.checkpoints, report.note)
+        checkpoint = latest_checkpoint(folder.checkpoints, report.note, world)
     else:
-        checkpoint = None if wanted == "never" else read_checkpoint(Path(wanted))
+        checkpoint = None if wanted == "never" else read_checkpoint(Path(wanted), world)
         foreign = checkpoint is None or checkpoint.path.resolve().parent != folder.checkpoints.resolve()
         if here and foreign:
             raise NibbleError(
@@ -213,6 +274,17 @@ def _sole_run_in(folder: Path) -> Iterator[None]:
 # --- going on from a checkpoint
 
 
+def require_same_everywhere(fingerprint: str, config: Config) -> None:
+    """Raises NibbleError where a machine has another model under the same name than the others."""
+    found = gather_texts(fingerprint)
+    others = [str(rank) for rank, text in enumerate(found) if text != found[0]]
+    if others:
+        raise NibbleError(
+            f"model.path: {config.model.path} is another model for rank {', '.join(others)} than for rank 0: its "
+            "config.json or weights differ.\nCopy the same folder to every machine, or use one that all of them see."
+        )
+
+
 def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], config: Config) -> None:
     """Raises NibbleError when the checkpoint was trained on another base model, wherever that lay.
 
@@ -251,7 +323,7 @@ def restore_data(checkpoint: Checkpoint | None, data: Data, total_steps: int) ->
 def restore(
     checkpoint: Checkpoint | None,
     folder: RunFolder,
-    model: CausalLM,
+    shards: Shards,
     optimizer: Optimizer,
     total_steps: int,
     report: Report,
@@ -259,8 +331,8 @@ def restore(
     """Put everything back to where the checkpoint was taken, so that the run goes on as if it had not stopped."""
     if checkpoint is None:
         return Progress()
-    checkpoint.load_tensors(trained_tensors(model).items())
-    load_optimizer_state(optimizer, checkpoint.optimizer_state())
+    checkpoint.load_tensors(trained_tensors(shards).items(), shards.parts)
+    checkpoint.load_optimizer(optimizer, shards.parts)
     checkpoint.restore_rng()
     elsewhere = checkpoint.path.parent.parent / folder.metrics.name
     if not folder.metrics.exists() and elsewhere.exists():
@@ -272,12 +344,17 @@ def restore(
 # --- the end
 
 
-def save_result(config: Config, model: CausalLM, source: ModelFolder, folder: RunFolder) -> Path:
+def save_result(config: Config, shards: Shards, source: ModelFolder, folder: RunFolder, world: World) -> Path:
     """Write the adapter in PEFT's format, or the whole model in the hub's; returns its folder."""
+    shards.reshard()
+    model, whole, writes = shards.model, shards.whole, world.first
     if config.adapter.kind == "none":
-        return export_hub(model, folder.model, source.path, overwrite=True)
-    save_adapter(model, folder.adapter, source.name)
-    return folder.adapter
+        saved = export_hub(model, folder.model, source.path, overwrite=True, whole=whole, writes=writes)
+    else:
+        save_adapter(model, folder.adapter, source.name, whole=whole, writes=writes)
+        saved = folder.adapter
+    world.wait()
+    return saved
 
 
 def write_result(
@@ -302,11 +379,15 @@ def write_result(
     return result
 
 
-def stopped_text(signal_name: str, progress: Progress, total_steps: int, config: Config, folder: RunFolder) -> str:
+def stopped_text(
+    signal_name: str, progress: Progress, total_steps: int, config: Config, folder: RunFolder, world: World
+) -> str:
     resume = "" if config.train.resume == "auto" else " --set train.resume=auto"
+    by = f"by {signal_name}" if signal_name else "by a signal to another process"
+    command = "python -m train" if world.size == 1 else "torchrun … -m train"
     return (
-        f"\nstopped   by {signal_name} after step {progress.step} of {total_steps}; saved in {folder.checkpoints}\n"
-        f"resume    python -m train --config {folder.config}{resume}"
+        f"\nstopped   {by} after step {progress.step} of {total_steps}; saved in {folder.checkpoints}\n"
+        f"resume    {command} --config {folder.config}{resume}"
     )
 
 

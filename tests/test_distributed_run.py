@@ -1,0 +1,85 @@
+"""`torchrun -m train` does what `python -m train` does, and takes up what another number of processes has left."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.run_helpers import World, curve, in_processes, losses, make_world, settings
+from train.__main__ import main
+
+# Extending a run leaves its checkpoints valid only where the schedule doesn't know the end.
+STEADY = {"train__schedule": "constant", "train__warmup_ratio": 0, "train__gradient_accumulation": 2, "train__eps": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def alone(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, undisturbed."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert main(settings(world, out, **STEADY, train__max_steps=6, train__eval_every=3)) == 0
+    return out
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def worst(out: Path, other: Path) -> float:
+    """The largest relative difference between two runs: of a loss, or of a tensor of the adapters."""
+    ours, theirs = curve(out), curve(other)
+    assert [record[:2] for record in ours] == [record[:2] for record in theirs]
+    found = [abs(a[2] - b[2]) / b[2] for a, b in zip(ours, theirs, strict=True)]
+    first, second = adapter(out), adapter(other)
+    assert first.keys() == second.keys()
+    found += [float((first[name] - second[name]).abs().max() / second[name].abs().max()) for name in first]
+    return max(found)
+
+
+@pytest.fixture(scope="module")
+def half(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The first three steps on four processes, two of which own the experts of each copy of the model."""
+    out = tmp_path_factory.mktemp("half") / "out"
+    changes = {**STEADY, "train__eval_every": 3, "parallel__expert": 2, "train__save_async": True}
+    done = in_processes(settings(world, out, **changes, train__max_steps=3), 4)
+    assert done.returncode == 0, done.stderr
+    assert "processes 4 = 1 replicate × 2 expert × 2 shard" in done.stdout
+    assert (out / "adapter" / "adapter_config.json").is_file()
+    return out, changes
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_goes_on_with_another_number_of_processes(
+    world: World, alone: Path, half: tuple[Path, dict[str, Any]], tmp_path: Path, processes: int
+) -> None:
+    shutil.copytree(half[0], tmp_path / "out")
+    changes = {**STEADY, "train__eval_every": 3, "train__max_steps": 6}
+    arguments = settings(world, tmp_path / "out", **changes)
+    if processes == 1:
+        assert main(arguments) == 0
+    else:
+        done = in_processes(arguments, processes)
+        assert done.returncode == 0, done.stderr
+    resumed = losses(tmp_path / "out", "train")[3:]
+    undisturbed = losses(alone, "train")[3:]
+    assert max(abs(a - b) / b for a, b in zip(resumed, undisturbed, strict=True)) < 1e-6
+    assert worst(tmp_path / "out", alone) < 1e-5
+
+
+def test_what_one_process_has_left_goes_on_with_two(world: World, alone: Path, tmp_path: Path) -> None:
+    changes = {**STEADY, "train__eval_every": 3}
+    assert main(settings(world, tmp_path / "out", **changes, train__max_steps=3)) == 0
+    done = in_processes(settings(world, tmp_path / "out", **changes, train__max_steps=6), 2)
+    assert done.returncode == 0, done.stderr
+    assert worst(tmp_path / "out", alone) < 1e-5
+    again = in_processes(settings(world, tmp_path / "out", **changes, train__max_steps=6), 2)
+    assert again.returncode == 0 and "nothing left to do" in again.stdout
