@@ -1,4 +1,4 @@
-"""Safetensors files: the header without the data, and a writer that takes a tensor in pieces.
+"""Safetensors files: the header without the data, tensors as views of a mapped file, and a writer in pieces.
 
 The safetensors library writes a file from whole tensors in memory; here a stack of experts is written one expert at
 a time, at its place in the file, so the largest thing in memory is one matrix.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from quant.errors import NibbleError
@@ -41,6 +42,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PARTIAL = ".partial"  # what is being written; renamed when it is whole
 
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
+# What is read of a mapped file counts as memory of this process until it is unmapped. Mapping it anew takes about 1 ms.
+MAPPED_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,33 @@ def sha256_file(path: Path) -> str:
 
 def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
+
+
+class MappedFolder:
+    """The files of a folder, of which one is mapped at a time, and not for longer than it takes to read `MAPPED_BYTES`.
+
+    A tensor that is handed out keeps its own mapping for as long as it lives.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._name: str | None = None
+        self._file: Any = None
+        self._read = 0
+
+    def file(self, name: str, nbytes: int) -> Any:
+        """The file (safetensors' safe_open), of which the caller reads `nbytes` now."""
+        if self._name != name or self._read >= MAPPED_BYTES:
+            self.close()
+            self._file = safe_open(self._folder / name, framework="pt")
+            self._name = name
+        self._read += nbytes
+        return self._file
+
+    def close(self) -> None:
+        """Unmap the file. Reading maps it again."""
+        self._name = self._file = None
+        self._read = 0
 
 
 class TensorWriter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
+
+
+class Cut(Protocol):
+    """Indices start .. stop along `dim` of a tensor of `shape`: a Part, or what is cut like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ def damage(path: Path, how: str) -> None:
         (path / "manifest.json").write_text('{"format": 1, "files": {}}')
     else:
         manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def damage(path: Path, how: str) -> None:
         ("missing manifest", "manifest.json is missing"),
         ("broken manifest", "manifest.json can't be read"),
         ("other manifest", "manifest.json can't be read"),
-        ("other format", "it has format 2, this version of nibble reads 1"),
+        ("other format", "it has format 3, this version of nibble reads 1 and 2"),
     ],
 )
 def test_damaged_checkpoint(tmp_path: Path, how: str, problem: str) -> None:

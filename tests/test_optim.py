@@ -175,6 +175,59 @@ def test_norm_of_bfloat16_gradients_is_float32() -> None:
     assert clip_gradients(parameters.items(), None, 1) == pytest.approx(float(everything.norm()), rel=1e-6)
 
 
+def test_one_norm_of_parts_on_two_processes() -> None:
+    whole = make_parameters()
+    set_gradients(whole, 0)
+    parts: list[dict[str, nn.Parameter]] = [{}, {}]
+    for name, parameter in whole.items():
+        # One tensor is whole on both; small.A lies on the first alone, and the second has no gradient for it.
+        cut = 8 if name == "small.A" else 2
+        gradient = parameter.grad
+        assert gradient is not None
+        for i, part in enumerate(parts):
+            piece = slice(None) if name == "matrix.A" else slice(0, cut) if i == 0 else slice(cut, None)
+            part[name] = nn.Parameter(parameter.detach()[piece])
+            part[name].grad = None if part[name].numel() == 0 else gradient[piece].clone()
+
+    squares: list[Tensor] = []
+    for part in parts:  # what each would send
+
+        def send(values: Tensor) -> Tensor:
+            squares.append(values)
+            return values
+
+        clip_gradients(part.items(), None, 1, total=send, replicated={"matrix.A"})
+    expected = clip_gradients(whole.items(), 1.0, 1)
+    for part in parts:
+        norm = clip_gradients(part.items(), 1.0, 1, total=lambda _: squares[0] + squares[1], replicated={"matrix.A"})
+        assert norm == pytest.approx(expected, rel=1e-6)
+    for name, parameter in whole.items():
+        pieces = [gradient for part in parts if (gradient := part[name].grad) is not None]
+        together = pieces[0] if name == "matrix.A" else torch.cat(pieces)
+        torch.testing.assert_close(together, parameter.grad, rtol=1e-6, atol=0)
+
+
+def test_a_process_that_holds_nothing() -> None:
+    for name in ("adamw", "adamw_8bit"):
+        empty = {"stack.A": nn.Parameter(torch.zeros(0, 100))}
+        optimizer = build_optimizer(name, empty.items(), 0.01, sizes={"stack.A": 10_000})
+        empty["stack.A"].grad = torch.zeros(0, 100)
+        assert clip_gradients(empty.items(), 1.0, 1, total=lambda squares: squares + 9.0) == 3.0
+        optimizer.step()
+        saved = optimizer_state(optimizer)
+        assert saved.tensors == {}
+        load_optimizer_state(optimizer, saved)
+
+
+def test_settings_of_one_optimiser_are_not_those_of_another() -> None:
+    parameter = nn.Parameter(torch.zeros(1000))
+    for sizes, dtype in (({"a": 5000}, torch.uint8), (None, torch.float32), ({"a": 1000}, torch.float32)):
+        optimizer = build_optimizer("adamw_8bit", [("a", parameter)], 0.01, sizes=sizes)
+        parameter.grad = torch.ones(1000)
+        optimizer.step()
+        assert optimizer_state(optimizer).tensors["state1.a"].dtype == dtype
+
+
 def test_no_gradients_have_norm_zero() -> None:
     assert clip_gradients(make_parameters().items(), 1.0, 1) == 0.0
 

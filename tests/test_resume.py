@@ -39,10 +39,10 @@ def uninterrupted(world: World, tmp_path_factory: pytest.TempPathFactory, reques
 
 WRAP_STEP = """
 original = train.loop.clip_gradients
-def meddled(parameters, max_norm, step):
+def meddled(parameters, max_norm, step, **more):
     if step == {step}:
         {action}
-    return original(parameters, max_norm, step)
+    return original(parameters, max_norm, step, **more)
 train.loop.clip_gradients = meddled
 """
 

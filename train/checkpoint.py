@@ -6,31 +6,32 @@
       state.json              step, the run's own state, the optimiser's values, random number generators
       manifest.json           size and SHA-256 of the files above
 
+Several processes write folders weights/ and optimizer/ instead of the first two, each process its parts into files of
+its own (parallel/checkpoint.py). Any number of processes reads either.
+
 A checkpoint is written to .partial-step-000123, flushed to the disk and renamed, so that a folder named step-… is
-complete whenever the process or the machine dies. Older ones are deleted only after that.
+complete whenever a process or a machine dies. Older ones are deleted only after that.
 """
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import json
-import random
-import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from models.tensorfile import (
     DTYPE_NAMES,
+    DTYPES,
     TensorWriter,
     disk_error,
     read_header,
@@ -38,16 +39,34 @@ from models.tensorfile import (
     sync_folder,
     write_atomically,
 )
+from parallel.parts import Cut, Part
+from parallel.texts import gather_texts
+from parallel.world import World
 from quant.errors import NibbleError
+from train.checkpoint_folder import (
+    ALONE,
+    MANIFEST,
+    OPTIMIZER,
+    OPTIMIZER_FOLDER,
+    PARTIAL,
+    REPLACED,
+    SHARED,
+    STATE,
+    WEIGHTS,
+    WEIGHTS_FOLDER,
+    folders,
+    is_name,
+    problem,
+    prune,
+    recover,
+    tidy,
+)
 from train.fingerprint import resume_differences
-from train.optim import OptimizerState
+from train.optim import OptimizerState, empty_state, load_optimizer_state
+from train.rng import restore_rng, rng_state
 
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-FORMAT = 1
+# parallel.checkpoint is imported where it is used: torch's distributed checkpoint takes a second to import.
 
-_NAME = re.compile(r"step-(\d{6,})")
-# Folders on their way in or out. A replaced one comes back when the process died before its successor was in place.
-_PARTIAL, _REPLACED, _DELETED = ".partial-", ".replaced-", ".deleted-"
 _START_ANEW = "start anew in another output.dir"
 
 
@@ -55,11 +74,36 @@ class UnusableCheckpointError(NibbleError):
     """A checkpoint that isn't what was written, or in a format that this version doesn't know."""
 
 
-def _to_stderr(message: str) -> None:
+def to_stderr(message: str) -> None:
     print(message, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is written from. The tensors are this process's; `cuts` says which of them are parts."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    cuts: Mapping[str, Cut]  # of the weights
+    optimizer_cuts: Mapping[str, Cut]
+    text: bytes  # state.json
+
+
+def take_snapshot(
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: OptimizerState,
+    state: dict[str, Any],
+    parts: Mapping[str, Part] | None = None,
+) -> Snapshot:
+    """The state of this moment, with the random number generators; the tensors are not copied."""
+    values = {"step": step, "run": state, "optimizer": optimizer.values, "rng": rng_state()}
+    text = json.dumps(values, indent=1).encode()
+    return Snapshot(step, tensors, optimizer.tensors, parts or {}, optimizer.cuts, text)
 
 
 def save_checkpoint(
@@ -69,7 +113,11 @@ def save_checkpoint(
     optimizer: OptimizerState,
     state: dict[str, Any],
     keep: int,
-    report: Callable[[str], None] = _to_stderr,
+    report: Callable[[str], None] = to_stderr,
+    *,
+    world: World | None = None,
+    parts: Mapping[str, Part] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write the checkpoint of `step` into `directory` and delete all but the newest `keep`; returns its folder.
 
@@ -78,35 +126,92 @@ def save_checkpoint(
     compares. The random number generators are saved too. Checkpoints of later steps, left by a run that was taken up
     again from an earlier one, are deleted. `report` is told of old checkpoints that couldn't be deleted.
 
-    Raises NibbleError naming the path when the disk is full or not writable; earlier checkpoints are then as before.
+    On several processes all call it, for a directory that all of them see. `tensors` are then what each holds: of
+    those named in `parts` a part, of the others the whole. All else is saved as the first process has it.
+
+    Raises NibbleError naming the path when the disk is full or not writable, on all processes when on one; earlier
+    checkpoints are then as before.
     """
+    snapshot = take_snapshot(step, tensors, optimizer, state, parts)
+    return write_snapshot(directory, snapshot, keep, report, world or World(), group)
+
+
+def write_snapshot(
+    directory: Path,
+    snapshot: Snapshot,
+    keep: int,
+    report: Callable[[str], None],
+    world: World,
+    group: dist.ProcessGroup | None,
+) -> Path:
+    """`save_checkpoint` of a state that was taken before."""
     directory = Path(directory)
-    final = directory / f"step-{step:06d}"
-    partial = directory / f"{_PARTIAL}{final.name}"
-    text = {"step": step, "run": state, "optimizer": optimizer.values, "rng": rng_state()}
+    final = directory / f"step-{snapshot.step:06d}"
+    partial = directory / f"{PARTIAL}{final.name}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _tidy(directory)
-        partial.mkdir()
-        _write_tensors(partial / WEIGHTS, tensors)
-        _write_tensors(partial / OPTIMIZER, optimizer.tensors)
-        write_atomically(partial / STATE, json.dumps(text, indent=1).encode())
-        files = {
-            name: {"size": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
-            for name in (WEIGHTS, OPTIMIZER, STATE)
-        }
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-        if final.exists():
-            final.rename(directory / f"{_REPLACED}{final.name}")
-        partial.rename(final)
-        sync_folder(directory)
-    except (OSError, NibbleError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        cause = disk_error(error, Path(error.filename or final)) if isinstance(error, OSError) else error
-        raise NibbleError(f"{cause}\n{_what_is_left(directory, step)}") from error
-    _prune(directory, step, keep, report)
+        with _same_error(final, world, group):
+            if world.first:
+                directory.mkdir(parents=True, exist_ok=True)
+                tidy(directory)
+                partial.mkdir()
+        with _same_error(final, world, group):
+            written = _write_alone(partial, snapshot) if world.size == 1 else _write_parts(partial, snapshot, group)
+            entries = json.dumps({str(path.relative_to(partial)): _entry(path) for path in written})
+        everything = _texts(entries, world, group)
+        with _same_error(final, world, group):
+            if world.first:
+                write_atomically(partial / STATE, snapshot.text)
+                files = {name: entry for text in everything for name, entry in json.loads(text).items()}
+                files[STATE] = _entry(partial / STATE)
+                version = ALONE if world.size == 1 else SHARED
+                manifest = {"format": version, "step": snapshot.step, "files": files}
+                write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+                if final.exists():
+                    final.rename(directory / f"{REPLACED}{final.name}")
+                partial.rename(final)
+                sync_folder(directory)
+    except NibbleError as error:
+        if world.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise NibbleError(f"{error}\n{_what_is_left(directory, snapshot.step)}") from error
+    if world.first:
+        prune(directory, snapshot.step, keep, report)
     return final
+
+
+@contextlib.contextmanager
+def _same_error(path: Path, world: World, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """A NibbleError, or an OSError concerning `path`, in here on one process is a NibbleError on all of them."""
+    message, cause = "", None
+    try:
+        yield
+    except (OSError, NibbleError) as error:
+        cause = error
+        message = str(disk_error(error, Path(error.filename or path)) if isinstance(error, OSError) else error)
+    for said in _texts(message, world, group):
+        if said:
+            raise NibbleError(said) from cause
+
+
+def _texts(text: str, world: World, group: dist.ProcessGroup | None = None) -> list[str]:
+    return [text] if world.size == 1 else gather_texts(text, group)
+
+
+def _write_alone(partial: Path, snapshot: Snapshot) -> list[Path]:
+    _write_tensors(partial / WEIGHTS, snapshot.weights)
+    _write_tensors(partial / OPTIMIZER, snapshot.optimizer)
+    return [partial / WEIGHTS, partial / OPTIMIZER]
+
+
+def _write_parts(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> list[Path]:
+    from parallel.checkpoint import save_parts
+
+    weights, optimizer = partial / WEIGHTS_FOLDER, partial / OPTIMIZER_FOLDER
+    written = save_parts(weights, snapshot.weights, snapshot.cuts, group)
+    written += save_parts(optimizer, snapshot.optimizer, snapshot.optimizer_cuts, group)
+    for folder in (weights, optimizer, partial):
+        sync_folder(folder)
+    return written
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -120,57 +225,17 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise
 
 
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
 def _what_is_left(directory: Path, step: int) -> str:
     try:
-        earlier = _folders(directory)
+        earlier = folders(directory)
     except OSError:  # the folder itself may be what can't be read
         earlier = []
     kept = f"{earlier[0]} is as it was" if earlier else "there is no earlier one"
     return f"The checkpoint of step {step} was not written; {kept}."
-
-
-def _folders(directory: Path) -> list[Path]:
-    """The checkpoints in `directory`, newest first."""
-    found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _recover(directory: Path) -> None:
-    """Put back a checkpoint that was moved aside for a successor that never came."""
-    for path in directory.glob(f"{_REPLACED}*"):
-        final = directory / path.name.removeprefix(_REPLACED)
-        if not final.exists():
-            path.rename(final)
-
-
-def _tidy(directory: Path) -> None:
-    _recover(directory)
-    for prefix in (_PARTIAL, _REPLACED, _DELETED):
-        for path in directory.glob(f"{prefix}*"):
-            shutil.rmtree(path)
-
-
-def _prune(directory: Path, newest: int, keep: int, report: Callable[[str], None]) -> None:
-    kept = 0
-    for path in _folders(directory):
-        # Of earlier ones only the complete count: the promise is to have `keep` to go back to.
-        if _step_of(path) == newest or (
-            _step_of(path) < newest and kept < keep and _problem(path, hashes=False) is None
-        ):
-            kept += 1
-            continue
-        try:
-            # Under another name first, so that no half-deleted checkpoint looks like one.
-            path.rename(directory / f"{_DELETED}{path.name}")
-        except OSError as error:
-            report(f"{path}: this old checkpoint can't be deleted ({error.strerror}).")
-    for prefix in (_REPLACED, _DELETED):
-        for path in directory.glob(f"{prefix}*"):
-            shutil.rmtree(path, ignore_errors=True)  # what stays is tried again at the next save
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -185,14 +250,20 @@ class Checkpoint:
     state: dict[str, Any]
     optimizer_values: dict[str, Any]
     rng: dict[str, Any]
+    format: int = ALONE
 
-    def load_tensors(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def load_tensors(
+        self, named_tensors: Iterable[tuple[str, Tensor]], parts: Mapping[str, Part] | None = None
+    ) -> None:
         """Copy the saved tensors into the trained ones of the same names, one at a time.
 
+        Those named in `parts` are a part of the saved one. Each process reads what it holds, and waits for no other.
         Raises NibbleError, before anything is copied, when names, shapes or dtypes differ.
         """
-        tensors = dict(named_tensors)
-        saved = read_header(self.path / WEIGHTS)
+        from parallel.checkpoint import load_parts
+
+        tensors, parts = dict(named_tensors), parts or {}
+        folder, saved = self._saved(WEIGHTS, WEIGHTS_FOLDER)
         missing = [name for name in tensors if name not in saved]
         unexpected = [name for name in saved if name not in tensors]
         if missing or unexpected:
@@ -203,20 +274,41 @@ class Checkpoint:
                 + f".\nSet adapter and model as they were, or {_START_ANEW}."
             )
         for name, tensor in tensors.items():
-            theirs = f"{list(saved[name].shape)} {saved[name].dtype}"
-            ours = f"{list(tensor.shape)} {DTYPE_NAMES[tensor.dtype]}"
+            shape, dtype = saved[name]
+            theirs = f"{list(shape)} {DTYPE_NAMES[dtype]}"
+            ours = f"{list(parts[name].shape if name in parts else tensor.shape)} {DTYPE_NAMES[tensor.dtype]}"
             if theirs != ours:
                 raise NibbleError(
                     f"{self.path}: {name} is {theirs}, this run's is {ours}.\n"
                     f"Set adapter and model as they were, or {_START_ANEW}."
                 )
-        with torch.no_grad(), safe_open(self.path / WEIGHTS, framework="pt") as file:
-            for name, tensor in tensors.items():
-                tensor.copy_(file.get_tensor(name))
+        load_parts(folder, tensors, parts)
 
-    def optimizer_state(self) -> OptimizerState:
-        """For `train.optim.load_optimizer_state`. Tensors are on the host."""
-        return OptimizerState(load_file(self.path / OPTIMIZER), self.optimizer_values)
+    def load_optimizer(self, optimizer: Optimizer, parts: Mapping[str, Part] | None = None) -> None:
+        """Put the saved state into a new optimiser of the same kind over the same parameters.
+
+        parts: of the parameters of which the optimiser has a part. Each process reads what it holds. Raises NibbleError
+        when kind, parameters or shapes differ.
+        """
+        load_optimizer_state(optimizer, self.optimizer_state(parts), parts)
+
+    def optimizer_state(self, parts: Mapping[str, Part] | None = None) -> OptimizerState:
+        """For `train.optim.load_optimizer_state`; a part of those named in `parts`. Tensors are on the host."""
+        from parallel.checkpoint import load_parts
+
+        folder, saved = self._saved(OPTIMIZER, OPTIMIZER_FOLDER)
+        room = empty_state(saved, parts or {})
+        load_parts(folder, room.tensors, room.cuts)
+        return OptimizerState(room.tensors, self.optimizer_values, room.cuts)
+
+    def _saved(self, file: str, folder: str) -> tuple[Path, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+        """The folder to read from, and shapes and dtypes of the tensors in one of the two files or folders."""
+        if self.format == SHARED:
+            from parallel.checkpoint import saved_tensors
+
+            return self.path / folder, saved_tensors(self.path / folder)
+        header = read_header(self.path / file)
+        return self.path, {name: (info.shape, DTYPES[info.dtype]) for name, info in header.items()}
 
     def restore_rng(self) -> None:
         """Set the random number generators to where they were (CUDA's where there are as many devices)."""
@@ -233,25 +325,32 @@ class Checkpoint:
             )
 
 
-def latest_checkpoint(directory: Path, report: Callable[[str], None] = _to_stderr) -> Checkpoint | None:
+def latest_checkpoint(
+    directory: Path, report: Callable[[str], None] = to_stderr, world: World | None = None
+) -> Checkpoint | None:
     """The newest checkpoint in `directory` that is whole; None when there is none at all.
 
     Half-written ones are ignored. `report` is told of a damaged one that is passed over. Raises NibbleError when there
     are checkpoints and none can be used: starting anew should be the user's decision.
+
+    On several processes all call it; they find what the first one finds, and each verifies its share of the files.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        return None
-    _recover(directory)
+    directory, world = Path(directory), world or World()
+    found: list[str] = []
+    with _same_error(directory, world, None):
+        if world.first and directory.is_dir():
+            recover(directory)
+            found = [path.name for path in folders(directory)]
+    found = json.loads(_texts(json.dumps(found), world)[0])
     unusable: list[str] = []
-    for path in _folders(directory):
+    for name in found:
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(directory / name, world)
         except UnusableCheckpointError as error:
             unusable.append(str(error).partition("\n")[0])
             continue
-        for problem in unusable:
-            report(f"{problem} Continuing from {checkpoint.path.name} instead.")
+        for message in unusable:
+            report(f"{message} Continuing from {checkpoint.path.name} instead.")
         return checkpoint
     if unusable:
         more = f" The same goes for {len(unusable) - 1} before it." if len(unusable) > 1 else ""
@@ -262,84 +361,31 @@ def latest_checkpoint(directory: Path, report: Callable[[str], None] = _to_stder
     return None
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, world: World | None = None) -> Checkpoint:
     """The checkpoint in the folder `path`, after checking its files against their SHA-256.
 
+    On several processes all call it, and each checks its share of the files.
     Raises NibbleError when it isn't a checkpoint, UnusableCheckpointError when it is damaged or of another format.
     """
-    path = Path(path)
-    if not path.is_dir() or not ((path / MANIFEST).exists() or _NAME.fullmatch(path.name)):
-        inside = next((d for d in (path, path / "checkpoints") if d.is_dir() and _folders(d)), None)
-        hint = f"Did you mean {_folders(inside)[0]}?" if inside else "Checkpoints are the step-… folders of a run."
-        raise NibbleError(f"{path} is {'not a checkpoint' if path.exists() else 'not there'}. {hint}")
-    problem = _problem(path, hashes=True)
-    if problem:
-        raise UnusableCheckpointError(f"{path} can't be used: {problem}.\nContinue from another one, or {_START_ANEW}.")
+    path, world = Path(path), world or World()
+    with _same_error(path, world, None):
+        _require_checkpoint(path)
+    found = _texts(problem(path, hashes=True, share=(world.rank, world.size)) or "", world)
+    wrong = next((text for text in found if text), None)
+    if wrong is not None:
+        raise UnusableCheckpointError(f"{path} can't be used: {wrong}.\nContinue from another one, or {_START_ANEW}.")
     text = json.loads((path / STATE).read_bytes())
-    return Checkpoint(path, text["step"], text["run"], text["optimizer"], text["rng"])
+    version = json.loads((path / MANIFEST).read_bytes())["format"]
+    return Checkpoint(path, text["step"], text["run"], text["optimizer"], text["rng"], version)
 
 
-def _problem(path: Path, hashes: bool) -> str | None:
-    """What is wrong with a checkpoint's files; with `hashes` False only what is quickly seen."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
-            return f"it has format {manifest['format']}, this version of nibble reads {FORMAT}"
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        wanted = [files[name] for name in (WEIGHTS, OPTIMIZER, STATE)]
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} can't be read"
-    except OSError as error:
-        return f"{MANIFEST} can't be read ({error.strerror})"
-    for name, (size, digest) in zip((WEIGHTS, OPTIMIZER, STATE), wanted, strict=True):
-        try:
-            actual = (path / name).stat().st_size
-            if actual != size:
-                return f"{name} has {actual:,} bytes instead of {size:,}"
-            if hashes and sha256_file(path / name) != digest:
-                return f"{name} is not what was written (its SHA-256 differs)"
-        except OSError as error:
-            return f"{name} can't be read ({error.strerror})"
-    return None
+def _require_checkpoint(path: Path) -> None:
+    if not path.is_dir() or not ((path / MANIFEST).exists() or is_name(path.name)):
+        inside = next((d for d in (path, path / "checkpoints") if d.is_dir() and folders(d)), None)
+        hint = f"Did you mean {folders(inside)[0]}?" if inside else "Checkpoints are the step-… folders of a run."
+        raise NibbleError(f"{path} is {'not a checkpoint' if path.exists() else 'not there'}. {hint}")
 
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-# -------------------------------------------------------------------------------------------- random number generators
-
-
-def rng_state() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's global generators (CUDA's where it is in use), as JSON types."""
-    version, words, gauss = random.getstate()
-    kind, numbers, position, has_gauss, cached = np.random.get_state(legacy=True)
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, np.asarray(numbers).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": _encoded(torch.get_rng_state()),
-        "cuda": [_encoded(state) for state in cuda],
-    }
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    """Set the generators to a state from `rng_state`; CUDA's only where there are as many devices as there were."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, numbers, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.asarray(numbers, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_decoded(state["torch"]))
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_decoded(text) for text in state["cuda"]])
-
-
-def _encoded(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
-
-
-def _decoded(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from parallel.parts import Cut, Part
 from quant.errors import NibbleError
+from train.blocks import Layout, layout_of, recut
 
 NAMES = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 
 # bitsandbytes' tables of the 256 values of an 8-bit state: constants that it makes itself, the same for every tensor.
 _CONSTANTS = ("qmap1", "qmap2")
+# What has the parameter's shape, of torch's AdamW and of bitsandbytes'.
+_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")
+# Tensors of fewer values have float32 states in bitsandbytes' 8-bit optimisers.
+_MIN_8BIT_SIZE = 4096
 
 
 class NonFiniteError(NibbleError):
@@ -25,10 +31,14 @@ class NonFiniteError(NibbleError):
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What an optimiser remembers. `tensors` is named "<what>.<parameter>" (exp_avg.model…); `values` is JSON."""
+    """What an optimiser remembers. `tensors` is named "<what>.<parameter>" (exp_avg.model…); `values` is JSON.
+
+    cuts: for the tensors of which this process holds a part, which part that is.
+    """
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
+    cuts: dict[str, Cut] = field(default_factory=dict)
 
 
 def build_optimizer(
@@ -38,15 +48,20 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    sizes: Mapping[str, int] | None = None,
 ) -> Optimizer:
     """AdamW over the parameters that require a gradient; weight decay (decoupled) on matrices and stacks of them only.
+
+    named_parameters: what this process holds of each; empty parts are left out. sizes: the number of values of the
+    whole tensors, by name, where that differs.
 
     `adamw` keeps both moments in float32. It is torch's fused AdamW when all parameters are float32. Torch would keep
     the moments of a bfloat16 parameter in bfloat16, where the second one stops moving (it changes by 0.1 % a step, half
     of what bfloat16 resolves); those runs take bitsandbytes' 32-bit AdamW, the same formula in float32. The parameter
     itself is still rounded to bfloat16 after each update, so that updates below 0.2 % of a weight can be lost.
     `adamw_8bit` (bitsandbytes) keeps both moments in 8 bits with one scale per 256 values, tensors of fewer than 4096
-    values in float32. `paged_…` are the same with states in memory that CUDA moves to the host under pressure.
+    values in float32 (whatever the size of this process's part). `paged_…` are the same with states in memory that CUDA
+    moves to the host under pressure.
 
     Raises NibbleError for an unknown name, a paged optimiser without CUDA and for nothing to train.
     """
@@ -57,11 +72,12 @@ def build_optimizer(
         raise NibbleError(
             "nothing to train: no parameter requires a gradient. Set adapter.targets, or adapter.kind: none."
         )
+    held = [(key, parameter) for key, parameter in trained if parameter.numel()]
     groups: list[dict[str, Any]] = [
-        {"params": [pair for pair in trained if pair[1].ndim >= 2], "weight_decay": weight_decay},
-        {"params": [pair for pair in trained if pair[1].ndim < 2], "weight_decay": 0.0},
+        {"params": [pair for pair in held if pair[1].ndim >= 2], "weight_decay": weight_decay},
+        {"params": [pair for pair in held if pair[1].ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]] or [{"params": [], "param_names": []}]
     options: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps}
     if name == "adamw" and all(parameter.dtype == torch.float32 for _, parameter in trained):
         return torch.optim.AdamW(groups, fused=True, **options)
@@ -77,8 +93,29 @@ def build_optimizer(
         "paged_adamw": library.PagedAdamW,
         "paged_adamw_8bit": library.PagedAdamW8bit,
     }
-    optimizer: Optimizer = classes[name](groups, **options)
-    return optimizer
+    optimizer = classes[name](groups, **options)
+    if name.endswith("8bit"):
+        _decide_by_whole_size(library, optimizer, sizes or {})
+    result: Optimizer = optimizer
+    return result
+
+
+def _decide_by_whole_size(library: Any, optimizer: Any, sizes: Mapping[str, int]) -> None:
+    """Keep 8-bit states of small parts of large tensors too, so that the arithmetic is that of one process.
+
+    bitsandbytes has a manager for settings by parameter, one for all optimisers of a process, which knows parameters by
+    their id() for ever, and so mistakes a later tensor for one that is gone. This optimiser gets a manager of its own.
+    """
+    small = [
+        place
+        for name, parameter, _, place in _parameters(optimizer)
+        if parameter.numel() < _MIN_8BIT_SIZE <= sizes.get(name, 0)
+    ]
+    if small:
+        manager = object.__new__(library.GlobalOptimManager)
+        manager.initialize()
+        manager.index2config.update({place: {"min_8bit_size": 0} for place in small})
+        optimizer.mng = manager
 
 
 def require_device(name: str, device: torch.device) -> None:
@@ -99,32 +136,58 @@ def check_loss(loss: float, step: int) -> None:
         raise NonFiniteError(_non_finite(step, "the loss", loss))
 
 
-def clip_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]], max_norm: float | None, step: int) -> float:
-    """The 2-norm of all gradients together, in float32; scales them down so that it is at most `max_norm`.
+def clip_gradients(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    max_norm: float | None,
+    step: int,
+    *,
+    total: Callable[[Tensor], Tensor] | None = None,
+    replicated: Collection[str] = (),
+) -> float:
+    """The 2-norm of all gradients together; scales them down so that it is at most `max_norm`.
 
     Same as torch.nn.utils.clip_grad_norm_, but with the norm of bfloat16 gradients in float32, and it raises
     NonFiniteError naming the first tensor whose gradient's norm is infinite or not a number. `max_norm` None only
     measures. Waits for the device once.
+
+    On several processes the parameters are the parts that this one holds, of the same names in the same order on all.
+    total: sums a tensor (the parts' squared norms, float64) over the processes that hold one copy of the model
+    together. replicated: names of those that every process holds whole, which count once.
     """
-    pairs = [(name, parameter.grad) for name, parameter in named_parameters if parameter.grad is not None]
-    if not pairs:
+    parameters = list(named_parameters)
+    gradients = [parameter.grad for _, parameter in parameters if parameter.grad is not None]
+    if not parameters or (total is None and not gradients):
         return 0.0
-    gradients = [gradient for _, gradient in pairs]
-    norms = torch.stack(_norms(gradients))
-    total = float(torch.linalg.vector_norm(norms))
-    if not math.isfinite(total):
+    squares = _squared_norms([parameter for _, parameter in parameters])
+    if total is not None:
+        alone = torch.tensor([name in replicated for name, _ in parameters], device=squares.device)
+        squares = torch.where(alone, squares, total(squares.masked_fill(alone, 0.0)))
+    # In float32, as the gradients are: what overflows there is not finite.
+    norms = squares.sqrt().float()
+    norm = float(squares.sum().sqrt().float())
+    if not math.isfinite(norm):
         finite = norms.isfinite().tolist()
         # Each norm may be finite and their sum of squares not: then the largest is named.
         first = finite.index(False) if False in finite else int(norms.argmax())
-        raise NonFiniteError(_non_finite(step, f"the gradient of {pairs[first][0]}", float(norms[first])))
-    if max_norm is not None and total > max_norm:
-        torch._foreach_mul_(gradients, max_norm / (total + 1e-6))
-    return total
+        raise NonFiniteError(_non_finite(step, f"the gradient of {parameters[first][0]}", float(norms[first])))
+    if max_norm is not None and norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+    return norm
 
 
-def _norms(gradients: list[Tensor]) -> list[Tensor]:
-    device = gradients[0].device
-    return [norm.to(device) for norm in torch._foreach_norm(gradients, 2, dtype=torch.float32)]
+def _squared_norms(parameters: list[nn.Parameter]) -> Tensor:
+    """float64 [number of parameters] on the first one's device; 0 where there is no gradient.
+
+    The norms are float32's; their squares may be larger than float32 can hold.
+    """
+    device = parameters[0].device
+    present = [i for i, parameter in enumerate(parameters) if parameter.grad is not None and parameter.numel()]
+    gradients = [gradient for i in present if (gradient := parameters[i].grad) is not None]
+    squares = torch.zeros(len(parameters), dtype=torch.float64, device=device)
+    if gradients:
+        norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(gradients, 2, dtype=torch.float32)])
+        squares[torch.tensor(present, device=device)] = norms.double().square()
+    return squares
 
 
 def _non_finite(step: int, what: str, value: float) -> str:
@@ -137,29 +200,68 @@ def _non_finite(step: int, what: str, value: float) -> str:
 # -------------------------------------------------------------------------------------------------------------- state
 
 
-def optimizer_state(optimizer: Optimizer) -> OptimizerState:
+def optimizer_state(optimizer: Optimizer, parts: Mapping[str, Part] | None = None) -> OptimizerState:
     """The state as flat tensors (not copied: write them before the next step) and JSON values.
 
-    Hyperparameters are left out: they come from the config, the learning rate from the schedule.
+    parts: of the parameters of which the optimiser has a part. Hyperparameters are left out: they come from the config,
+    the learning rate from the schedule.
     """
     tensors: dict[str, Tensor] = {}
     steps: dict[str, int] = {}
+    cuts: dict[str, Cut] = {}
+    layouts: dict[str, list[int]] = {}
     for name, parameter, _, _ in _parameters(optimizer):
+        part = (parts or {}).get(name)
         for key, value in optimizer.state.get(parameter, {}).items():
             if key in _CONSTANTS:
                 continue
             if isinstance(value, Tensor):
                 _wait_for_paged(value, parameter)
                 tensors[f"{key}.{name}"] = value.detach()
+                if part is not None and key in _LIKE_PARAMETER:
+                    cuts[f"{key}.{name}"] = part
+                elif part is not None and key.startswith("absmax"):
+                    layout = layout_of(part)
+                    cuts[f"{key}.{name}"] = layout.cut(layout.index(part.start))
+                    layouts[name] = [layout.dim, layout.count]
             elif key == "step":
                 steps[name] = int(value)
             else:
                 raise TypeError(f"{_kind(optimizer)} keeps {key} = {value!r}, which has no place in a checkpoint")
-    return OptimizerState(tensors, {"kind": _kind(optimizer), "steps": steps})
+    values: dict[str, Any] = {"kind": _kind(optimizer), "steps": steps}
+    if layouts:
+        values["blocks"] = layouts  # dimension and number of parts: whose blocks the scales belong to
+    return OptimizerState(tensors, values, cuts)
 
 
-def load_optimizer_state(optimizer: Optimizer, saved: OptimizerState) -> None:
+def empty_state(saved: Mapping[str, tuple[tuple[int, ...], torch.dtype]], parts: Mapping[str, Part]) -> OptimizerState:
+    """Room on the host for what this process needs of a saved state; `values` is empty.
+
+    saved: shape and dtype of the whole tensors, by name. Raises NibbleError where a shape isn't the parameter's.
+    """
+    tensors: dict[str, Tensor] = {}
+    cuts: dict[str, Cut] = {}
+    for name, (shape, dtype) in saved.items():
+        key, parameter_name = name.split(".", 1)
+        part = parts.get(parameter_name)
+        if part is None or key not in _LIKE_PARAMETER:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            continue
+        if shape != part.shape:
+            text = str(dtype).removeprefix("torch.")
+            raise NibbleError(
+                _differs(parameter_name, f"{key} is {list(shape)} {text}, here {list(part.shape)} {text}")
+            )
+        cuts[name], tensors[name] = part, torch.empty(part.local_shape, dtype=dtype)
+    return OptimizerState(tensors, {}, cuts)
+
+
+def load_optimizer_state(optimizer: Optimizer, saved: OptimizerState, parts: Mapping[str, Part] | None = None) -> None:
     """Put a saved state into a new optimiser of the same kind over the same parameters, which then goes on bit for bit.
+
+    parts: of the parameters of which the optimiser has a part. The saved tensors of their shape are then parts too
+    (`empty_state`), the other tensors whole. 8-bit states whose blocks are cut otherwise than they were are quantised
+    anew (train.blocks.recut).
 
     Raises NibbleError when kind, parameters or shapes differ.
     """
@@ -169,6 +271,8 @@ def load_optimizer_state(optimizer: Optimizer, saved: OptimizerState) -> None:
             f"the checkpoint's optimiser is {kind}, this run's is {_kind(optimizer)}.\n"
             "Set train.optimizer (and the trained dtype) as they were, or start anew in another output.dir."
         )
+    parts = parts or {}
+    layouts = saved.values.get("blocks", {})
     by_parameter: dict[str, dict[str, Any]] = {}
     for name, step in saved.values["steps"].items():
         by_parameter.setdefault(name, {})["step"] = step
@@ -182,13 +286,38 @@ def load_optimizer_state(optimizer: Optimizer, saved: OptimizerState) -> None:
         elif isinstance(optimizer, torch.optim.AdamW):
             _load_torch(optimizer, name, parameter, state)
         else:
-            _load_bitsandbytes(optimizer, name, parameter, state, group, place)
+            blocks = _Blocks(parts.get(name), tuple(parameter.shape), layouts.get(name, [0, 1]))
+            _load_bitsandbytes(optimizer, name, parameter, state, group, place, blocks)
+    # Those of which this process holds nothing.
+    for name in [name for name in by_parameter if name in parts and 0 in parts[name].local_shape]:
+        del by_parameter[name]
     if by_parameter:
         plural = "s" if len(by_parameter) > 1 else ""
         raise NibbleError(
             f"the checkpoint holds optimiser state of {len(by_parameter)} parameter{plural} that this run doesn't"
             f" train, such as {min(by_parameter)}.\nTrain the same parameters, or start anew in another output.dir."
         )
+
+
+class _Blocks:
+    """How an 8-bit state was cut when it was saved, and how it is cut here."""
+
+    def __init__(self, part: Part | None, shape: tuple[int, ...], saved: list[int]) -> None:
+        self.here = Layout(shape) if part is None else layout_of(part)
+        self.saved = Layout(self.here.shape, *saved)
+        self.index = 0 if part is None else self.here.index(part.start)
+
+    def recut(self, name: str, state: dict[str, Any], fresh: dict[str, Any]) -> None:
+        """Put codes and scales of the blocks here into `state`; `fresh` is the optimiser's own, still empty one."""
+        if fresh["state1"].dtype != torch.uint8 or self.saved == self.here == Layout(self.here.shape):
+            return
+        for i in "12":
+            codes, scales = state.get(f"state{i}"), state.get(f"absmax{i}")
+            if codes is None or scales is None or len(scales) != self.saved.blocks()[-1]:
+                continue  # for the checks that follow
+            _check_like(name, f"state{i}", codes, fresh[f"state{i}"])
+            values = fresh[f"qmap{i}"].to(codes.device)
+            state[f"state{i}"], state[f"absmax{i}"] = recut(codes, scales, self.saved, self.here, self.index, values)
 
 
 def _load_torch(optimizer: Optimizer, name: str, parameter: nn.Parameter, state: dict[str, Any]) -> None:
@@ -205,12 +334,14 @@ def _load_bitsandbytes(
     state: dict[str, Any],
     group: dict[str, Any],
     place: tuple[int, int],
+    blocks: _Blocks,
 ) -> None:
     # Its own load_state_dict puts paged states into ordinary memory and casts what it doesn't know to the parameter's
     # dtype. So: let it allocate what it would on its first step, and copy the values in.
     optimizer.state.pop(parameter, None)
     optimizer.init_state(group, parameter, *place)
     fresh = optimizer.state[parameter]
+    blocks.recut(name, state, fresh)
     for key, value in fresh.items():
         if key == "step":
             fresh[key] = state.pop("step")
