@@ -158,7 +158,7 @@ def _run(
     tensorboard = folder.tensorboard if train.tensorboard else None
     resume_step = checkpoint.step if checkpoint else None
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopOnSignal())
+        stop = stack.enter_context(StopOnSignal(quiet=not world.first))
         metrics = None
         if world.first:
             metrics = stack.enter_context(MetricsLog(folder.metrics, tensorboard, resume_step))

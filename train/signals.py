@@ -15,12 +15,13 @@ class StopOnSignal:
     """While this context is open, SIGINT, SIGTERM or SIGHUP (the terminal was closed) sets `requested`; a second SIGINT
     raises KeyboardInterrupt at once. A SIGHUP that is ignored, as under nohup, stays ignored.
 
-    The handlers that were there before are put back on leaving. Outside the main thread Python allows no handlers:
+    quiet: say nothing of it; of several processes, which a launcher signals all, one speaks. The handlers that were
+    there before are put back on leaving. Outside the main thread Python allows no handlers:
     there the context does nothing and `requested` stays False.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet, self.requested = quiet, False
         self.name = ""  # of the first signal, e.g. "SIGTERM"
         self._previous: dict[int, Any] = {}
 
@@ -43,6 +44,8 @@ class StopOnSignal:
         if not self.requested:
             self.requested = True
             self.name = signal.Signals(number).name
+            if self.quiet:
+                return
             # Not print(): the signal may have come in the middle of one, and Python's streams are not re-entrant.
             _write(f"\n{self.name}: finishing this step, then saving. Ctrl-C again stops at once, unsaved.\n")
         elif number == signal.SIGINT:
