@@ -19,7 +19,7 @@ from models.linear import LoRA
 from quant.storage import DenseStorage, StorageSpec, new_storage
 from train.loss import linear_cross_entropy
 
-from . import gpu_checks_models, gpu_checks_sequence
+from . import gpu_checks_cut, gpu_checks_models, gpu_checks_sequence
 from .gpu_compare import CPU, DTYPES, Check, Group, compare, random, short
 
 SPECS = (
@@ -41,7 +41,7 @@ def groups() -> list[Group]:
         ("loss", loss_in_chunks),
     ]
     last: Group = ("flash-linear-attention", gpu_checks_sequence.flash_linear_attention)
-    return [*blocks, *gpu_checks_sequence.groups(), *gpu_checks_models.groups(), last]
+    return [*blocks, *gpu_checks_sequence.groups(), *gpu_checks_models.groups(), *gpu_checks_cut.groups(), last]
 
 
 def checks(device: torch.device) -> Iterator[Check]:
