@@ -159,7 +159,7 @@ def test_a_full_disk(world: World, tmp_path: Path) -> None:
 def test_a_full_disk_or_memory_in_any_part(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         if kind == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
         raise OSError(28, "No space left on device")

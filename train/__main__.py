@@ -69,7 +69,7 @@ def carry_out(arguments: argparse.Namespace, config: Config, watch: Watch | None
         if first:
             say(dump_config(config).removesuffix("\n"), sys.stdout)
         return 0
-    check_files(config)
+    check_files(config, rows=first)
     if arguments.check:
         if first:
             say(f"{arguments.config}: ok", sys.stdout)

@@ -393,13 +393,16 @@ def _override(document: Document, text: str, number: int, described: dict[str, A
     return []
 
 
-def check_files(config: Config) -> None:
-    """NibbleError for each local file that the config names and that isn't there. (model.path is the loader's.)"""
+def check_files(config: Config, rows: bool = True) -> None:
+    """NibbleError for each local file that the config names and that isn't there. (model.path is the loader's.)
+
+    rows: whether this process reads data.train and data.eval; of several only the first does.
+    """
     here = f"Relative paths start at the current directory ({Path.cwd()})."
     missing = [
         f"{key}: {value}: no such file. {here}"
         for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval))
-        if value is not None and not Path(value).exists()
+        if rows and value is not None and not Path(value).exists()
     ]
     folders = {"adapter.init_from": config.adapter.init_from}
     if config.train.resume not in ("auto", "never"):

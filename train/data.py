@@ -93,7 +93,7 @@ def _read(config: Config, folder: Path, report: Report, now: datetime) -> tuple[
     template = load_chat_template(folder, tokenizer.special_tokens, now=now)
 
     def read(file: str, key: str) -> tuple[Examples, DataReport]:
-        with Bar(f"reading {Path(file).name}") as bar:
+        with Bar(f"reading {Path(file).name}", show=not report.quiet) as bar:
             return build_examples(
                 file,
                 form=settings.format,

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.config import Config
 
-# Files may have moved: what they hold counts, and is compared by train.run.
+# Files may have moved: what they hold counts, and is compared by train.resume.
 _FILES = ("model.path", "data.train", "data.eval")
 
 # Keys that may change between a checkpoint and its resumption: they leave every later weight as it would have been

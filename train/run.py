@@ -1,46 +1,32 @@
 """One run, from a checked config to an adapter (or a model), metrics and a summary.
 
-output.dir/
-  config.yaml          the config with every key filled in; runs again as it is
-  run.log              what was printed, and tracebacks (of other processes: ranks/rank-1.log …)
-  run.json             written when the run has finished: its figures
-  metrics.jsonl        a line per logged step and per evaluation; tensorboard/ shows the same
-  loss.png             the same as a picture
-  skipped_rows.jsonl   rows that could not be used, if there are any
-  checkpoints/         what a run is resumed from
-  adapter/ or model/   the result: an adapter in PEFT's format, or a checkpoint in the hub's
+What lies in its folder: train/run_folder.py. Going on from a checkpoint: train/resume.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
-import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from models.adapter import save_adapter
 from models.export import export_hub
 from models.load import ModelFolder, open_folder
-from models.tensorfile import disk_error, write_atomically
+from models.tensorfile import write_atomically
 from parallel.device import choose_device
 from parallel.mesh import Meshes, MeshSizes, make_meshes, mesh_sizes
 from parallel.shards import Shards
-from parallel.texts import gather_texts
 from parallel.watch import Watch
-from parallel.world import ALONE, World, process_group
+from parallel.world import World, process_group
 from quant.errors import NibbleError
-from train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from train.config import Config, dump_config
-from train.data import Data, load_data
+from train.data import load_data
 from train.fingerprint import resume_fingerprint, run_identity
 from train.loop import Loop, Progress
 from train.metrics import MetricsLog, read_metrics
@@ -49,25 +35,17 @@ from train.optim import build_optimizer, optimizer_state
 from train.overview import data_text, model_text, plan_text, summary_text
 from train.plots import loss_curve
 from train.report import Report, log_path
+from train.resume import (
+    find_checkpoint,
+    finished_result,
+    require_same_base,
+    require_same_everywhere,
+    restore,
+    restore_data,
+)
+from train.run_folder import RunFolder, explained_errors, last_checkpoint, require_shared, sole_run_in
 from train.saver import CheckpointSaver
 from train.signals import StopOnSignal
-
-
-class RunFolder:
-    """The names of what lies in output.dir."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "config.yaml"
-        self.log = path / "run.log"
-        self.finished = path / "run.json"
-        self.metrics = path / "metrics.jsonl"
-        self.tensorboard = path / "tensorboard"
-        self.plot = path / "loss.png"
-        self.skipped_rows = path / "skipped_rows.jsonl"
-        self.checkpoints = path / "checkpoints"
-        self.adapter = path / "adapter"
-        self.model = path / "model"
 
 
 def run(config: Config, config_path: Path | None = None, watch: Watch | None = None) -> int:
@@ -80,10 +58,10 @@ def run(config: Config, config_path: Path | None = None, watch: Watch | None = N
     world, folder = watch.world, RunFolder(Path(config.output.dir))
     watch.lost_after = config.parallel.lost_after
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_sole_run_in(folder.path) if world.first else contextlib.nullcontext())
+        stack.enter_context(sole_run_in(folder.path) if world.first else contextlib.nullcontext())
         report = stack.enter_context(Report(log_path(folder.path, world.rank), quiet=not world.first))
-        stack.enter_context(_explained_errors(folder.path))
-        watch.log, watch.hint = report.log, lambda: _last_checkpoint(folder)
+        stack.enter_context(explained_errors(folder.path))
+        watch.log, watch.hint = report.log, lambda: last_checkpoint(folder)
         device = choose_device(config.train.device, world.local_rank if world.size > 1 else None)
         parallel, sizes, meshes = config.parallel, None, None
         wanted = mesh_sizes(world, parallel.shard, parallel.expert, parallel.replicate)
@@ -91,6 +69,7 @@ def run(config: Config, config_path: Path | None = None, watch: Watch | None = N
         if world.size > 1 or parallel.cpu_offload:
             stack.enter_context(process_group(world, device, watch.store))
             stack.enter_context(watch.errors())
+            require_shared(folder.path, world)
             sizes, meshes = wanted, make_meshes(wanted, device)
         return _run(config, folder, report, device, world, sizes, meshes)
 
@@ -192,7 +171,7 @@ def _run(
             report=report,
             stop=stop,
             save=save,
-            last_checkpoint=lambda: _last_checkpoint(folder),
+            last_checkpoint=lambda: last_checkpoint(folder),
             progress=progress,
             world=world,
         )
@@ -212,136 +191,6 @@ def _run(
             result = write_result(config, folder, progress, saved, device)
             report.result(summary_text(result, config, folder.path))
     return 0
-
-
-# --- what is there already
-
-
-def find_checkpoint(
-    config: Config, folder: RunFolder, report: Report, world: World = ALONE
-) -> Checkpoint | None:
-    """The checkpoint that `train.resume` says to go on from. Raises NibbleError rather than overwrite another run's."""
-    wanted, here = config.train.resume, sorted(folder.checkpoints.glob("step-*"))
-    if wanted == "auto":
-        checkpoint = latest_checkpoint(folder.checkpoints, report.note, world)
-    else:
-        checkpoint = None if wanted == "never" else read_checkpoint(Path(wanted), world)
-        foreign = checkpoint is None or checkpoint.path.resolve().parent != folder.checkpoints.resolve()
-        if here and foreign:
-            raise NibbleError(
-                f"train.resume: {wanted}, but {folder.checkpoints} holds checkpoints (the newest: {here[-1].name}).\n"
-                f"Name another output.dir, or delete them first (rm -r {folder.checkpoints}); "
-                "train.resume: auto goes on from them."
-            )
-    if checkpoint is not None:
-        checkpoint.require_same_config(resume_fingerprint(config))
-    return checkpoint
-
-
-def finished_result(config: Config, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-    """The figures of the run in `folder` when it has finished under this very config and its result is still there."""
-    if config.train.resume != "auto" or not folder.finished.is_file():
-        return None
-    try:
-        result: dict[str, Any] = json.loads(folder.finished.read_text(encoding="utf-8"))
-        same = result["identity"] == run_identity(config) and Path(result["saved"]).is_dir()
-    except (ValueError, KeyError, TypeError):
-        same = False  # a damaged file; the checkpoint knows how far the run is
-    older = checkpoint is not None and same and checkpoint.step < result["steps"]
-    return result if same and not older else None
-
-
-@contextlib.contextmanager
-def _sole_run_in(folder: Path) -> Iterator[None]:
-    """Two runs that write to one folder would damage each other's files; the system lifts the lock with the process."""
-    import fcntl
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise NibbleError(f"output.dir: {folder} can't be written to: {error.strerror}.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise NibbleError(
-                f"output.dir: another run is writing to {folder}. Wait for it, or name another folder."
-            ) from error
-        yield
-
-
-# --- going on from a checkpoint
-
-
-def require_same_everywhere(fingerprint: str, config: Config) -> None:
-    """Raises NibbleError where a machine has another model under the same name than the others."""
-    found = gather_texts(fingerprint)
-    others = [str(rank) for rank, text in enumerate(found) if text != found[0]]
-    if others:
-        raise NibbleError(
-            f"model.path: {config.model.path} is another model for rank {', '.join(others)} than for rank 0: its "
-            "config.json or weights differ.\nCopy the same folder to every machine, or use one that all of them see."
-        )
-
-
-def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], config: Config) -> None:
-    """Raises NibbleError when the checkpoint was trained on another base model, wherever that lay.
-
-    base: name and fingerprint (train.model.content_fingerprint) of this run's.
-    """
-    if checkpoint is None or checkpoint.state["base"]["fingerprint"] == base["fingerprint"]:
-        return
-    was = checkpoint.state["base"]["name"]
-    was = "what was there then" if was == base["name"] else was
-    raise NibbleError(
-        f"model.path: {config.model.path} is not the model that {checkpoint.path} was trained on ({was}):\n"
-        "config.json or the weights differ. Set model.path to that model, or start anew in another output.dir."
-    )
-
-
-def restore_data(checkpoint: Checkpoint | None, data: Data, total_steps: int) -> None:
-    """Let the rows go on after those that the checkpoint has seen.
-
-    Raises NibbleError when they are other rows, or the run has fewer steps than the checkpoint.
-    """
-    if checkpoint is None:
-        return
-    if checkpoint.step > total_steps:
-        raise NibbleError(
-            f"{checkpoint.path} is at step {checkpoint.step}, beyond this run's last step, {total_steps}.\n"
-            "Raise train.max_steps or train.epochs, or name an earlier checkpoint in train.resume."
-        )
-    data.train.restore(checkpoint.state["batches"])
-    if checkpoint.state["held_out"] != (data.held_out.fingerprint() if data.held_out is not None else None):
-        raise NibbleError(
-            f"the held-out rows are not those of {checkpoint.path}, so that losses could not be compared: data.eval\n"
-            "has changed. Restore it, or start anew in another output.dir."
-        )
-
-
-def restore(
-    checkpoint: Checkpoint | None,
-    folder: RunFolder,
-    shards: Shards,
-    optimizer: Optimizer,
-    total_steps: int,
-    report: Report,
-) -> Progress:
-    """Put everything back to where the checkpoint was taken, so that the run goes on as if it had not stopped."""
-    if checkpoint is None:
-        return Progress()
-    checkpoint.load_tensors(trained_tensors(shards).items(), shards.parts)
-    checkpoint.load_optimizer(optimizer, shards.parts)
-    checkpoint.restore_rng()
-    elsewhere = checkpoint.path.parent.parent / folder.metrics.name
-    if not folder.metrics.exists() and elsewhere.exists():
-        shutil.copyfile(elsewhere, folder.metrics)  # the checkpoint of another folder brings its history with it
-    report.note(f"resuming from {checkpoint.path}, after step {checkpoint.step} of {total_steps}")
-    return Progress(**checkpoint.state["progress"])
-
-
-# --- the end
 
 
 def save_result(config: Config, shards: Shards, source: ModelFolder, folder: RunFolder, world: World) -> Path:
@@ -389,27 +238,3 @@ def stopped_text(
         f"\nstopped   {by} after step {progress.step} of {total_steps}; saved in {folder.checkpoints}\n"
         f"resume    {command} --config {folder.config}{resume}"
     )
-
-
-def _last_checkpoint(folder: RunFolder) -> str:
-    found = sorted(folder.checkpoints.glob("step-*"))
-    if not found:
-        return "No checkpoint was written yet (train.save_every)."
-    return f"The last checkpoint is {found[-1]}."
-
-
-@contextlib.contextmanager
-def _explained_errors(folder: Path) -> Iterator[None]:
-    """Memory and disk can be full in any step of a run that writes to `folder`: no step has to see to it by itself."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise disk_error(error, Path(error.filename or folder)) from error
-    except torch.OutOfMemoryError as error:
-        raise NibbleError(
-            f"the GPU's memory is full: {str(error).splitlines()[0]}\n"
-            "Lower train.micro_batch_size, data.sequence_length or adapter.rank, take model.storage nf4,\n"
-            "or switch train.activation_checkpointing on."
-        ) from error
