@@ -16,8 +16,8 @@ def test_a_folder_that_is_not_shared_is_named_on_every_process(tmp_path: Path) -
     first, second = run_processes(2, "tests.dist_workers.folders:check_all", str(same), str(other))
     assert first == ["", first[1]] and second == ["", second[1]]
     assert first[1] == (
-        f"output.dir: {same} is another folder for rank 1 than for rank 0. Every process writes its part of a checkpoint "
-        "there.\nName a folder on a file system that all machines share."
+        f"output.dir: {same} is another folder for rank 1 than for rank 0. Every process writes its part of a "
+        "checkpoint there.\nName a folder on a file system that all machines share."
     )
     assert second[1] == first[1].replace(str(same), str(other))
     assert not list(same.iterdir()) and not list(other.iterdir())
