@@ -26,11 +26,14 @@ _PATIENCE = timedelta(minutes=60)
 
 @dataclass(frozen=True)
 class World:
-    """rank: this process among `size`, 0 is the one that reports and writes. local_rank: among those of its machine."""
+    """rank: this process among `size`, 0 is the one that reports and writes. local_rank: among those of its machine.
+    machines: on how many the processes are, as far as the launcher has said.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    machines: int = 1
 
     @property
     def first(self) -> bool:
@@ -71,11 +74,12 @@ def launched_world() -> World:
         )
     try:
         rank, size, local_rank = (int(os.environ[name]) for name in _VARIABLES[:3])
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # of torchrun: how many agents there are
     except ValueError as error:
-        raise NibbleError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers ({error}).") from error
+        raise NibbleError(f"RANK, WORLD_SIZE, LOCAL_RANK and GROUP_WORLD_SIZE must be numbers ({error}).") from error
     if not 0 <= rank < size:
         raise NibbleError(f"RANK is {rank}, WORLD_SIZE {size}: ranks are 0 to WORLD_SIZE - 1.")
-    return World(rank, size, local_rank)
+    return World(rank, size, local_rank, machines)
 
 
 @contextlib.contextmanager

@@ -532,6 +532,11 @@ def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in ("c", "d"):
         (tmp_path / name).mkdir()
     check_files(config)
+    for name in ("rows.jsonl", "b.jsonl"):
+        (tmp_path / name).unlink()
+    check_files(config, rows=False)  # as a process that doesn't read them
+    with pytest.raises(NibbleError, match=r"adapter\.init_from: e: no such folder"):
+        check_files(with_keys("adapter.init_from=e"), rows=False)
 
 
 # --- dump, help, schema ------------------------------------------------------------------------------------------

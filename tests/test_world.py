@@ -11,7 +11,7 @@ from parallel.world import World, launched_world
 from quant.errors import NibbleError
 from tests.processes import run_processes
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE")
 
 
 def test_a_world_of_one_needs_no_process_group():
@@ -38,6 +38,8 @@ def test_the_launcher_says_which_process_this_is(monkeypatch: pytest.MonkeyPatch
     assert launched_world() == World(0, 1, 0)
     environment(monkeypatch, **LAUNCHED)
     assert launched_world() == World(3, 4, 1)
+    environment(monkeypatch, **LAUNCHED, GROUP_WORLD_SIZE="2")
+    assert launched_world() == World(3, 4, 1, machines=2)
 
 
 @pytest.mark.parametrize(

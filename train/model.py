@@ -110,9 +110,7 @@ def load_trainable_model(
         from parallel.fsdp import materialise, shard
 
         # Nothing has memory until it is known what this process keeps of it.
-        model, reader = prepare_model(
-            source.path, settings.storage, dtype, device, double_quant=settings.double_quant
-        )
+        model, reader = prepare_model(source.path, settings.storage, dtype, device, double_quant=settings.double_quant)
         model.requires_grad_(False)
         make_trainable(model, config)
         parallel = config.parallel

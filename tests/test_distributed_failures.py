@@ -1,0 +1,341 @@
+"""`torchrun -m train` when a process, a machine or the run itself is ended, and what a user reads of errors then.
+
+The processes are real ones, killed from outside. How they find out about each other: tests/test_watch.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.processes import free_port
+from tests.run_helpers import ROOT, World, in_processes, losses, make_world, settings, torchrun
+from train.__main__ import main
+
+STEPS, SAVE_EVERY = 20, 4
+CHANGES: dict[str, Any] = {
+    "model__storage": "none",
+    "train__max_steps": STEPS,
+    "train__save_every": SAVE_EVERY,
+    "train__learning_rate": 1e-3,
+    "train__eps": 1e-3,
+}
+DEADLINE = 120.0  # seconds, of what takes a few on an idle machine
+GONE_WITHIN = 60.0  # seconds, promised to users
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert main(settings(world, out, **CHANGES)) == 0
+    return out
+
+
+class Launched:
+    """A torchrun that works in the background, and its processes."""
+
+    def __init__(self, arguments: list[str], processes: int, *options: str, folder: Path) -> None:
+        self._mark = uuid.uuid4().hex  # in the environment of all of them
+        self._said = folder / f"{self._mark}.txt"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "LAUNCHED_AS": self._mark}
+        with self._said.open("wb") as said:
+            command = torchrun(arguments, processes, *options)
+            self.agent = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+
+    @property
+    def said(self) -> str:
+        """Standard output and standard error of torchrun and of all its processes, up to now."""
+        return self._said.read_text(errors="replace")
+
+    def workers(self) -> dict[int, int]:
+        """The numbers of the processes that run now, by rank."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = dict(v.split("=", 1) for v in (folder / "environ").read_text().split("\0") if "=" in v)
+            except (OSError, UnicodeDecodeError):  # it has ended; another user's
+                continue
+            if variables.get("LAUNCHED_AS") == self._mark and "RANK" in variables:
+                found[int(variables["RANK"])] = int(folder.name)
+        return found
+
+    def wait(self, seconds: float = DEADLINE) -> int:
+        try:
+            return self.agent.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"torchrun still runs after {seconds} s; it said:\n{self.said}") from None
+
+    def end(self) -> None:
+        self.agent.kill()
+        self.agent.wait()
+        for pid in self.workers().values():
+            kill(pid)
+
+
+Launch = Callable[..., Launched]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """`Launched`; whatever still runs when the test is over is killed."""
+    started: list[Launched] = []
+
+    def start(arguments: list[str], processes: int, *options: str) -> Launched:
+        started.append(Launched(arguments, processes, *(options or ("--standalone",)), folder=tmp_path))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def until(condition: Callable[[], Any], run: Launched) -> Any:
+    """What the condition is once it is true. The processes must be there to make it so."""
+    deadline = time.monotonic() + DEADLINE
+    while not (value := condition()):
+        assert run.agent.poll() is None, f"torchrun has ended:\n{run.said}"
+        assert time.monotonic() < deadline, f"it never came to this:\n{run.said}"
+        time.sleep(0.002)
+    return value
+
+
+def last_step(out: Path) -> int:
+    """The last step in metrics.jsonl, whose last line may be half written."""
+    try:
+        lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return max((record["step"] for record in records if record["kind"] == "train"), default=0)
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").glob("step-*"))
+
+
+def resumed_from(out: Path) -> list[int]:
+    return [int(step) for step in re.findall(r"resuming from .*step-(\d+),", (out / "run.log").read_text())]
+
+
+def worst_loss(out: Path, other: Path, steps: int = STEPS) -> float:
+    """The largest relative difference between the losses of two runs' first steps."""
+    ours, theirs = losses(out, "train"), losses(other, "train")[:steps]
+    assert len(ours) == steps
+    return max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+
+
+def worst_weight(out: Path, other: Path) -> float:
+    first, second = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (out, other))
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max() / second[name].abs().max()) for name in first)
+
+
+def news(rank: int, pid: int) -> str:
+    return f"error: rank {rank} (pid {pid} on {os.uname().nodename}) is gone: "
+
+
+KILLED = "its process ended without a word, as when it is killed or out of memory.\n"
+
+
+# --- one process is killed
+
+
+def test_one_killed_in_a_step_ends_all_and_the_same_command_goes_on(
+    world: World, undisturbed: Path, launch: Launch, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = settings(world, out, **CHANGES)
+    run = launch(arguments, 2)
+    until(lambda: last_step(out) > SAVE_EVERY, run)
+    victim = run.workers()[1]
+    kill(victim)
+    started = time.monotonic()
+    assert run.wait(GONE_WITHIN) != 0
+    assert time.monotonic() - started < GONE_WITHIN
+    assert not run.workers()
+    kept = checkpoints(out)[-1]
+    wanted = f"{news(1, victim)}{KILLED}       The last checkpoint is {out / 'checkpoints' / kept}.\n"
+    assert run.said.count(wanted) == 1, run.said
+    assert run.said.count("is gone") == 1
+    assert last_step(out) < STEPS
+
+    again = in_processes(arguments, 2)
+    assert again.returncode == 0, again.stderr
+    assert resumed_from(out) == [int(kept.removeprefix("step-"))]
+    assert worst_loss(out, undisturbed) < 1e-6
+    assert worst_weight(out, undisturbed) < 1e-5
+
+
+def test_torchrun_starts_again_from_the_checkpoint_before_each_kill(
+    world: World, undisturbed: Path, launch: Launch, tmp_path: Path
+) -> None:
+    """One command, three kills: in a step, and during saves that of a process which only writes its part, and that of
+    the first one, which puts the checkpoint in its place, says what happened and holds the folder's lock."""
+    out = tmp_path / "out"
+    run = launch(settings(world, out, **CHANGES), 2, "--standalone", "--max-restarts", "3")
+    killed, used = [], []
+
+    def kill_one(rank: int, workers: dict[int, int]) -> None:
+        killed.append(news(rank, workers[rank]))
+        used.append(int(checkpoints(out)[-1].removeprefix("step-")))
+        kill(workers[rank])
+
+    until(lambda: last_step(out) > SAVE_EVERY and not partials(out), run)
+    kill_one(0, run.workers())
+    for rank in (1, 0):
+        until(lambda: len(resumed_from(out)) == len(used), run)
+        resumed = time.time_ns()
+        workers, step = until(lambda rank=rank, resumed=resumed: caught_saving(out, run, rank, resumed), run)
+        kill_one(rank, workers)
+        assert used[-1] == step - SAVE_EVERY
+        kill(workers[1 - rank], signal.SIGCONT)
+    assert run.wait() == 0, run.said
+    assert resumed_from(out) == used
+    assert [run.said.count(text + KILLED) for text in killed] == [1, 1, 1], run.said
+    assert run.said.count("is gone") == 3
+    assert worst_loss(out, undisturbed) < 1e-6
+    assert worst_weight(out, undisturbed) < 1e-5
+
+
+def partials(out: Path, since: int = 0) -> list[Path]:
+    """Checkpoints that are being written, into which something came after the moment `since`, in ns since 1970."""
+    found = []
+    for path in (out / "checkpoints").glob(".partial-step-*"):
+        with contextlib.suppress(FileNotFoundError):  # it is in its place by now
+            found += [path] if path.stat().st_mtime_ns > since else []
+    return found
+
+
+def caught_saving(out: Path, run: Launched, victim: int, since: int) -> tuple[dict[int, int], int] | None:
+    """The processes, stopped in the middle of a save which can't be finished without the victim, and the step that is
+    saved. None, and they go on, where it isn't so."""
+    if not partials(out, since):
+        return None
+    workers = run.workers()
+    for pid in workers.values():
+        kill(pid, signal.SIGSTOP)
+    # The first process is needed to the last moment, the other one until it has written its part of the optimiser.
+    caught = [path for path in partials(out, since) if victim == 0 or not list(path.glob("optimizer/shard-00002-*"))]
+    if caught and len(workers) == 2:
+        return workers, int(caught[0].name.removeprefix(".partial-step-"))
+    for pid in workers.values():
+        kill(pid, signal.SIGCONT)
+    return None
+
+
+# --- two machines
+
+
+def test_two_machines_one_of_which_goes_away(world: World, undisturbed: Path, launch: Launch, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = settings(world, out, **CHANGES)
+
+    def both(name: str) -> list[Launched]:
+        meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", name)
+        return [launch(arguments, 1, "--nnodes", "2", *meet) for _ in range(2)]
+
+    first = both("first")
+    until(lambda: last_step(out) > SAVE_EVERY, first[0])
+    gone, left = first if 1 in first[0].workers() else first[::-1]
+    victim = gone.workers()[1]
+    kill(victim)
+    gone.agent.kill()
+    started = time.monotonic()
+    assert left.wait(GONE_WITHIN) != 0
+    assert time.monotonic() - started < GONE_WITHIN
+    assert not left.workers()
+    # Where the machine that went away kept the store, that may be what is found out first.
+    assert left.said.count(news(1, victim)) + left.said.count("error: the launcher is gone: ") == 1, left.said
+    assert left.said.count("is gone") == left.said.count("The last checkpoint is ") == 1
+
+    second = both("second")
+    assert [run.wait() for run in second] == [0, 0], second[0].said + second[1].said
+    assert "1 thread each (2 machines)" in second[0].said + second[1].said
+    assert len(resumed_from(out)) == 1
+    assert worst_loss(out, undisturbed) < 1e-5
+    assert worst_weight(out, undisturbed) < 1e-5
+
+
+# --- stopped on purpose
+
+
+def test_sigterm_to_torchrun_saves_and_the_run_goes_on(
+    world: World, undisturbed: Path, launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = settings(world, out, **CHANGES, train__keep_checkpoints=1)
+    run = launch(arguments, 2)
+    until(lambda: last_step(out) >= 2, run)
+    run.agent.terminate()
+    started = time.monotonic()
+    assert run.wait(GONE_WITHIN) == 1
+    assert time.monotonic() - started < 30, "torchrun would have killed what runs any longer"
+    step = last_step(out)
+    assert 2 <= step < STEPS
+    assert run.said.count(f"stopped   by SIGTERM after step {step} of {STEPS}; saved in {out / 'checkpoints'}\n") == 1
+    assert f"resume    torchrun … -m train --config {out / 'config.yaml'}\n" in run.said
+    assert "error: " not in run.said
+    assert checkpoints(out) == [f"step-{step:06d}"]
+    assert worst_loss(out, undisturbed, step) < 1e-6
+
+    assert main(arguments) == 0  # as one process: it takes less time
+    assert f"after step {step} of {STEPS}" in capsys.readouterr().err
+    assert worst_loss(out, undisturbed) < 1e-6
+    assert worst_weight(out, undisturbed) < 1e-5
+
+
+# --- what the user can mend
+
+
+def test_an_unknown_key(world: World, tmp_path: Path) -> None:
+    assert_said_once(settings(world, tmp_path / "out", train__max_stps=3), 2, "unknown key 'train.max_stps'.")
+
+
+def test_a_row_that_is_no_row(world: World, tmp_path: Path) -> None:
+    """The first process alone reads them."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(world.rows.read_text() + "{broken\n")
+    arguments = settings(world, tmp_path / "out", data__train=str(rows), data__on_bad_row="error")
+    assert_said_once(arguments, 2, f"{rows}:97")
+
+
+def test_a_mesh_that_is_not_that_of_the_processes(world: World, tmp_path: Path) -> None:
+    arguments = settings(world, tmp_path / "out", parallel__shard=4)
+    assert_said_once(arguments, 2, "parallel.shard 4 × parallel.expert 1 × parallel.replicate 1 is 4, but 2 processes")
+
+
+def test_experts_that_can_not_be_divided(world: World, tmp_path: Path) -> None:
+    assert_said_once(settings(world, tmp_path / "out"), 3, "4 experts")
+
+
+def assert_said_once(arguments: list[str], processes: int, wanted: str) -> None:
+    done = in_processes(arguments, processes)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert wanted in done.stderr[done.stderr.index("error: ") :]
+    assert "is gone" not in done.stderr
+    assert done.stderr.count("Traceback") == 1, "torchrun's own"
+    assert "exitcode  : 2 " in done.stderr
