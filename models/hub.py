@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from quant.errors import NibbleError
 
-from .tensorfile import TensorInfo, read_header
+from .tensorfile import MappedFolder, TensorInfo, read_header
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -57,7 +57,7 @@ _SAMPLE_EVERY = 4 * 2**20  # bytes
 class HubCheckpoint:
     """A hub folder, opened: config, and every tensor's shape and dtype. Data is read when asked for.
 
-    One shard is mapped at a time, so memory holds at most one shard's mapping and the tensors handed out.
+    Memory holds the tensors handed out, and at most 16 MiB of a mapped shard that were read before.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,8 +67,7 @@ class HubCheckpoint:
         self._files: dict[str, str] = {}
         self._infos: dict[str, TensorInfo] = {}
         self._headers: dict[str, dict[str, TensorInfo]] = {}
-        self._open_name: str | None = None
-        self._open_file: Any = None
+        self._mapped = MappedFolder(self.path)
         self._read_headers(_shards(self.path))
 
     def __enter__(self) -> HubCheckpoint:
@@ -104,17 +103,18 @@ class HubCheckpoint:
 
     def tensor(self, key: str) -> Tensor:
         """The tensor as stored: a view of the mapped file, to be read and not written."""
-        with self._damage(key) as file:
-            return file.get_tensor(key)
+        with self._damage(key):
+            return self._mapped.file(self._files[key], self.nbytes_of([key])).get_tensor(key)
 
     def row(self, key: str, index: int) -> Tensor:
         """Index `index` along dim 0 of a tensor (one expert of a fused stack), without reading the others."""
-        with self._damage(key) as file:
-            return file.get_slice(key)[index]
+        with self._damage(key):
+            nbytes = self.nbytes_of([key]) // self.shape(key)[0]
+            return self._mapped.file(self._files[key], nbytes).get_slice(key)[index]
 
     def close(self) -> None:
         """Unmap the shard that is open. Reading maps it again."""
-        self._open_name = self._open_file = None
+        self._mapped.close()
 
     def fingerprint(self) -> str:
         """What identifies the content: "sha256:…" over config.json, keys, shapes, dtypes and samples of the data.
@@ -155,14 +155,10 @@ class HubCheckpoint:
                 self._files[key] = shard
 
     @contextlib.contextmanager
-    def _damage(self, key: str) -> Iterator[Any]:
+    def _damage(self, key: str) -> Iterator[None]:
         name = self._files[key]
         try:
-            if self._open_name != name:
-                self.close()
-                self._open_file = safe_open(self.path / name, framework="pt")
-                self._open_name = name
-            yield self._open_file
+            yield
         except (SafetensorError, OSError) as error:
             raise NibbleError(
                 f"{self.path / name}: {key} can't be read ({error}).\n"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from quant.errors import NibbleError
@@ -28,7 +28,7 @@ from .hub import some
 from .keymap import Key
 from .layout import Layout
 from .stream import Piece, native_tensors
-from .tensorfile import DTYPES, TensorInfo, read_header, sha256_file, write_atomically
+from .tensorfile import DTYPES, MappedFolder, TensorInfo, read_header, sha256_file, write_atomically
 
 MANIFEST = "nibble.json"
 FORMAT_VERSION = 1
@@ -173,8 +173,7 @@ class NativeCheckpoint:
         self.keys: tuple[Key, ...] = ()
         self._infos: dict[str, TensorInfo] = {}
         self._files: dict[str, str] = {}
-        self._open_name: str | None = None
-        self._open_file: Any = None
+        self._mapped = MappedFolder(self.path)
 
     def bind(self, keys: tuple[Key, ...]) -> NativeCheckpoint:
         """Check that the files hold exactly these keys' tensors, so that `read` can serve them."""
@@ -210,15 +209,13 @@ class NativeCheckpoint:
         yield Piece(key, start, {name: self._tensor(name, experts if key.parts else None) for name in names})
 
     def _tensor(self, name: str, rows: range | None) -> Tensor:
-        file = self._files[name]
+        file, info = self._files[name], self._infos[name]
+        nbytes = info.end - info.begin
         try:
-            if self._open_name != file:
-                self.close()
-                self._open_file = safe_open(self.path / file, framework="pt")
-                self._open_name = file
             if rows is None:
-                return self._open_file.get_tensor(name)
-            return self._open_file.get_slice(name)[rows.start : rows.stop]
+                return self._mapped.file(file, nbytes).get_tensor(name)
+            opened = self._mapped.file(file, nbytes * len(rows) // info.shape[0])
+            return opened.get_slice(name)[rows.start : rows.stop]
         except (SafetensorError, OSError) as error:
             raise NibbleError(
                 f"{self.path / file}: {name} can't be read ({error}).\n"
@@ -227,7 +224,7 @@ class NativeCheckpoint:
 
     def close(self) -> None:
         """Unmap the file that is open. Reading maps it again."""
-        self._open_name = self._open_file = None
+        self._mapped.close()
 
 
 def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
