@@ -2,7 +2,7 @@
 
 Of a converted checkpoint a process reads the rows that it will hold. Of a hub checkpoint it quantises its own experts;
 a matrix that isn't an expert's is quantised whole and cut, since the scales of double quantisation depend on all of it.
-Host memory: the process's part of the model, and one tensor.
+Host memory: the process's part of the model, one tensor, and up to 16 MiB of a mapped file (models/tensorfile.py).
 """
 
 from __future__ import annotations

@@ -14,7 +14,12 @@ from tests.run_helpers import World, curve, in_processes, losses, make_world, se
 from train.__main__ import main
 
 # Extending a run leaves its checkpoints valid only where the schedule doesn't know the end.
-STEADY = {"train__schedule": "constant", "train__warmup_ratio": 0, "train__gradient_accumulation": 2, "train__eps": 1e-3}
+STEADY = {
+    "train__schedule": "constant",
+    "train__warmup_ratio": 0,
+    "train__gradient_accumulation": 2,
+    "train__eps": 1e-3,
+}
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,9 @@ def test_experts_that_cannot_be_cut_are_named() -> None:
 
 def test_rows_that_cannot_be_cut_are_named() -> None:
     model = model_of("glm4_moe", "int8", n_routed_experts=9, hidden_size=64)
-    with pytest.raises(NibbleError, match=re.escape("model.layers.0.self_attn.q_proj.weight has 64 rows, which can't be cut into 3")):
+    with pytest.raises(
+        NibbleError, match=re.escape("model.layers.0.self_attn.q_proj.weight has 64 rows, which can't be cut into 3")
+    ):
         cuts(model, MeshSizes(shard=3))
     # A matrix that isn't quantised may be cut unevenly.
     assert cuts(model_of("glm4_moe", "none", n_routed_experts=9), MeshSizes(shard=3))
