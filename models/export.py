@@ -166,9 +166,11 @@ class _Once:
 def _written(key: Key, value: _Once, dtype: torch.dtype, origin: HubCheckpoint | None) -> torch.dtype:
     """The dtype to write a tensor in: see `export_hub` for those that are float32 in a model of another dtype."""
     has = value.parameter.dtype
-    if has == dtype or origin is None or key.hub not in origin or DTYPES.get(origin.dtype(key.hub)) != dtype:
+    if has == dtype:
+        return dtype
+    whole = value.take()  # in any case: all processes make it whole together, and the origin may be there for one only
+    if origin is None or key.hub not in origin or DTYPES.get(origin.dtype(key.hub)) != dtype:
         return has
-    whole = value.take()
     return dtype if torch.equal(whole.to(dtype).to(has), whole) else has
 
 

@@ -92,10 +92,12 @@ def _own_experts(model: CausalLM, meshes: Meshes) -> None:
 
 
 def _prefetch(decoder: Decoder) -> None:
-    """Gather the next layer while one computes: the host, which asks for it, waits for the routing in every layer."""
+    """Gather the next layer, with experts that are a unit of their own, while one computes: the host, which asks for
+    it, waits for the routing in every layer.
+    """
     layers = [layer for layer in decoder.layers if isinstance(layer, FSDPModule)]
     for layer, following in itertools.pairwise(layers):
-        layer.set_modules_to_forward_prefetch([following])
+        layer.set_modules_to_forward_prefetch([part for part in following.modules() if isinstance(part, FSDPModule)])
 
 
 def materialise(shards: Shards, device: torch.device, *, cpu_offload: bool = False) -> None:

@@ -31,6 +31,7 @@ class Shards:
     def __init__(self, model: CausalLM, meshes: Meshes | None = None, parts: dict[str, Part] | None = None) -> None:
         self.model, self.meshes, self.parts = model, meshes, parts or {}
         self._local: dict[str, nn.Parameter] | None = None
+        self._names: dict[int, str] = {}  # of the model's tensors, which live as long as the model, by their id
 
     @property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -109,8 +110,9 @@ class Shards:
     def _part_of(self, parameter: Tensor) -> Part | None:
         if not is_cut(parameter):
             return None
-        name = next(name for name, other in self.model.named_parameters() if other is parameter)
-        return self.parts[name]
+        if id(parameter) not in self._names:
+            self._names = {id(other): name for name, other in self.model.named_parameters()}
+        return self.parts[self._names[id(parameter)]]
 
     def _local_of(self, parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(local_tensor(parameter)) if is_cut(parameter) else parameter

@@ -15,6 +15,7 @@ from quant.errors import NibbleError
 MiB = 2**20
 
 
+@pytest.mark.slow
 def test_tiny_run_prints_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its own checks pass: the losses are those of one process, and what is gathered is what the plan says."""
     command = ["--tiny", "--processes", "2", "--expert", "2", "--tokens", "32", "--steps", "1", "--threads", "2"]
@@ -64,6 +65,7 @@ def test_traffic_leaves_out_what_stays() -> None:
     assert moved.gathered == 70
 
 
+@pytest.mark.slow
 def test_processes_that_fail_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert distributed.main(["--tiny", "--processes", "3", "--expert", "2", "--work", str(tmp_path)]) == 2
     assert "error: --expert 2 doesn't divide --processes 3." in capsys.readouterr().err

@@ -80,6 +80,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert worst(tmp_path / "out", alone) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_one_process_has_left_goes_on_with_two(world: World, alone: Path, tmp_path: Path) -> None:
     changes = {**STEADY, "train__eval_every": 3}
     assert main(settings(world, tmp_path / "out", **changes, train__max_steps=3)) == 0

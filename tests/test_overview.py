@@ -139,8 +139,9 @@ def test_at_most_two_layers_and_the_head_are_gathered(storage: str, rank: int, s
 def test_offloaded_parts_are_in_host_memory() -> None:
     text = plan(tiny_model("nf4", 4), MeshSizes(), "parallel.cpu_offload=true")
     assert re.search(
-        r"  memory    weights .*, optimiser [\d.]+ KiB, in host memory; on the device are\n +at most ", text
+        r"  memory    weights .*, optimiser [\d.]+ KiB,\n            in host memory; on the device are at most ", text
     )
+    assert max(map(len, text.splitlines())) <= 120
 
 
 # --- words

@@ -1,4 +1,4 @@
-"""Every process of a run writes to output.dir: it has to be one folder."""
+"""Every process of a run writes to output.dir: it has to be one folder. They all have to have one config."""
 
 from __future__ import annotations
 
@@ -26,3 +26,15 @@ def test_a_folder_that_is_not_shared_is_named_on_every_process(tmp_path: Path) -
 def test_one_process_needs_no_other(tmp_path: Path) -> None:
     require_shared(tmp_path, ALONE)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_config_is_named_on_every_process() -> None:
+    first, second = run_processes(2, "tests.dist_workers.folders:check_configs")
+    assert first == second
+    assert first[0] == first[3] == ""
+    assert first[1] == (
+        "rank 1 has another config than rank 0: train.max_steps is 7 there, null for rank 0; "
+        "train.learning_rate is 0.0002 there, 0.0001 for rank 0.\n"
+        "Start all processes with the same config and --set options, on the same kind of device."
+    )
+    assert 'train.device is "cpu" there, "cuda" for rank 0' in first[2]

@@ -131,4 +131,4 @@ def test_a_failure_in_one_process_shows_what_every_process_said():
 
 def test_processes_that_do_not_end_in_time_are_stopped():
     with pytest.raises(AssertionError, match="rank 1 was stopped"):
-        run_processes(2, "tests.dist_workers.world:together", timeout=0.2)
+        run_processes(2, "tests.dist_workers.world:never_ends", timeout=0.5)

@@ -37,7 +37,7 @@ def resume_fingerprint(config: Config) -> dict[str, Any]:
     The length of the run counts, since the warm-up and the decay are shares of it; with a constant schedule and no
     warm-up it does not, so that such a run can be extended.
     """
-    flat = _flat(config)
+    flat = flat_config(config)
     dropped = {key for key in flat if key in _FREE_ON_RESUME or key.startswith(_FREE_SECTION)}
     if config.adapter.kind == "none":
         dropped |= {key for key in flat if key.startswith("adapter.") and key != "adapter.kind"}
@@ -54,12 +54,13 @@ def resume_fingerprint(config: Config) -> dict[str, Any]:
 
 def run_identity(config: Config) -> str:
     """Two configs with the same identity describe the same run of the same length, from files of the same names."""
-    flat = _flat(config)
+    flat = flat_config(config)
     also = {key: flat[key] for key in (*_FILES, "train.epochs", "train.max_steps")}
     return fingerprint_hash({**resume_fingerprint(config), **also})
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def flat_config(config: Config) -> dict[str, Any]:
+    """Dotted key -> value (JSON types) of every key."""
     values = config.model_dump(mode="json")
     return {f"{name}.{key}": value for name, section in values.items() for key, value in section.items()}
 

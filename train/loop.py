@@ -209,8 +209,9 @@ class Loop:
 
     def _save(self) -> None:
         parameters = self.shards.parameters
-        norms = torch.stack([parameter.detach().norm(dtype=torch.float32) for _, parameter in parameters])
-        broken = self.world.max((~norms.isfinite()).to("cpu", torch.int64)).tolist()
+        # Some may be on the host and some on the device.
+        norms = [parameter.detach().norm(dtype=torch.float32).to(self.device) for _, parameter in parameters]
+        broken = self.world.max((~torch.stack(norms).isfinite()).to("cpu", torch.int64)).tolist()
         if any(broken):
             raise NonFiniteError(
                 f"after step {self.progress.step} {parameters[broken.index(1)][0]} is not finite, so that no checkpoint"

@@ -155,8 +155,9 @@ def _memory_text(model: CausalLM, config: Config, sizes: MeshSizes | None) -> st
         return f"{own}; activations come on top"
     gathered = format_bytes(_gathered_bytes(tensors, sizes, config.parallel.reshard_after_forward))
     each = "each process: " if sizes.replicate * sizes.parts > 1 else ""
-    where = ", in host memory; on the device are" if config.parallel.cpu_offload else "; on top come"
-    return f"{each}{own}{where}\n            at most {gathered} of gathered layers and their gradients, and activations"
+    where = ",\n{}in host memory; on the device are " if config.parallel.cpu_offload else "; on top come\n{}"
+    where = where.format(" " * 12)
+    return f"{each}{own}{where}at most {gathered} of gathered layers and their gradients, and activations"
 
 
 def _gathered_bytes(tensors: list[WholeTensor], sizes: MeshSizes, reshard_after_forward: bool) -> int:

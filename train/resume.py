@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from parallel.shards import Shards
@@ -16,7 +17,7 @@ from quant.errors import NibbleError
 from train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from train.config import Config
 from train.data import Data
-from train.fingerprint import resume_fingerprint, run_identity
+from train.fingerprint import flat_config, resume_fingerprint, run_identity
 from train.loop import Progress
 from train.model import trained_tensors
 from train.report import Report
@@ -55,7 +56,26 @@ def finished_result(config: Config, folder: RunFolder, checkpoint: Checkpoint | 
     return result if same and not older else None
 
 
-def require_same_everywhere(fingerprint: str, config: Config) -> None:
+def require_same_config(config: Config, device: torch.device) -> None:
+    """Raises NibbleError where a process has another config than rank 0, or runs on another kind of device: they would
+    wait for each other in different places, or train with different settings.
+    """
+    values = {**flat_config(config), "train.device": device.type}
+    found = [json.loads(text) for text in gather_texts(json.dumps(values))]
+    for rank, theirs in enumerate(found):
+        different = [
+            f"{key} is {json.dumps(theirs.get(key))} there, {json.dumps(value)} for rank 0"
+            for key, value in found[0].items()
+            if theirs.get(key) != value
+        ]
+        if different:
+            raise NibbleError(
+                f"rank {rank} has another config than rank 0: {'; '.join(different[:3])}.\n"
+                "Start all processes with the same config and --set options, on the same kind of device."
+            )
+
+
+def require_same_model(fingerprint: str, config: Config) -> None:
     """Raises NibbleError where a machine has another model under the same name than the others."""
     found = gather_texts(fingerprint)
     others = [str(rank) for rank, text in enumerate(found) if text != found[0]]
@@ -108,6 +128,7 @@ def restore(
     optimizer: Optimizer,
     total_steps: int,
     report: Report,
+    world: World = ALONE,
 ) -> Progress:
     """Put everything back to where the checkpoint was taken, so that the run goes on as if it had not stopped."""
     if checkpoint is None:
@@ -116,7 +137,7 @@ def restore(
     checkpoint.load_optimizer(optimizer, shards.parts)
     checkpoint.restore_rng()
     elsewhere = checkpoint.path.parent.parent / folder.metrics.name
-    if not folder.metrics.exists() and elsewhere.exists():
+    if world.first and not folder.metrics.exists() and elsewhere.exists():
         shutil.copyfile(elsewhere, folder.metrics)  # the checkpoint of another folder brings its history with it
     report.note(f"resuming from {checkpoint.path}, after step {checkpoint.step} of {total_steps}")
     return Progress(**checkpoint.state["progress"])

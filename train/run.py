@@ -39,7 +39,8 @@ from train.resume import (
     find_checkpoint,
     finished_result,
     require_same_base,
-    require_same_everywhere,
+    require_same_config,
+    require_same_model,
     restore,
     restore_data,
 )
@@ -69,6 +70,7 @@ def run(config: Config, config_path: Path | None = None, watch: Watch | None = N
         if world.size > 1 or parallel.cpu_offload:
             stack.enter_context(process_group(world, device, watch.store))
             stack.enter_context(watch.errors())
+            require_same_config(config, device)
             require_shared(folder.path, world)
             sizes, meshes = wanted, make_meshes(wanted, device)
         return _run(config, folder, report, device, world, sizes, meshes)
@@ -97,7 +99,7 @@ def _run(
     source = open_folder(config.model.path)
     check_model(config, source, device, sizes)
     base = {"name": source.name, "fingerprint": content_fingerprint(source)}
-    require_same_everywhere(base["fingerprint"], config)
+    require_same_model(base["fingerprint"], config)
     require_same_base(checkpoint, base, config)
 
     torch.manual_seed(config.train.seed)
@@ -128,7 +130,7 @@ def _run(
         train.weight_decay,
         sizes={name: math.prod(part.shape) for name, part in shards.parts.items()},
     )
-    progress = restore(checkpoint, folder, shards, optimizer, total_steps, report)
+    progress = restore(checkpoint, folder, shards, optimizer, total_steps, report, world)
 
     def draw() -> None:
         if world.first:
@@ -137,7 +139,7 @@ def _run(
     tensorboard = folder.tensorboard if train.tensorboard else None
     resume_step = checkpoint.step if checkpoint else None
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopOnSignal(quiet=not world.first))
+        stop = stack.enter_context(StopOnSignal(quiet=not world.first, launched=world.size > 1))
         metrics = None
         if world.first:
             metrics = stack.enter_context(MetricsLog(folder.metrics, tensorboard, resume_step))

@@ -15,13 +15,13 @@ class StopOnSignal:
     """While this context is open, SIGINT, SIGTERM or SIGHUP (the terminal was closed) sets `requested`; a second SIGINT
     raises KeyboardInterrupt at once. A SIGHUP that is ignored, as under nohup, stays ignored.
 
-    quiet: say nothing of it; of several processes, which a launcher signals all, one speaks. The handlers that were
-    there before are put back on leaving. Outside the main thread Python allows no handlers:
-    there the context does nothing and `requested` stays False.
+    quiet: say nothing of it; of several processes, which a launcher signals all, one speaks. launched: by torchrun,
+    which passes a second SIGINT on as SIGTERM. The handlers that were there before are put back on leaving. Outside the
+    main thread Python allows no handlers: there the context does nothing and `requested` stays False.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet, self.requested = quiet, False
+    def __init__(self, quiet: bool = False, launched: bool = False) -> None:
+        self.quiet, self.launched, self.requested = quiet, launched, False
         self.name = ""  # of the first signal, e.g. "SIGTERM"
         self._previous: dict[int, Any] = {}
 
@@ -47,7 +47,8 @@ class StopOnSignal:
             if self.quiet:
                 return
             # Not print(): the signal may have come in the middle of one, and Python's streams are not re-entrant.
-            _write(f"\n{self.name}: finishing this step, then saving. Ctrl-C again stops at once, unsaved.\n")
+            again = "" if self.launched else " Ctrl-C again stops at once, unsaved."
+            _write(f"\n{self.name}: finishing this step, then saving.{again}\n")
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 

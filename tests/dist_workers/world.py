@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -57,3 +58,7 @@ def one_fails(world: World) -> None:
     if world.rank == world.size - 1:
         raise RuntimeError("this one was meant to fail")
     world.wait()
+
+
+def never_ends(world: World) -> None:
+    time.sleep(600)
