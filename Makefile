@@ -16,7 +16,7 @@ TINY = $(or $(TINY_$(ARCH)),$(error ARCH=$(ARCH) is no architecture of the demo.
 DEMO = $(if $(TINY),outputs/demo$(patsubst %,-%,$(filter-out glm4_moe_lite,$(ARCH))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format types check demo demo-clean
+.PHONY: help setup test test-slow lint format types check demo demo-clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 test: $(INSTALLED)  ## run the tests, two at a time (ARGS="-k quant" passes options to pytest)
 	$(PY) -m pytest -n 2 $(ARGS)
+
+test-slow: $(INSTALLED)  ## run the tests that take minutes, which `make test` leaves out
+	$(PY) -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED)  ## ruff: rules and formatting
 	$(PY) -m ruff check .

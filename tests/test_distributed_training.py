@@ -16,7 +16,7 @@ from tests.dist_workers.training import saved_tensors, train_alone
 from tests.processes import run_processes
 from tests.tiny import TINY, save_tiny
 
-ARCHITECTURES = [name for name in TINY if name != "qwen3_5_moe"]  # its text model is qwen3_5_moe_text, with other keys
+ARCHITECTURES = [name for name in TINY if name != "qwen3_5_moe"]  # qwen3_5_moe_text with other keys: one case
 TOLERANCE = 1e-5
 
 Case = dict[str, Any]
@@ -60,7 +60,7 @@ QUICK = {
         "full bfloat16",
     ),
     4: (
-        "glm4_moe-int8", "glm_moe_dsa-experts", "afmoe-replicated", "qwen3_5_moe_text-nf4", "replicated experts",
+        "glm4_moe-int8", "glm_moe_dsa-experts", "afmoe-replicated", "qwen3_5_moe-nf4", "replicated experts",
         "four owners",
     ),
 }  # fmt: skip
@@ -83,6 +83,7 @@ def cases_for(ranks: int) -> dict[str, Case]:
             add(f"{model_type}-{storage}", model_type, storage)
         add(f"{model_type}-bfloat16", model_type, "none", model={"dtype": "bfloat16"})
         add(f"{model_type}-experts", model_type, parallel={"expert": 2})
+    add("qwen3_5_moe-nf4", "qwen3_5_moe")
     lite, qwen = "glm4_moe_lite", "qwen3_5_moe_text"
     # Without normalisation, which would make the only weight one and leave the router without a gradient.
     one_expert = {"biased": True, "num_experts_per_tok": 1, "norm_topk_prob": False}
@@ -113,7 +114,7 @@ class Trained:
         for case in self.cases.values():
             model_type, changes = case["model"]["path"]
             case["model"]["path"] = checkpoint(model_type, **changes)
-        self.folder = folder
+        self.ranks, self.folder = ranks, folder
         listed = list(self.cases.values())
         self.ours = run_processes(
             ranks, "tests.dist_workers.training:train_all", listed, str(folder / "several"), timeout=900
@@ -143,6 +144,9 @@ def test_losses_and_results_are_those_of_one_process(trained: Trained) -> None:
         ours, alone = [ranks[number] for ranks in trained.ours], trained.alone[number]
         assert all(of_rank["losses"] == ours[0]["losses"] for of_rank in ours), name
         assert alone["losses"][-1] < 0.999 * alone["losses"][0] or alone["norms"][0] > 0.01, f"{name} learns nothing"
+        # Of what is frozen each process holds its part, and nothing of any size is on all of them.
+        parts = trained.ranks // trained.cases[name].get("parallel", {}).get("replicate", 1)
+        assert all(of_rank["frozen_bytes"] <= 1.02 * alone["frozen_bytes"] / parts for of_rank in ours), name
         loss = _differences(ours[0]["losses"], alone["losses"])
         norm = _differences(ours[0]["norms"], alone["norms"])
         several, one = (saved_tensors(trained.folder / which / str(number)) for which in ("several", "alone"))
