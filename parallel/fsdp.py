@@ -69,7 +69,7 @@ def shard(model: CausalLM, meshes: Meshes, *, reshard_after_forward: bool = True
             offload_policy=offload,
             ignored_params=ignored,
         )
-        # Prefetching would gather it even so.
+        # Left to itself FSDP2 would prefetch an embedding for a backward pass that doesn't need it.
         sharded.set_unshard_in_backward(unit.backward)
         sharded.set_gradient_divide_factor(1.0)
         # A plain sum: gloo knows no sum that divides on the way.
