@@ -47,7 +47,7 @@ def write(folder: Path, seed: int = 0) -> None:
 
     from models.registry import architecture_for
     from quant.storage import StorageSpec
-    from train.demo_checkpoint import initial_value
+    from train.demo.checkpoint import initial_value
 
     architecture = architecture_for(config, str(folder))
     parsed = architecture.parse_config(config, str(folder))

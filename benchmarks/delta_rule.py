@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from parallel.device import device_name, peak_memory_bytes, reset_peak_memory
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 from train.__main__ import print_error
 
 from .measure import CPU, resident_bytes
@@ -58,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
 def rule(side: str) -> Callable[..., Tensor]:
     """A side's function of query, key, value, decay and beta, [N, heads, ...]."""
     if side == NATIVE:
-        from models.delta_rule import chunked_gated_delta_rule
-        from models.documents import Documents
+        from models.attention.delta_rule import chunked_gated_delta_rule
+        from models.blocks.documents import Documents
 
         def native(query: Tensor, *others: Tensor) -> Tensor:
             key, value, decay, beta = others

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 from train.__main__ import print_error
 
 from .checkpoint import ensure_checkpoint, parameters_of
@@ -113,7 +113,7 @@ def prepare(arguments: argparse.Namespace, config: dict[str, Any]) -> tuple[Path
     """
     import torch
 
-    from models.conversion import convert
+    from models.checkpoint.conversion import convert
     from quant.storage import StorageSpec
 
     hub = ensure_checkpoint(config, arguments.work)

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.adapters.lora import key_map_of
+from models.checkpoint.tensorfile import MAPPED_BYTES
 from models.decoder import CausalLM
 from models.load import open_folder
-from models.lora import key_map_of
-from models.parameter_table import whole_tensors
-from models.tensorfile import MAPPED_BYTES
 from parallel.device import peak_memory_bytes, reset_peak_memory
 from parallel.mesh import Meshes, MeshSizes, make_meshes, mesh_sizes
 from parallel.shards import Shards, local_tensor
 from parallel.store import launch_store
 from parallel.world import World, launched_world, process_group
 from quant.fourbit import import_bitsandbytes
-from train.config import Config
+from train.config.sections import Config
 from train.loop import training_step
 from train.model import load_trainable_model
 from train.optim import build_optimizer
+from train.output.parameter_table import whole_tensors
 
 from .distributed import Job
 from .measure import CPU, resident_bytes

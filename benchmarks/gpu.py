@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 
 from .gpu_cases import CASES, NOT_HERE, Case, NamedCase
 from .report import table

@@ -14,8 +14,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from models.experts import Experts
-from models.linear import LoRA
+from models.blocks.experts import Experts
+from models.blocks.linear import LoRA
 from quant.storage import DenseStorage, StorageSpec, new_storage
 from train.loss import linear_cross_entropy
 

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.adapters.lora import add_lora, trainable_parameters
+from models.adapters.targets import AdapterSpec, adaptable, groups_of
+from models.blocks.documents import Documents
+from models.blocks.experts import Experts
 from models.decoder import CausalLM
-from models.documents import Documents
-from models.experts import Experts
-from models.lora import add_lora, trainable_parameters
 from models.registry import ARCHITECTURES
-from models.targets import AdapterSpec, adaptable, groups_of
 from parallel.world import World, process_group
 from train.loss import linear_cross_entropy
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.balance import AuxiliaryLoss, Balance, BiasUpdate
+from models.adapters.lora import add_lora, trainable_parameters
+from models.adapters.targets import AdapterSpec, adaptable, groups_of
+from models.blocks.balance import AuxiliaryLoss, Balance, BiasUpdate
+from models.blocks.documents import Documents
+from models.blocks.norm import ZeroCentredRMSNorm
+from models.blocks.router import Router, SigmoidRouter
+from models.checkpoint.keymap import Key
 from models.decoder import CausalLM
-from models.documents import Documents
-from models.keymap import Key
-from models.lora import add_lora, trainable_parameters
-from models.norm import ZeroCentredRMSNorm
 from models.registry import ARCHITECTURES
-from models.router import Router, SigmoidRouter
-from models.targets import AdapterSpec, adaptable, groups_of
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 from quant.storage import DenseStorage, Storage, StorageSpec
 from train.loss import linear_cross_entropy
 from train.optim import build_optimizer, clip_gradients

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from models.attention import causal_attention
-from models.delta_rule import chunked_gated_delta_rule, gated_delta_rule, stepwise_gated_delta_rule
-from models.documents import Documents
-from models.indexer import Indexer, IndexerConfig, parts_by_length, selected_attention
-from models.short_conv import short_convolution
+from models.attention.causal import causal_attention
+from models.attention.delta_rule import chunked_gated_delta_rule, gated_delta_rule, stepwise_gated_delta_rule
+from models.attention.indexer import Indexer, IndexerConfig, parts_by_length, selected_attention
+from models.attention.short_conv import short_convolution
+from models.blocks.documents import Documents
 from quant.storage import Storage
 
 from .gpu_compare import (

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from models.attention import causal_attention
-from models.delta_rule import chunked_gated_delta_rule, gated_delta_rule
-from models.documents import Documents
+from models.attention.causal import causal_attention
+from models.attention.delta_rule import chunked_gated_delta_rule, gated_delta_rule
+from models.blocks.documents import Documents
 from parallel.device import peak_memory_bytes, reset_peak_memory, synchronise
 
 from .gpu_compare import without_flash_linear_attention

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models.adapters.lora import add_lora, trainable_parameters
+from models.adapters.targets import AdapterSpec
+from models.blocks.documents import Documents
+from models.blocks.router import Router
 from models.decoder import CausalLM
-from models.documents import Documents
 from models.load import allocate
-from models.lora import add_lora, trainable_parameters
 from models.registry import ARCHITECTURES
-from models.router import Router
-from models.targets import AdapterSpec
 from parallel.device import peak_memory_bytes, synchronise
 from quant.storage import DenseStorage, Storage, StorageSpec
-from train.demo_checkpoint import initial_value
-from train.demo_models import demo_model
+from train.demo.checkpoint import initial_value
+from train.demo.models import demo_model
 from train.loss import linear_cross_entropy
 from train.optim import build_optimizer, clip_gradients
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 
 TRANSFORMERS, PEFT, BITSANDBYTES, ACCELERATE = "5.14.1", "0.19.1", "0.49.1", "1.15.0"
 STAMP = "nibble-peer.json"  # written when everything is installed

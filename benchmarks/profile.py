@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
+from models.attention.mla import LatentAttention
+from models.blocks.experts import Experts
+from models.blocks.linear import ExpertWeights, Linear
+from models.blocks.mlp import SwiGLU
+from models.blocks.router import SigmoidRouter
 from models.decoder import CausalLM
-from models.experts import Experts
-from models.linear import ExpertWeights, Linear
-from models.mla import LatentAttention
-from models.mlp import SwiGLU
-from models.router import SigmoidRouter
 from parallel.shards import Shards
 from quant.products import product_dtype
 from quant.storage import DenseStorage

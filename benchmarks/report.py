@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 
 MiB = 1 << 20
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 from train.__main__ import print_error
 
 from .checkpoint import ensure_checkpoint, parameters_of

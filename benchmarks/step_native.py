@@ -12,17 +12,17 @@ import time
 import torch
 from torch import Tensor
 
-from models.documents import Documents
+from models.adapters.lora import add_lora
+from models.adapters.targets import AdapterSpec
+from models.blocks.documents import Documents
 from models.load import load_model
-from models.lora import add_lora
-from models.parameter_table import parameter_table
-from models.targets import AdapterSpec
 from parallel.shards import Shards
 from quant.fourbit import import_bitsandbytes
 from quant.products import product_dtype
-from train.batches import Batch
+from train.data.batches import Batch
 from train.loop import training_step
 from train.optim import build_optimizer
+from train.output.parameter_table import parameter_table
 
 from .measure import CPU, Measured, begin, loaded, note_trained, run_steps
 from .setting import ALPHA, EXPERTS, LEARNING_RATE, MAX_GRAD_NORM, RANK, SETTINGS, Request

@@ -8,7 +8,7 @@ logits = model(tokens)  # tokens int64 [B, T] -> [B, T, V]
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .load import load_model
+    from models.load import load_model
 
 __all__ = ["load_model"]
 
@@ -16,7 +16,7 @@ __all__ = ["load_model"]
 def __getattr__(name: str) -> Any:
     # Commands of this package answer --help without importing torch.
     if name == "load_model":
-        from .load import load_model
+        from models.load import load_model
 
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,19 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.errors import NibbleError
+from models.attention.gqa import (
+    GroupedQueryAttention,
+    GroupedQueryAttentionConfig,
+    grouped_query_attention_keys,
+    kv_heads,
+)
+from models.attention.rope import RopeConfig, parse_rope
+from models.blocks.configjson import choices, flag, integer, number, refuse_dropout, refuse_unknown_activation
+from models.blocks.documents import Documents
+from models.blocks.mlp import SwiGLU
+from models.blocks.moe import SharedExpertsMoE
+from models.blocks.norm import RMSNorm
+from models.blocks.router import RoutingRule
+from models.checkpoint.keymap import KeyMap, KeyMapBuilder
+from models.decoder import CausalLM, Decoder, Run
+from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-
-from .configjson import choices, flag, integer, number, refuse_dropout, refuse_unknown_activation
-from .decoder import CausalLM, Decoder, Run
-from .documents import Documents
-from .gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, grouped_query_attention_keys, kv_heads
-from .keymap import KeyMap, KeyMapBuilder
-from .mlp import SwiGLU
-from .moe import SharedExpertsMoE
-from .norm import RMSNorm
-from .rope import RopeConfig, parse_rope
-from .router import RoutingRule
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.errors import NibbleError
-
-from .progress import Bar
+from quant.common.errors import NibbleError
+from quant.common.progress import Bar
 
 if TYPE_CHECKING:
-    from .conversion import Summary
+    from models.checkpoint.conversion import Summary
 
 _DESCRIPTION = """\
 Convert a checkpoint in the hub's format (config.json, safetensors) into nibble's own: quantised once, and loaded
@@ -76,9 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     import torch
 
+    from models.checkpoint.conversion import Interrupted, convert
     from quant.storage import StorageSpec
-
-    from .conversion import Interrupted, convert
 
     spec = StorageSpec(arguments.storage, double_quant=not arguments.single_quant)
     dtype = torch.float32 if arguments.dtype == "float32" else torch.bfloat16
@@ -103,8 +101,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from .hub import gib
-    from .native import describe, verify
+    from models.checkpoint.native import describe, verify
+    from quant.common.words import gib
 
     folder = Path(arguments.verify)
     done = 0
@@ -127,8 +125,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _as_text(summary: Summary) -> str:
-    from .hub import gib
-    from .stream import LEFT_OUT
+    from models.checkpoint.stream import LEFT_OUT
+    from quant.common.words import gib
 
     sizes = f"{gib(summary.source_bytes)} → {gib(summary.bytes)} ({summary.stored})"
     if summary.kept == summary.files:

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.attention.rope import RopeConfig
+from models.blocks.balance import Balance
+from models.blocks.documents import Documents
+from models.blocks.linear import Linear
 from quant.storage import DenseStorage, StorageSpec
-
-from .balance import Balance
-from .documents import Documents
-from .linear import Linear
-from .rope import RopeConfig
 
 # run(layer, *inputs): the output of a layer, or of a part of one, perhaps to be computed again for its gradients.
 Run = Callable[..., Any]
@@ -85,7 +84,7 @@ class CausalLM(nn.Module):
     config: the architecture's parsed configuration. model_type: as in config.json. spec, dtype: how the frozen
     matrices are stored, and the dtype of everything else and of activations.
     activation_checkpointing: in training, keep only every layer's input and compute the layer again for its gradients.
-    balance: what watches how evenly the experts are chosen (models/balance.py); None: nothing does.
+    balance: what watches how evenly the experts are chosen (models/blocks/balance.py); None: nothing does.
     """
 
     def __init__(

@@ -12,16 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.attention.gqa import (
+    GroupedQueryAttention,
+    GroupedQueryAttentionConfig,
+    grouped_query_attention_keys,
+    kv_heads,
+)
+from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
+from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
+from models.blocks.documents import Documents
+from models.blocks.norm import RMSNorm
+from models.checkpoint.keymap import KeyMap, KeyMapBuilder
+from models.decoder import CausalLM, Decoder
+from models.glm_moe import GlmMoEConfig, glm_mlp, glm_mlp_keys
 from quant.storage import StorageSpec
-
-from .configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
-from .decoder import CausalLM, Decoder
-from .documents import Documents
-from .glm_moe import GlmMoEConfig, glm_mlp, glm_mlp_keys
-from .gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, grouped_query_attention_keys, kv_heads
-from .keymap import KeyMap, KeyMapBuilder
-from .norm import RMSNorm
-from .rope import RopeConfig, parse_rope, rotary_dimensions
 
 DEFAULTS = {
     "hidden_size": 4096,

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from quant.errors import NibbleError
+from models.blocks.configjson import flag, integer, number
+from models.blocks.mlp import SwiGLU
+from models.blocks.moe import SharedExpertsMoE
+from models.blocks.router import RoutingRule
+from models.checkpoint.keymap import KeyMapBuilder
+from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-
-from .configjson import flag, integer, number
-from .keymap import KeyMapBuilder
-from .mlp import SwiGLU
-from .moe import SharedExpertsMoE
-from .router import RoutingRule
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.errors import NibbleError
+from models.attention.indexer import Indexer, IndexerConfig, Part, indexer_keys, parts_by_length, selected_attention
+from models.attention.mla import LatentAttention, LatentAttentionConfig, latent_attention_keys
+from models.attention.rope import RopeConfig, parse_rope
+from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
+from models.blocks.documents import Documents
+from models.blocks.norm import RMSNorm
+from models.checkpoint.keymap import KeyMap, KeyMapBuilder
+from models.decoder import CausalLM, Decoder, Run
+from models.glm_moe import GlmMoEConfig, glm_mlp, glm_mlp_keys
+from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-
-from .configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
-from .decoder import CausalLM, Decoder, Run
-from .documents import Documents
-from .glm_moe import GlmMoEConfig, glm_mlp, glm_mlp_keys
-from .indexer import Indexer, IndexerConfig, Part, indexer_keys, parts_by_length, selected_attention
-from .keymap import KeyMap, KeyMapBuilder
-from .mla import LatentAttention, LatentAttentionConfig, latent_attention_keys
-from .norm import RMSNorm
-from .rope import RopeConfig, parse_rope
 
 DEFAULTS = {
     "hidden_size": 6144,

@@ -12,16 +12,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from quant.errors import NibbleError
+from models.checkpoint.hub import HubCheckpoint, hub_id_of, read_config, resolve_model
+from models.checkpoint.keymap import KeyMap
+from models.checkpoint.native import (
+    MANIFEST,
+    Manifest,
+    NativeCheckpoint,
+    convert_command,
+    describe,
+    is_converted,
+    wrong_sizes,
+)
+from models.checkpoint.stream import LEFT_OUT, HubReader, Piece, Reader, read_all
+from models.decoder import CausalLM
+from models.registry import architecture_for
+from quant.common.errors import NibbleError
+from quant.common.progress import Bar
+from quant.common.words import some
 from quant.storage import Kind, StorageSpec
-
-from .decoder import CausalLM
-from .hub import HubCheckpoint, hub_id_of, read_config, resolve_model, some
-from .keymap import KeyMap
-from .native import MANIFEST, Manifest, NativeCheckpoint, convert_command, describe, is_converted, wrong_sizes
-from .progress import Bar
-from .registry import architecture_for
-from .stream import LEFT_OUT, HubReader, Piece, Reader, read_all
 
 log = logging.getLogger("nibble")
 
@@ -79,7 +87,7 @@ def load_model(
     model.requires_grad_(False)
     model.eval()
     if adapter is not None:
-        from .adapter import load_adapter
+        from models.adapters.files import load_adapter
 
         load_adapter(model, Path(adapter))
     return model

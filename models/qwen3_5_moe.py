@@ -21,22 +21,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.errors import NibbleError
+from models.attention.delta_rule import gated_delta_rule
+from models.attention.gqa import (
+    GroupedQueryAttention,
+    GroupedQueryAttentionConfig,
+    grouped_query_attention_keys,
+    kv_heads,
+)
+from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
+from models.attention.short_conv import short_convolution
+from models.blocks.configjson import choices, flag, integer, number, refuse_dropout, refuse_unknown_activation
+from models.blocks.documents import Documents
+from models.blocks.experts import Experts
+from models.blocks.linear import Linear
+from models.blocks.mlp import SwiGLU
+from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
+from models.blocks.router import SoftmaxRouter
+from models.checkpoint.keymap import Group, KeyMap, KeyMapBuilder
+from models.decoder import CausalLM, Decoder
+from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-
-from .configjson import choices, flag, integer, number, refuse_dropout, refuse_unknown_activation
-from .decoder import CausalLM, Decoder
-from .delta_rule import gated_delta_rule
-from .documents import Documents
-from .experts import Experts
-from .gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, grouped_query_attention_keys, kv_heads
-from .keymap import Group, KeyMap, KeyMapBuilder
-from .linear import Linear
-from .mlp import SwiGLU
-from .norm import RMSNorm, ZeroCentredRMSNorm
-from .rope import RopeConfig, parse_rope, rotary_dimensions
-from .router import SoftmaxRouter
-from .short_conv import short_convolution
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         chosen, weights = self.gate(x)
         shared = self.shared_expert(x) * self.shared_expert_gate(x).sigmoid()
-        # The routed experts come last: a recomputed layer then stops before them (models/experts.py).
+        # The routed experts come last: a recomputed layer then stops before them (models/blocks/experts.py).
         return self.experts(x, chosen, weights) + shared
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from quant.errors import NibbleError
+from models import afmoe, glm4_moe, glm4_moe_lite, glm_moe_dsa, qwen3_5_moe
+from models.checkpoint.keymap import KeyMap
+from models.decoder import CausalLM
+from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-
-from . import afmoe, glm4_moe, glm4_moe_lite, glm_moe_dsa, qwen3_5_moe
-from .decoder import CausalLM
-from .keymap import KeyMap
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from models.tensorfile import disk_error
-from quant.errors import NibbleError
-
-from .parts import Cut
+from parallel.parts import Cut
+from quant.common.errors import NibbleError
+from quant.common.files import disk_error
 
 # A file is put together in memory before it is written: a new one is begun when this much would be exceeded.
 _FILE_BYTES = 64 * 2**20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 
 
 def choose_device(name: str | None = None, local_rank: int | None = None) -> torch.device:

@@ -2,8 +2,8 @@
 
 A group of P processes owns E / P consecutive experts each. One token's way: its K choices become K rows among the N·K
 that this process sends, sorted by expert and so by owner; each row goes to its owner with its routing weight, is
-computed there by the block of models/experts.py, and comes back weighted; a token's K rows are summed in float32, in
-the order of its choices. The gradients take the same ways in the other direction.
+computed there by the block of models/blocks/experts.py, and comes back weighted; a token's K rows are summed in
+float32, in the order of its choices. The gradients take the same ways in the other direction.
 
 Time: five exchanges of rows per layer and step (two forward, one in the recomputation of activation checkpointing, two
 backward) and one small exchange of counts before each forward one. The host waits for the device once, for the counts:
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.experts import LocalExperts, combine, count_choices
+from models.blocks.experts import LocalExperts, combine, count_choices
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ def _travel(rows: Tensor, sent: list[int], received: list[int], group: dist.Proc
 
 
 class ExpertExchange:
-    """An Exchange of models/experts.py. group: its process i owns experts i·E/P up to (i + 1)·E/P; experts: E."""
+    """An Exchange of models/blocks/experts.py.
+
+    group: its process i owns experts i·E/P up to (i + 1)·E/P; experts: E.
+    """
 
     def __init__(self, group: dist.ProcessGroup, experts: int) -> None:
         if experts % group.size():
@@ -83,8 +86,9 @@ class ExpertExchange:
 
 # Two autograd functions, each the other's transpose. Nothing behind the experts is saved for the backward pass: under
 # activation checkpointing a layer's recomputation still ends at the experts, with their input that has travelled once
-# more, before they are multiplied (models/experts.py). `_Return` therefore keeps the first computation's slots, 8
-# bytes a row, as an attribute. Routing is computed from the same bits both times, so they are the recomputation's too.
+# more, before they are multiplied (models/blocks/experts.py). `_Return` therefore keeps the first computation's slots,
+# 8 bytes a row, as an attribute. Routing is computed from the same bits both times, so they are those of the
+# recomputation too.
 
 
 class _Send(torch.autograd.Function):

@@ -21,14 +21,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Replicate, Shard
 
+from models.blocks.experts import Experts
 from models.decoder import CausalLM, Decoder
-from models.experts import Experts
-
-from .exchange import ExpertExchange
-from .mesh import Meshes
-from .parts import Part, bounds
-from .plan import cuts, units
-from .shards import Shards, is_cut
+from parallel.exchange import ExpertExchange
+from parallel.mesh import Meshes
+from parallel.parts import Part, bounds
+from parallel.plan import cuts, units
+from parallel.shards import Shards, is_cut
 
 
 def shard(model: CausalLM, meshes: Meshes, *, reshard_after_forward: bool = True, cpu_offload: bool = False) -> Shards:

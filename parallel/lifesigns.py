@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .world import World
+from parallel.world import World
 
 FINISHED = b"finished"  # the last sign of life
 _WATCHED = 64  # how many others a process watches: the work must not grow with the square of the world

@@ -2,7 +2,8 @@
 
 Of a converted checkpoint a process reads the rows that it will hold. Of a hub checkpoint it quantises its own experts;
 a matrix that isn't an expert's is quantised whole and cut, since the scales of double quantisation depend on all of it.
-Host memory: the process's part of the model, one tensor, and up to 16 MiB of a mapped file (models/tensorfile.py).
+Host memory: the process's part of the model, one tensor, and up to 16 MiB of a mapped file
+(models/checkpoint/tensorfile.py).
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from collections.abc import Callable
 
 import torch
 
-from models.hub import some
-from models.keymap import Key
-from models.stream import Reader
-from quant.errors import NibbleError
-
-from .shards import Shards, local_tensor
+from models.checkpoint.keymap import Key
+from models.checkpoint.stream import Reader
+from parallel.shards import Shards, local_tensor
+from quant.common.errors import NibbleError
+from quant.common.words import some
 
 
 def fill_parts(shards: Shards, reader: Reader, progress: Callable[[int, int], None] | None = None) -> None:

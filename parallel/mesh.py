@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from quant.errors import NibbleError
-
-from .world import World
+from parallel.world import World
+from quant.common.errors import NibbleError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

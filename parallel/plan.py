@@ -15,12 +15,11 @@ from typing import Literal
 import torch
 from torch import nn
 
+from models.blocks.linear import LoRA
 from models.decoder import CausalLM
-from models.linear import LoRA
-from quant.errors import NibbleError
+from parallel.mesh import MeshSizes
+from quant.common.errors import NibbleError
 from quant.storage import Storage
-
-from .mesh import MeshSizes
 
 Over = Literal["all", "owners"]
 

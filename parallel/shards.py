@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.decoder import CausalLM
-
-from .mesh import Meshes
-from .parts import Part
+from parallel.mesh import Meshes
+from parallel.parts import Part
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from .world import World
+from parallel.world import World
 
 Array = NDArray[Any]
 

@@ -15,9 +15,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from quant.errors import NibbleError
-
-from .world import World
+from parallel.world import World
+from quant.common.errors import NibbleError
 
 _PATIENCE = timedelta(minutes=10)  # machines don't start at the same time
 _POLL = 0.05  # seconds

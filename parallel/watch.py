@@ -21,9 +21,9 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from .lifesigns import FINISHED, Others, whereabouts
-from .store import launch_store
-from .world import World
+from parallel.lifesigns import FINISHED, Others, whereabouts
+from parallel.store import launch_store
+from parallel.world import World
 
 _PULSE = 0.5  # seconds between two signs of life
 _HURRY = 0.1  # the same once the run is ending

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # How long a collective may wait for a process that is alive but busy: reading its rows, or its part of a checkpoint.

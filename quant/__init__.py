@@ -4,7 +4,7 @@
     quant.fourbit    nf4 and fp4
     quant.int8       row-wise int8
     quant.products   matrix products, of one matrix and grouped by expert
-    quant.errors     NibbleError
+    quant.common     errors, files, words, progress: what every floor uses
 
-Nothing is imported here, so that `quant.errors` costs no torch import.
+Nothing is imported here, so that `quant.common.errors` costs no torch import.
 """

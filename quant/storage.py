@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 
 Kind = Literal["none", "nf4", "fp4", "int8"]
 TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]

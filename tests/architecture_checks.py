@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import models.experts as experts
+import models.blocks.experts as experts
 from models import load_model
-from models.documents import Documents
-from models.lora import add_lora, key_map_of, trainable_parameters
+from models.adapters.lora import add_lora, key_map_of, trainable_parameters
+from models.adapters.targets import AdapterSpec
+from models.blocks.documents import Documents
+from models.blocks.router import Router
 from models.registry import architecture_for
-from models.router import Router
-from models.targets import AdapterSpec
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 from quant.storage import Storage
 from tests.helpers import assert_close, random_tokens, relative_error
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import load_model
-from models.conversion import convert
+from models.checkpoint.conversion import convert
 from models.glm4_moe_lite import Glm4MoeLiteConfig, key_map
 from quant.storage import StorageSpec
 from tests.helpers import TINY_GLM

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models import load_model
-from models.adapter import save_adapter
+from models.adapters.files import save_adapter
+from models.adapters.lora import adapted, trainable_parameters
+from models.adapters.targets import module_name
 from models.decoder import CausalLM
-from models.lora import adapted, trainable_parameters
-from models.targets import module_name
 from tests.helpers import assert_close, relative_error
 
 # What PEFT says of patterns that fit parameters; it applies them all the same, as the logits show.

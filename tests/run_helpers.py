@@ -17,7 +17,7 @@ import yaml
 
 from tests.helpers import save_tiny_glm
 from train.__main__ import main
-from train.metrics import read_metrics
+from train.output.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = """[gMASK]<sop>
@@ -120,7 +120,7 @@ def losses(out: Path, kind: str) -> list[float]:
 
 def in_a_process(arguments: list[str], meddle: str) -> subprocess.CompletedProcess[str]:
     """`python -m train` in a process of its own, with `meddle` run before: it may wrap functions to cause trouble."""
-    code = f"import os, signal, sys\nimport train.loop, train.checkpoint\n{meddle}\n"
+    code = f"import os, signal, sys\nimport train.loop, train.state.checkpoint\n{meddle}\n"
     code += f"from train.__main__ import main\nsys.exit(main({arguments!r}))\n"
     # As many threads as here: sums are split among them, so their number shows in the last bits.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.test_configs import PUBLISHED
 
+from models.adapters.lora import add_lora
+from models.adapters.targets import AdapterSpec
+from models.blocks.experts import Experts
+from models.checkpoint.keymap import KeyMap
 from models.decoder import CausalLM
-from models.experts import Experts
-from models.keymap import KeyMap
-from models.lora import add_lora
 from models.registry import architecture_for
-from models.targets import AdapterSpec
 from parallel.mesh import MeshSizes
 from parallel.parts import bounds
 from parallel.plan import cuts
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-from tests.test_configs import PUBLISHED
-from train.config import config_schema
-from train.schema import keys
+from train.config.schema import keys
+from train.config.sections import config_schema
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")

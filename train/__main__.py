@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant.errors import NibbleError
-from train.config import Config, check_files, config_schema, dump_config, load_config
-from train.console import flush_streams, say
-from train.schema import help_text
+from quant.common.errors import NibbleError
+from train.config.schema import help_text
+from train.config.sections import Config, check_files, config_schema, dump_config, load_config
+from train.output.console import flush_streams, say
 
 if TYPE_CHECKING:
     from parallel.watch import Watch
@@ -93,7 +93,7 @@ def run_with_others(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from parallel.watch import watched
     from parallel.world import launched_world
-    from train.report import log_path
+    from train.output.report import log_path
 
     world = launched_world()
     log: Path | None = None

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models.decoder import CausalLM
 from parallel.world import ALONE, World
-from quant.errors import NibbleError
-from train.batches import Batch
+from quant.common.errors import NibbleError
+from train.data.batches import Batch
 from train.loss import linear_cross_entropy
 
 

@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 from parallel.device import peak_memory_bytes
 from parallel.shards import Shards
 from parallel.world import ALONE, World
-from quant.errors import NibbleError
-from train.batches import Batch, EvalBatches, StepBatches
-from train.config import TrainConfig
+from quant.common.errors import NibbleError
+from quant.common.words import format_bytes, format_seconds
+from train.config.sections import TrainConfig
+from train.data.batches import Batch, EvalBatches, StepBatches
 from train.evaluate import batch_loss, held_out_loss
-from train.metrics import MetricsLog
 from train.optim import NonFiniteError, check_loss, clip_gradients
-from train.report import Report, format_bytes, format_seconds
+from train.output.metrics import MetricsLog
+from train.output.report import Report
 from train.schedule import learning_rate, set_learning_rate, warmup_steps
 from train.signals import StopOnSignal
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 from quant.products import product_dtype
 
 IGNORED = -100  # a position without loss, the value that torch.nn.functional.cross_entropy ignores too

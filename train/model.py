@@ -8,25 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.adapter import load_adapter, read_adapter_weights
-from models.balance import AuxiliaryLoss, BiasUpdate
-from models.configjson import number, text_section
+from models.adapters.files import load_adapter, read_adapter_weights
+from models.adapters.lora import add_lora, initialise_lora
+from models.adapters.targets import AdapterSpec
+from models.blocks.balance import AuxiliaryLoss, BiasUpdate
+from models.blocks.configjson import number, text_section
+from models.blocks.router import Router, SigmoidRouter
+from models.checkpoint.hub import HubCheckpoint
+from models.checkpoint.native import NativeCheckpoint, describe, dtype_name
 from models.decoder import CausalLM
-from models.hub import HubCheckpoint
 from models.load import ModelFolder, load_model, prepare_model
-from models.lora import add_lora, initialise_lora
-from models.native import NativeCheckpoint, describe, dtype_name
-from models.progress import Bar
 from models.registry import architecture_for
-from models.router import Router, SigmoidRouter
-from models.targets import AdapterSpec
 from parallel.load import fill_parts
 from parallel.mesh import Meshes, MeshSizes
 from parallel.plan import cuts
 from parallel.shards import Shards
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
+from quant.common.progress import Bar
 from quant.storage import StorageSpec
-from train.config import Config
+from train.config.sections import Config
 from train.optim import require_device
 
 # DeepSeek-V3's speed of the bias (arXiv:2412.19437 §4.2), and the coefficient of Qwen's configurations.

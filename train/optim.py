@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from parallel.parts import Cut, Part
-from quant.errors import NibbleError
-from train.blocks import Layout, layout_of, recut
+from quant.common.errors import NibbleError
+from train.state.blocks import Layout, layout_of, recut
 
 NAMES = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 
@@ -261,7 +261,7 @@ def load_optimizer_state(optimizer: Optimizer, saved: OptimizerState, parts: Map
 
     parts: of the parameters of which the optimiser has a part. The saved tensors of their shape are then parts too
     (`empty_state`), the other tensors whole. 8-bit states whose blocks are cut otherwise than they were are quantised
-    anew (train.blocks.recut).
+    anew (train.state.blocks.recut).
 
     Raises NibbleError when kind, parameters or shapes differ.
     """

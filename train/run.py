@@ -1,6 +1,6 @@
 """One run, from a checked config to an adapter (or a model), metrics and a summary.
 
-What lies in its folder: train/run_folder.py. Going on from a checkpoint: train/resume.py.
+What lies in its folder: train/state/run_folder.py. Going on from a checkpoint: train/state/resume.py.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from typing import Any
 
 import torch
 
-from models.adapter import save_adapter
-from models.export import export_hub
+from models.adapters.files import save_adapter
+from models.checkpoint.export import export_hub
 from models.load import ModelFolder, open_folder
-from models.tensorfile import write_atomically
 from parallel.device import choose_device
 from parallel.mesh import Meshes, MeshSizes, make_meshes, mesh_sizes
 from parallel.shards import Shards
 from parallel.watch import Watch
 from parallel.world import World, process_group
-from quant.errors import NibbleError
-from train.config import Config, dump_config
-from train.data import load_data
-from train.fingerprint import resume_fingerprint, run_identity
+from quant.common.errors import NibbleError
+from quant.common.files import write_atomically
+from train.config.sections import Config, dump_config
+from train.data.load import load_data
 from train.loop import Loop, Progress
-from train.metrics import MetricsLog, read_metrics
 from train.model import check_model, content_fingerprint, load_trainable_model, trained_tensors
 from train.optim import build_optimizer, optimizer_state
-from train.overview import data_text, model_text, plan_text, summary_text
-from train.plots import loss_curve
-from train.report import Report, log_path
-from train.resume import (
+from train.output.metrics import MetricsLog, read_metrics
+from train.output.overview import data_text, model_text, plan_text, summary_text
+from train.output.plots import loss_curve
+from train.output.report import Report, log_path
+from train.signals import StopOnSignal
+from train.state.fingerprint import resume_fingerprint, run_identity
+from train.state.resume import (
     find_checkpoint,
     finished_result,
     require_same_base,
@@ -44,9 +45,8 @@ from train.resume import (
     restore,
     restore_data,
 )
-from train.run_folder import RunFolder, explained_errors, last_checkpoint, require_shared, sole_run_in
-from train.saver import CheckpointSaver
-from train.signals import StopOnSignal
+from train.state.run_folder import RunFolder, explained_errors, last_checkpoint, require_shared, sole_run_in
+from train.state.saver import CheckpointSaver
 
 
 def run(config: Config, config_path: Path | None = None, watch: Watch | None = None) -> int:

@@ -17,11 +17,11 @@ from torch.distributed.tensor import Replicate, Shard
 from parallel.mesh import MeshSizes, make_meshes
 from parallel.parts import Part, bounds
 from parallel.world import World
-from quant.errors import NibbleError
-from train.blocks import layout_of
-from train.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
+from quant.common.errors import NibbleError
 from train.optim import NonFiniteError, OptimizerState, build_optimizer, clip_gradients, optimizer_state
-from train.saver import CheckpointSaver
+from train.state.blocks import layout_of
+from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
+from train.state.saver import CheckpointSaver
 
 # Name: shape and the dimension that is cut. Above and below the 4096 values from which 8-bit states are kept.
 TENSORS: dict[str, tuple[tuple[int, ...], int | None]] = {

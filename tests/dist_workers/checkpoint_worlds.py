@@ -31,9 +31,9 @@ from parallel.mesh import MeshSizes, make_meshes
 from parallel.parts import Part
 from parallel.world import World
 from tests.dist_workers.checkpoint import four, resume, whole_run
-from train.checkpoint import latest_checkpoint
 from train.optim import OptimizerState
-from train.saver import CheckpointSaver
+from train.state.checkpoint import latest_checkpoint
+from train.state.saver import CheckpointSaver
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 PATIENCE = 60.0  # seconds that a process may take to notice that the other is gone

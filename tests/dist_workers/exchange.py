@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from models import experts
+from models.adapters.lora import trainable_parameters
+from models.blocks import experts
+from models.blocks.documents import Documents
+from models.blocks.experts import Experts
+from models.blocks.linear import ExpertWeights, Linear, LoRA
 from models.decoder import CausalLM
-from models.documents import Documents
-from models.experts import Experts
-from models.linear import ExpertWeights, Linear, LoRA
-from models.lora import trainable_parameters
 from models.registry import ARCHITECTURES
 from parallel.exchange import ExpertExchange
 from parallel.mesh import Meshes, make_meshes, mesh_sizes

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from parallel.world import World
-from quant.errors import NibbleError
-from train.config import Config
-from train.resume import require_same_config
-from train.run_folder import require_shared
+from quant.common.errors import NibbleError
+from train.config.sections import Config
+from train.state.resume import require_same_config
+from train.state.run_folder import require_shared
 
 
 def check(world: World, folders: list[str]) -> str:

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import models.tensorfile
+import models.checkpoint.tensorfile
 from benchmarks.distributed_process import held_bytes, largest_tensor, living_bytes
 from benchmarks.measure import resident_bytes
 from benchmarks.step_native import one_document
 from benchmarks.traffic import planned_gathers, record
 from models.load import open_folder
-from models.parameter_table import whole_tensors
 from parallel.device import peak_memory_bytes, reset_peak_memory
 from parallel.mesh import Meshes, make_meshes, mesh_sizes
 from parallel.shards import Shards
@@ -25,6 +24,7 @@ from tests.dist_workers.training import CPU, config_of
 from train.loop import training_step
 from train.model import load_trainable_model
 from train.optim import build_optimizer
+from train.output.parameter_table import whole_tensors
 
 TOKENS = 32
 
@@ -38,7 +38,7 @@ def measure_all(world: World, cases: list[dict[str, Any]], mapped: int) -> list[
     """mapped: bytes of a file that may stay mapped; a test's models are small."""
     torch.set_num_threads(1)
     quantise(StorageSpec("nf4"), torch.ones(64, 64), torch.bfloat16, name="ones")  # loads the library
-    models.tensorfile.MAPPED_BYTES = mapped
+    models.checkpoint.tensorfile.MAPPED_BYTES = mapped
     of_expert = {expert: make_meshes(mesh_sizes(world, expert=expert), CPU) for expert in (1, 2)}
     meshes = [of_expert[case["parallel"]["expert"]] for case in cases]
     for number in (0, -1):

@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 
-from models.lora import add_lora
-from models.parameter_table import parameter_table
+from models.adapters.lora import add_lora
+from models.adapters.targets import AdapterSpec
 from models.registry import ARCHITECTURES
-from models.targets import AdapterSpec
 from parallel.fsdp import shard
 from parallel.mesh import MeshSizes, make_meshes
 from parallel.world import World
 from quant.storage import StorageSpec
 from tests.helpers import TINY_GLM
-from train.config import parse_config
-from train.overview import model_text, plan_text
+from train.config.sections import parse_config
+from train.output.overview import model_text, plan_text
+from train.output.parameter_table import parameter_table
 
 CPU = torch.device("cpu")
 
 
 class Rows:
-    """As much of train.data.Data as the plan reads."""
+    """As much of train.data.load.Data as the plan reads."""
 
     class examples:
         total_tokens = 1000

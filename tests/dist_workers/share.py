@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 from models import load_model
-from models.balance import AuxiliaryLoss, BiasUpdate
+from models.blocks.balance import AuxiliaryLoss, BiasUpdate
 from models.decoder import CausalLM
 from parallel.share import share_arrays
 from parallel.world import ALONE, World
-from quant.errors import NibbleError
-from train.batches import IGNORED, Batch
-from train.config import Config, parse_config
-from train.data import Data, load_data
+from quant.common.errors import NibbleError
+from train.config.sections import Config, parse_config
+from train.data.batches import IGNORED, Batch
+from train.data.load import Data, load_data
 from train.evaluate import batch_loss, held_out_loss
-from train.report import Report
+from train.output.report import Report
 
 CPU = torch.device("cpu")
 RATE = 0.5

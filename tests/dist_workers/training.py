@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from models.adapter import save_adapter
-from models.export import export_hub
+from models.adapters.files import save_adapter
+from models.checkpoint.export import export_hub
 from models.load import open_folder
 from parallel.mesh import make_meshes, mesh_sizes
 from parallel.shards import Shards, local_tensor
 from parallel.world import ALONE, World
-from train.batches import StepBatches
-from train.config import Config
-from train.examples import Examples
+from train.config.sections import Config
+from train.data.batches import StepBatches
+from train.data.examples import Examples
+from train.data.packing import pack
 from train.loop import training_step
 from train.model import load_trainable_model
 from train.optim import build_optimizer
-from train.packing import pack
 
 CPU = torch.device("cpu")
 STEPS = 5

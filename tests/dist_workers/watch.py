@@ -22,7 +22,7 @@ import torch.distributed as dist
 from parallel import lifesigns
 from parallel.watch import Watch, watched
 from parallel.world import launched_world, process_group
-from quant.errors import NibbleError
+from quant.common.errors import NibbleError
 from tests.processes import free_port, rank_environment
 from train.__main__ import describe
 

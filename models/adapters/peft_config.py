@@ -1,0 +1,294 @@
+"""PEFT's adapter_config.json: which matrices an adapter has, in PEFT's terms and back.
+
+PEFT finds matrices by the end of their names: modules (target_modules, in the layers of layers_to_transform) and
+parameters (target_parameters, in all layers). A rank or alpha is the default or that of the first pattern that fits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.adapters.targets import AdapterSpec, Target, adaptable, groups_of, layer_of, module_name, within_layer
+from models.blocks.linear import LoRA
+from models.checkpoint.keymap import Key, KeyMap
+from quant.common.errors import NibbleError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+Found = Sequence[tuple[Key, LoRA]]  # the adapted matrices of a model, in its order
+
+
+# --- naming a set of matrices
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a set of adapted matrices is named, by PEFT's config and by an AdapterSpec.
+
+    names: a matrix's native name to its name in the spec and in rank_pattern; matrices may share one.
+    """
+
+    target_modules: list[str]
+    target_parameters: list[str]
+    layers: tuple[int, ...] | None
+    names: dict[str, str]
+
+
+# As PEFT has it (peft.utils.transformers_weight_conversion) for the models whose experts are named like Qwen2-MoE's.
+_REWRITTEN = ("gate", "gate_proj", "up_proj", "down_proj")
+
+
+def _is_parameter(key: Key) -> bool:
+    """Whether PEFT must target the parameter rather than its module.
+
+    Stacks are parameters, and most routers' classes are no nn.Linear. Other matrices are nn.Linear, but PEFT takes
+    certain module names, wherever they stand, for the fused experts of transformers 5.
+    """
+    leaf = module_name(key.hub).rpartition(".")[2]
+    return _is_stack(key) or key.group == "router" or leaf in _REWRITTEN
+
+
+def _is_stack(key: Key) -> bool:
+    return key.group == "experts"
+
+
+def _target_name(key: Key) -> str:
+    """The name that PEFT compares with a target: of the parameter, or of the module."""
+    return key.hub if _is_parameter(key) else module_name(key.hub)
+
+
+def _layout(key_map: KeyMap, found: Sequence[Key]) -> _Layout:
+    chosen = {key.native for key in found}
+    alike: dict[str, list[Key]] = {}  # every matrix that could be adapted, by its name within a layer
+    for key in adaptable(key_map):
+        alike.setdefault(within_layer(_target_name(key)), []).append(key)
+    alike = {name: keys for name, keys in alike.items() if any(key.native in chosen for key in keys)}
+
+    every = {layer_of(key.native) for key in key_map.keys} - {None}
+    used = {layer_of(key.native) for key in found}
+    restricted = any(key.native not in chosen for keys in alike.values() for key in keys) and used != every
+    layers = tuple(sorted(layer for layer in used if layer is not None)) if restricted else None
+
+    modules: list[str] = []
+    parameters: list[str] = []
+    names: dict[str, str] = {}
+    for name, keys in alike.items():
+        mine = [key for key in keys if key.native in chosen]
+        inside = [key for key in keys if layers is None or layer_of(key.native) in layers]
+        short = name if _is_parameter(keys[0]) else _leaf(name, key_map)
+        for key in mine:
+            names[key.native] = short if mine == inside else _target_name(key)
+        if _is_parameter(keys[0]):
+            # layers_to_transform doesn't apply to parameters, so a part of the layers is named one by one.
+            parameters += [name] if mine == keys else [_target_name(key) for key in mine]
+        else:
+            modules += dict.fromkeys(names[key.native] for key in mine)
+    return _Layout(modules, parameters, layers, names)
+
+
+def _leaf(name: str, key_map: KeyMap) -> str:
+    """The last part of a module's name, as people write it, where that means the same matrices."""
+    leaf = name.rpartition(".")[2]
+    same = {within_layer(module_name(key.hub)) for key in key_map.keys if module_name(key.hub).endswith(f".{leaf}")}
+    return leaf if same == {name} else name
+
+
+# --- writing
+
+
+def peft_config(key_map: KeyMap, found: Found, base: str) -> dict[str, Any]:
+    from peft import LoraConfig  # imports transformers: seconds, and only here
+
+    layout = _layout(key_map, [key for key, _ in found])
+    rslora = _is_rslora(lora for _, lora in found)
+    rank, rank_pattern = _pattern(found, layout, lambda lora: lora.rank)
+    alpha, alpha_pattern = _pattern(found, layout, lambda lora: _whole(lora.alpha))
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        use_rslora=rslora,
+        target_modules=layout.target_modules,
+        target_parameters=layout.target_parameters or None,
+        layers_to_transform=list(layout.layers) if layout.layers is not None else None,
+    )
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+
+
+def _pattern(found: Found, layout: _Layout, number: Callable[[LoRA], Any]) -> tuple[Any, dict[str, Any]]:
+    """A number per matrix as PEFT has it: a default, and the exceptions by pattern."""
+    # PEFT warns of patterns that fit no target *module* although it applies them to parameters all the same. With the
+    # parameters' usual number as the default, most adapters have no such pattern.
+    usual = [(key, lora) for key, lora in found if _is_parameter(key)] or found
+    default = Counter(number(lora) for _, lora in usual).most_common(1)[0][0]
+    numbers: dict[str, set[Any]] = {}
+    for key, lora in found:
+        numbers.setdefault(layout.names[key.native], set()).add(number(lora))
+    pattern = {}
+    for key, lora in found:
+        shared = numbers[layout.names[key.native]]
+        # A full name also ends with the short one, so matrices of one name and several numbers all get their own entry.
+        name = layout.names[key.native] if len(shared) == 1 else _target_name(key)
+        if shared != {default}:
+            pattern[re.escape(name)] = number(lora)
+    return default, pattern
+
+
+def _is_rslora(loras: Iterable[LoRA]) -> bool:
+    return any(lora.rslora for lora in loras)
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def describe(key_map: KeyMap, found: Found) -> AdapterSpec:
+    """The spec that adapts these matrices, in the shortest terms that `resolve` understands."""
+    layout = _layout(key_map, [key for key, _ in found])
+    return AdapterSpec(
+        targets=tuple(dict.fromkeys(layout.names[key.native] for key, _ in found)),
+        rank=_collapse([(key, lora.rank) for key, lora in found], layout),
+        alpha=_collapse([(key, lora.alpha) for key, lora in found], layout),
+        rslora=_is_rslora(lora for _, lora in found),
+        layers=layout.layers,
+        dtype=found[0][1].A.dtype,
+    )
+
+
+def _collapse(numbers: Sequence[tuple[Key, Any]], layout: _Layout) -> Any:
+    """One number, or one per group, or one per name, or one per matrix: the first that says it all."""
+    ways: tuple[Callable[[Key], str], ...] = (
+        lambda key: "",
+        lambda key: key.group,
+        lambda key: layout.names[key.native],
+        lambda key: _target_name(key),
+    )
+    table: dict[str, set[Any]] = {}
+    for way in ways:
+        table = {}
+        for key, number in numbers:
+            table.setdefault(way(key), set()).add(number)
+        if all(len(values) == 1 for values in table.values()):
+            break
+    single = {name: next(iter(values)) for name, values in table.items()}
+    return single.get("", single)
+
+
+# --- reading
+
+
+# Entries of a config that say nothing about the computation, or whose effect is over once an adapter is trained.
+# fmt: off
+_IGNORED = {
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "peft_version", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora",
+    "target_modules", "target_parameters", "layers_to_transform", "layers_pattern", "init_lora_weights",
+    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "ensure_weight_tying", "runtime_config",
+}
+# fmt: on
+_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    if not path.is_file():
+        raise NibbleError(f"{directory} is no adapter: it has no {CONFIG}.\nAn adapter is {CONFIG} and {WEIGHTS}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise NibbleError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise NibbleError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded.")
+    for name, value in config.items():
+        off = value in (None, False, "none", "") or value == [] or value == {}
+        if name not in _IGNORED and not off:
+            raise NibbleError(f"{path}: {name} is {value!r}, which is not supported; only plain LoRA can be loaded.")
+    if config.get("init_lora_weights", True) not in _PLAIN_INIT:
+        raise NibbleError(
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights too.\n"
+            "Save it as an ordinary LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+    for name in ("target_modules", "target_parameters"):
+        if isinstance(config.get(name), str):
+            raise NibbleError(
+                f"{path}: {name} is the pattern {config[name]!r}; only a list of names can be loaded.\n"
+                "Replace it with the list of the modules that it names."
+            )
+    if config.get("layers_pattern") not in (None, [], "", "layers", ["layers"]):
+        raise NibbleError(f"{path}: layers_pattern is {config['layers_pattern']!r}; only 'layers' is supported.")
+    if not (directory / WEIGHTS).is_file():
+        also = " adapter_model.bin is a pickle and is not read." if (directory / "adapter_model.bin").exists() else ""
+        raise NibbleError(f"{directory} is no adapter: it has no {WEIGHTS}.{also}")
+    return config
+
+
+def config_targets(config: Mapping[str, Any], key_map: KeyMap, where: str, model_type: str) -> list[Target]:
+    """The matrices that a config adapts, found as PEFT finds them."""
+    layers = config.get("layers_to_transform")
+    layers = {layers} if isinstance(layers, int) else set(layers or ()) or None
+    can = {key.native for key in adaptable(key_map)}
+    names: dict[str, str] = {}
+    for field in ("target_modules", "target_parameters"):
+        of_parameters = field == "target_parameters"
+        for target in config.get(field) or ():
+            found = False
+            for key in key_map.keys:
+                name = key.hub if of_parameters else module_name(key.hub)
+                if not of_parameters and (_is_stack(key) or not key.hub.endswith(".weight")):
+                    continue  # neither a stack nor a bias is a module of its own
+                inside = layers is None or of_parameters or layer_of(name) in layers
+                if name != target and not (name.endswith(f".{target}") and inside):
+                    continue
+                if key.native not in can:
+                    raise NibbleError(
+                        f"{where}: {field} has {target!r}, which adapts {name} ({key.group}).\n"
+                        f"LoRA is supported on the matrices of {', '.join(groups_of(adaptable(key_map)))}."
+                    )
+                if names.setdefault(key.native, name) != name:
+                    raise NibbleError(f"{where}: target_modules and target_parameters both name {name}.")
+                found = True
+            if not found:
+                raise NibbleError(f"{where}: {field} has {target!r}, which matches nothing in this {model_type} model.")
+    if not names:
+        raise NibbleError(f"{where}: the config names no target_modules and no target_parameters.")
+    targets = []
+    for key in adaptable(key_map):
+        if key.native in names:
+            rank, alpha = (_number(config, *fields, names[key.native], where) for fields in _NUMBERS)
+            if rank != int(rank):
+                raise NibbleError(f"{where}: {names[key.native]} has rank {rank!r}, which is no whole number.")
+            targets.append(Target(key, int(rank), float(alpha)))
+    return targets
+
+
+_NUMBERS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+
+
+def _number(config: Mapping[str, Any], field: str, patterns: str, name: str, where: str) -> float:
+    """As peft.utils.other.get_pattern_key has it: that of the first pattern to fit the name's end, or the default."""
+    found, value = field, config.get(field, 8)  # 8 is PEFT's default of both
+    for pattern, number in (config.get(patterns) or {}).items():
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise NibbleError(
+                f"{where}: {patterns} has {pattern!r}, which is no regular expression: {error.msg}."
+            ) from error
+        if fits:
+            found, value = f"{patterns}.{pattern}", number
+            break
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise NibbleError(f"{where}: {found} is {value!r}; it must be a positive number.")
+    return value

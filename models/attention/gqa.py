@@ -1,0 +1,133 @@
+"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): several query heads share one key and value head.
+
+As Qwen3.5, Trinity and GLM-4.5 use it: with biases or norms on queries and keys, an output gate, rotary positions on
+a part of a head's dimensions or on none, and a sliding window.
+
+Shapes: N tokens, H hidden, h heads, d dimensions of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.attention.causal import causal_attention
+from models.attention.rope import rotate_first
+from models.blocks.configjson import optional_integer
+from models.blocks.documents import Documents
+from models.blocks.linear import Linear
+from models.checkpoint.keymap import KeyMapBuilder
+from quant.common.errors import NibbleError
+from quant.storage import StorageSpec
+
+Tables = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class GroupedQueryAttentionConfig:
+    """gate: what the output is multiplied by, after a sigmoid: nothing, a projection of its own (`gate_proj`), or a
+    part of q_proj, which then holds each head's query and gate one after the other.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    bias: bool = False  # of q_proj, k_proj and v_proj
+    output_bias: bool = False
+    norms: bool = False  # of each head's query and key
+    gate: Literal["none", "gate_proj", "q_proj"] = "none"
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def query_width(self) -> int:
+        return self.width * 2 if self.gate == "q_proj" else self.width
+
+
+def kv_heads(config: dict[str, Any], heads: int, default: int, where: str) -> int:
+    """num_key_value_heads, which a null makes as many as there are query heads."""
+    found = optional_integer(config, "num_key_value_heads", default, where) or heads
+    if heads % found:
+        raise NibbleError(
+            f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {found}, so that the query "
+            "heads can't share them evenly."
+        )
+    return found
+
+
+class GroupedQueryAttention(nn.Module):
+    """norm: makes the norm of queries, and of keys, where the config has norms. window: see `causal_attention`."""
+
+    def __init__(
+        self,
+        config: GroupedQueryAttentionConfig,
+        *,
+        norm: Callable[[int], nn.Module] | None = None,
+        window: int | None = None,
+        spec: StorageSpec,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.config = c = config
+        self.window = window
+
+        def linear(inputs: int, outputs: int, part: str, bias: bool = False) -> Linear:
+            full = f"{name}.{part}"
+            return Linear(inputs, outputs, bias=bias, spec=spec, dtype=dtype, device=device, name=full)
+
+        self.q_proj = linear(c.hidden, c.query_width, "q_proj", c.bias)
+        self.k_proj = linear(c.hidden, c.kv_width, "k_proj", c.bias)
+        self.v_proj = linear(c.hidden, c.kv_width, "v_proj", c.bias)
+        if c.gate == "gate_proj":
+            self.gate_proj = linear(c.hidden, c.width, "gate_proj")
+        self.o_proj = linear(c.width, c.hidden, "o_proj", c.output_bias)
+        if c.norms:
+            assert norm is not None
+            self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)
+
+    def forward(self, x: Tensor, documents: Documents, tables: Tables | None) -> Tensor:
+        """x [N, H] and the rotary tables of its positions (None: no positions): [N, H]."""
+        c = self.config
+        query, key, value = (
+            project(x).unflatten(-1, (-1, c.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        gate = None
+        if c.gate == "q_proj":
+            query, gate = query[:, 0::2], query[:, 1::2].flatten(1)
+        elif c.gate == "gate_proj":
+            gate = self.gate_proj(x)
+        if c.norms:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if tables is not None:
+            query, key = rotate_first(query, tables), rotate_first(key, tables)
+        out = causal_attention(query, key, value, documents, c.head_dim**-0.5, self.window).flatten(1)
+        if gate is not None:
+            out = out * gate.sigmoid()
+        return self.o_proj(out)
+
+
+def grouped_query_attention_keys(
+    keys: KeyMapBuilder, name: str, c: GroupedQueryAttentionConfig, *, float32_norms: bool = False
+) -> None:
+    keys.linear(f"{name}.q_proj", "attention", (c.query_width, c.hidden), bias=c.bias)
+    keys.linear(f"{name}.k_proj", "attention", (c.kv_width, c.hidden), bias=c.bias)
+    keys.linear(f"{name}.v_proj", "attention", (c.kv_width, c.hidden), bias=c.bias)
+    if c.gate == "gate_proj":
+        keys.linear(f"{name}.gate_proj", "attention", (c.width, c.hidden))
+    if c.norms:
+        keys.plain(f"{name}.q_norm.weight", "norm", (c.head_dim,), float32=float32_norms)
+        keys.plain(f"{name}.k_norm.weight", "norm", (c.head_dim,), float32=float32_norms)
+    keys.linear(f"{name}.o_proj", "attention", (c.hidden, c.width), bias=c.output_bias)

@@ -1,0 +1,139 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434 §2.1), as GLM-4.7-Flash and GLM-5 use it.
+
+Keys and values of all heads are expanded from one narrow latent per token; one rotary key is shared by all heads.
+
+Shapes: N tokens, H hidden, h heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.attention.causal import causal_attention
+from models.attention.rope import RopeConfig, partial_rotary_factor, rotate
+from models.blocks.configjson import flag, integer, optional_integer
+from models.blocks.documents import Documents
+from models.blocks.linear import Linear
+from models.blocks.norm import RMSNorm
+from models.checkpoint.keymap import KeyMapBuilder
+from quant.common.errors import NibbleError
+from quant.storage import StorageSpec
+
+# The norms inside the attention keep the reference's default instead of following rms_norm_eps.
+LATENT_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class LatentAttentionConfig:
+    hidden: int
+    heads: int
+    query_rank: int | None  # None: queries come straight from the hidden state
+    latent_rank: int
+    nope_dim: int  # of a head's query and key, without positions
+    rope_dim: int  # of a head's query and key, rotated
+    value_dim: int
+    bias: bool
+    interleaved: bool
+    scale: float  # of the scores before the softmax
+
+    @property
+    def key_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+    @staticmethod
+    def parse(config: dict[str, Any], where: str, defaults: dict[str, Any], rope: RopeConfig) -> LatentAttentionConfig:
+        """Reads config.json; `defaults` has the architecture's values for absent keys, by their names in the file."""
+        nope_dim = integer(config, "qk_nope_head_dim", 192, where)
+        rope_dim = integer(config, "qk_rope_head_dim", 64, where)
+        if (share := partial_rotary_factor(config, where)) != 1:
+            raise NibbleError(
+                f"{where}: partial_rotary_factor is {share}; latent attention rotates all of qk_rope_head_dim "
+                f"({rope_dim}).\nSet it to 1.0, and qk_rope_head_dim to what is rotated."
+            )
+        return LatentAttentionConfig(
+            hidden=integer(config, "hidden_size", defaults["hidden_size"], where),
+            heads=integer(config, "num_attention_heads", defaults["num_attention_heads"], where),
+            query_rank=optional_integer(config, "q_lora_rank", defaults["q_lora_rank"], where),
+            latent_rank=integer(config, "kv_lora_rank", 512, where),
+            nope_dim=nope_dim,
+            rope_dim=rope_dim,
+            value_dim=integer(config, "v_head_dim", 256, where),
+            bias=flag(config, "attention_bias", False, where),
+            interleaved=flag(config, "rope_interleave", True, where),
+            scale=(nope_dim + rope_dim) ** -0.5 * rope.score_scale,
+        )
+
+
+class LatentAttention(nn.Module):
+    def __init__(
+        self,
+        config: LatentAttentionConfig,
+        *,
+        spec: StorageSpec,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        name: str,
+    ) -> None:
+        super().__init__()
+        c = self.config = config
+
+        def linear(inputs: int, outputs: int, part: str, bias: bool = False) -> Linear:
+            full = f"{name}.{part}"
+            return Linear(inputs, outputs, bias=bias, spec=spec, dtype=dtype, device=device, name=full)
+
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(size, LATENT_NORM_EPS, dtype=dtype, device=device)
+
+        if c.query_rank is None:
+            self.q_proj = linear(c.hidden, c.heads * c.key_dim, "q_proj")
+        else:
+            self.q_a_proj = linear(c.hidden, c.query_rank, "q_a_proj", c.bias)
+            self.q_a_layernorm = norm(c.query_rank)
+            self.q_b_proj = linear(c.query_rank, c.heads * c.key_dim, "q_b_proj")
+        self.kv_a_proj_with_mqa = linear(c.hidden, c.latent_rank + c.rope_dim, "kv_a_proj_with_mqa", c.bias)
+        self.kv_a_layernorm = norm(c.latent_rank)
+        self.kv_b_proj = linear(c.latent_rank, c.heads * (c.nope_dim + c.value_dim), "kv_b_proj")
+        self.o_proj = linear(c.heads * c.value_dim, c.hidden, "o_proj", c.bias)
+
+    def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """x [N, H] and the rotary tables float32 [N, rope_dim/2] of its positions: [N, H]."""
+        query, _ = self.query(x, tables)
+        key, value = self.key_value(x, tables)
+        return self.o_proj(causal_attention(query, key, value, documents, self.config.scale).flatten(1))
+
+    def query(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries [N, h, key_dim], and what they are expanded from: [N, query_rank], or x."""
+        c = self.config
+        if c.query_rank is None:
+            latent, query = x, self.q_proj(x)
+        else:
+            latent = self.q_a_layernorm(self.q_a_proj(x))
+            query = self.q_b_proj(latent)
+        nope, rope = query.unflatten(-1, (c.heads, c.key_dim)).split((c.nope_dim, c.rope_dim), dim=-1)
+        return torch.cat((nope, rotate(rope, tables, interleaved=c.interleaved)), dim=-1), latent
+
+    def key_value(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys [N, h, key_dim] and values [N, h, value_dim]."""
+        c = self.config
+        latent, shared_key = self.kv_a_proj_with_mqa(x).split((c.latent_rank, c.rope_dim), dim=-1)
+        expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (c.heads, c.nope_dim + c.value_dim))
+        key, value = expanded.split((c.nope_dim, c.value_dim), dim=-1)
+        rotated = rotate(shared_key[:, None], tables, interleaved=c.interleaved).expand(-1, c.heads, -1)
+        return torch.cat((key, rotated), dim=-1), value
+
+
+def latent_attention_keys(keys: KeyMapBuilder, name: str, c: LatentAttentionConfig) -> None:
+    if c.query_rank is None:
+        keys.linear(f"{name}.q_proj", "attention", (c.heads * c.key_dim, c.hidden))
+    else:
+        keys.linear(f"{name}.q_a_proj", "attention", (c.query_rank, c.hidden), bias=c.bias)
+        keys.plain(f"{name}.q_a_layernorm.weight", "norm", (c.query_rank,))
+        keys.linear(f"{name}.q_b_proj", "attention", (c.heads * c.key_dim, c.query_rank))
+    keys.linear(f"{name}.kv_a_proj_with_mqa", "attention", (c.latent_rank + c.rope_dim, c.hidden), bias=c.bias)
+    keys.plain(f"{name}.kv_a_layernorm.weight", "norm", (c.latent_rank,))
+    keys.linear(f"{name}.kv_b_proj", "attention", (c.heads * (c.nope_dim + c.value_dim), c.latent_rank))
+    keys.linear(f"{name}.o_proj", "attention", (c.hidden, c.heads * c.value_dim), bias=c.bias)

@@ -1,0 +1,106 @@
+"""The short causal convolution before the gated delta rule: one filter per channel, then SiLU.
+
+Shapes: N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.blocks.documents import Documents
+
+# Scratch in float32 is a few times this many rows of C channels.
+TOKENS_AT_A_TIME = {"cpu": 128, "cuda": 4096}
+
+
+def short_convolution(x: Tensor, weight: Tensor, documents: Documents) -> Tensor:
+    """silu(Σ_s weight[:, width - 1 - s] · x[t - s]) over the tokens of the same document, zeros before its start.
+
+    x [N, C], weight [C, width]. Computed in float32, or in float64 when x is; returns [N, C] in the dtype of x.
+    Gradients for x and weight. Only these two are kept for the backward pass.
+    """
+    result: Tensor = _ShortConvolution.apply(x, weight, documents.positions)
+    return result
+
+
+class _ShortConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, positions)
+        taps = _Taps(weight, positions, x.dtype)
+        out = torch.empty_like(x)
+        for start, stop in _blocks(x):
+            out[start:stop] = torch.nn.functional.silu(taps.convolve(x, start, stop), inplace=True)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, positions = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        taps = _Taps(weight, positions, x.dtype)
+        width = weight.shape[1]
+        dx = torch.empty_like(x) if needs_x else None
+        dw = torch.zeros_like(taps.rows) if needs_weight else None
+        for start, stop in _blocks(x):
+            # A token's gradient comes from the next width - 1 tokens too: their part is computed again.
+            end = min(stop + width - 1, len(x)) if needs_x else stop
+            y = taps.convolve(x, start, end)
+            dy = torch.ops.aten.silu_backward(grads[0][start:end].to(y.dtype), y)
+            if dx is not None:
+                dx[start:stop] = taps.input_gradient(dy, start, stop)
+            if dw is not None:
+                taps.add_weight_gradient(x, dy[: stop - start], start, dw)
+        return dx, None if dw is None else dw.flip(0).t().to(weight.dtype), None
+
+
+def _blocks(x: Tensor) -> list[tuple[int, int]]:
+    size = TOKENS_AT_A_TIME["cpu" if x.device.type == "cpu" else "cuda"]
+    return [(start, min(start + size, len(x))) for start in range(0, len(x), size)]
+
+
+class _Taps:
+    """The filters in the dtype of the computation, and for each distance the tokens that have a token so far back.
+
+    rows [width, C]: rows[s] multiplies the token s before. inside: for each s, [N, 1], one where that token is of the
+    same document, else zero.
+    """
+
+    def __init__(self, weight: Tensor, positions: Tensor, dtype: torch.dtype) -> None:
+        dtype = torch.promote_types(dtype, torch.float32)
+        self.rows = weight.to(dtype).t().flip(0).contiguous()
+        self.inside = [(positions >= s).to(dtype)[:, None] for s in range(weight.shape[1])]
+
+    def convolve(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """What SiLU is applied to, for the tokens from start to stop."""
+        y = x[start:stop] * self.rows[0]
+        for s in range(1, len(self.rows)):
+            first = max(start, s)
+            if first < stop:
+                earlier = x[first - s : stop - s] * self.inside[s][first:stop]
+                y[first - start :].addcmul_(earlier, self.rows[s])
+        return y
+
+    def input_gradient(self, dy: Tensor, start: int, stop: int) -> Tensor:
+        """dy: gradients of the convolution for the tokens from start on; those after stop count for the ones before."""
+        dx = dy[: stop - start] * self.rows[0]
+        for s in range(1, len(self.rows)):
+            later = dy[s : stop - start + s]
+            if len(later):
+                inside = self.inside[s][start + s : start + s + len(later)]
+                dx[: len(later)].addcmul_(later * inside, self.rows[s])
+        return dx
+
+    def add_weight_gradient(self, x: Tensor, dy: Tensor, start: int, dw: Tensor) -> None:
+        """dy: gradients of the convolution for len(dy) tokens from start on; dw [width, C] like `rows`."""
+        stop = start + len(dy)
+        dw[0] += (x[start:stop] * dy).sum(0)
+        for s in range(1, len(self.rows)):
+            first = max(start, s)
+            if first < stop:
+                earlier = x[first - s : stop - s] * self.inside[s][first:stop]
+                dw[s] += earlier.mul_(dy[first - start :]).sum(0)

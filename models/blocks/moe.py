@@ -1,0 +1,45 @@
+"""Sigmoid-routed experts plus shared ones, which see every token: the feed-forward half of GLM's and Trinity's layers.
+
+Shapes: N tokens, E experts, H hidden, I expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.blocks.experts import Experts
+from models.blocks.mlp import SwiGLU
+from models.blocks.router import RoutingRule, SigmoidRouter
+from quant.storage import StorageSpec
+
+
+class SharedExpertsMoE(nn.Module):
+    """E routed experts of width I, and shared ones that are one MLP of width `shared_width`."""
+
+    def __init__(
+        self,
+        experts: int,
+        hidden: int,
+        width: int,
+        shared_width: int,
+        rule: RoutingRule,
+        *,
+        spec: StorageSpec,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.gate = SigmoidRouter(hidden, experts, rule, device=device, name=f"{name}.gate")
+        self.shared_experts = SwiGLU(
+            hidden, shared_width, spec=spec, dtype=dtype, device=device, name=f"{name}.shared_experts"
+        )
+        self.experts = Experts(experts, hidden, width, spec=spec, dtype=dtype, device=device, name=f"{name}.experts")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, H]: [N, H]."""
+        chosen, weights = self.gate(x)
+        shared = self.shared_experts(x)
+        # The routed experts come last: a recomputed layer then stops before them (models/blocks/experts.py).
+        return self.experts(x, chosen, weights) + shared

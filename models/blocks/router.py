@@ -1,0 +1,96 @@
+"""Choosing experts: by sigmoid scores with a correction bias, or by softmax probabilities.
+
+Shapes: N tokens, E experts, K chosen per token, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.blocks.linear import Linear
+from models.blocks.precision import KeptInFloat32
+from quant.storage import StorageSpec
+
+# Takes the chosen experts int64 [N, K] and all scores float32 [N, E], differentiable.
+Observer = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How sigmoid scores become a choice of K experts and their weights."""
+
+    chosen: int
+    groups: int = 1
+    chosen_groups: int = 1
+    normalise: bool = True
+    scale: float = 1.0
+
+
+class Router(KeptInFloat32, Linear):
+    """A matrix [E, H] that scores every expert, in float32 whatever the model's dtype.
+
+    A router's forward takes x [N, H] and returns the chosen experts int64 [N, K] and their weights float32 [N, K],
+    differentiable in x. `observer` is told of every choice that is made with gradients (models/blocks/balance.py).
+    """
+
+    def __init__(self, hidden: int, experts: int, *, device: torch.device | str, name: str) -> None:
+        super().__init__(hidden, experts, spec=StorageSpec("none"), dtype=torch.float32, device=device, name=name)
+        self.observer: Observer | None = None
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.float32))
+
+    def observe(self, chosen: Tensor, probabilities: Tensor) -> None:
+        if self.observer is not None and torch.is_grad_enabled():
+            self.observer(chosen, probabilities)
+
+
+class SigmoidRouter(Router):
+    """Scores with a sigmoid, a bias that balances, and groups of experts (DeepSeek-V3, arXiv:2412.19437 §2.1.2).
+
+    `e_score_correction_bias` float32 [E] takes part in choosing and never in the weights, has no gradient, and is
+    never cast.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, hidden: int, experts: int, rule: RoutingRule, *, device: torch.device | str, name: str) -> None:
+        super().__init__(hidden, experts, device=device, name=name)
+        self.rule = rule
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(experts, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        rule = self.rule
+        scores = self.logits(x).sigmoid()
+        with torch.no_grad():
+            choice = scores + self.e_score_correction_bias
+            if rule.groups > 1:
+                # A group is as good as its two best experts; the experts of the other groups are out of the choice.
+                grouped = choice.unflatten(-1, (rule.groups, -1))
+                best = grouped.topk(2, dim=-1).values.sum(-1).topk(rule.chosen_groups, dim=-1).indices
+                closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)
+                choice = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
+            chosen = choice.topk(rule.chosen, dim=-1).indices
+        self.observe(chosen, scores)
+        weights = scores.gather(-1, chosen)
+        if rule.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return chosen, weights * rule.scale
+
+
+class SoftmaxRouter(Router):
+    """The K most probable experts, with their probabilities scaled to sum to one (Qwen3's)."""
+
+    def __init__(self, hidden: int, experts: int, chosen: int, *, device: torch.device | str, name: str) -> None:
+        super().__init__(hidden, experts, device=device, name=name)
+        self.chosen = chosen
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        probabilities = self.logits(x).softmax(-1)
+        weights, chosen = probabilities.topk(self.chosen, dim=-1)
+        self.observe(chosen, probabilities)
+        return chosen, weights / weights.sum(-1, keepdim=True)

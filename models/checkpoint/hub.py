@@ -1,0 +1,332 @@
+"""Reading a checkpoint in the hub's format: config.json and memory-mapped safetensors shards.
+
+Nothing in such a folder is ever executed: pickle files (.bin, .pt) are refused, `auto_map` (remote code) is not looked
+at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from models.checkpoint.tensorfile import MappedFolder, TensorInfo, read_header
+from quant.common.errors import NibbleError
+from quant.common.words import some
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Everything beside the weights that a tokenizer, a chat template or generation needs.
+SIDE_FILES = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    # What a vision-language model makes of images and videos: not needed here, but by those who get an export.
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# The organisations that publish the supported models, to name a whole hub id where only a folder's name is known.
+_ORGANISATIONS = {"GLM-": "zai-org", "Qwen": "Qwen", "Trinity-": "arcee-ai"}
+_SAMPLE = 4096  # bytes
+_SAMPLE_EVERY = 4 * 2**20  # bytes
+
+
+class HubCheckpoint:
+    """A hub folder, opened: config, and every tensor's shape and dtype. Data is read when asked for.
+
+    Memory holds the tensors handed out, and at most 16 MiB of a mapped shard that were read before.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises NibbleError where the folder, its config or its shards are missing or damaged."""
+        self.path = Path(path)
+        self.config_bytes, self.config = read_config(self.path)
+        self._files: dict[str, str] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
+        self._mapped = MappedFolder(self.path)
+        self._read_headers(_shards(self.path))
+
+    def __enter__(self) -> HubCheckpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._infos
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._infos[key].shape
+
+    def dtype(self, key: str) -> str:
+        """The format's name of the dtype: "BF16", "F32", "F8_E4M3" …"""
+        return self._infos[key].dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.nbytes_of(self._infos)
+
+    def nbytes_of(self, keys: Iterable[str]) -> int:
+        return sum(self._infos[key].end - self._infos[key].begin for key in keys)
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor as stored: a view of the mapped file, to be read and not written."""
+        with self._damage(key):
+            return self._mapped.file(self._files[key], self.nbytes_of([key])).get_tensor(key)
+
+    def row(self, key: str, index: int) -> Tensor:
+        """Index `index` along dim 0 of a tensor (one expert of a fused stack), without reading the others."""
+        with self._damage(key):
+            nbytes = self.nbytes_of([key]) // self.shape(key)[0]
+            return self._mapped.file(self._files[key], nbytes).get_slice(key)[index]
+
+    def close(self) -> None:
+        """Unmap the shard that is open. Reading maps it again."""
+        self._mapped.close()
+
+    def fingerprint(self) -> str:
+        """What identifies the content: "sha256:…" over config.json, keys, shapes, dtypes and samples of the data.
+
+        4 KiB out of every 4 MiB of each tensor, and at least its first 4 KiB, are read: a second or two for 60 GB, and
+        enough to tell a base model from a fine-tuned one of the same shapes. File names and dates don't count.
+        """
+        digest = hashlib.sha256(self.config_bytes)
+        for key in sorted(self._infos):
+            info = self._infos[key]
+            digest.update(f"\n{key} {info.dtype} {list(info.shape)}\n".encode())
+        with contextlib.ExitStack() as opened:
+            files = {shard: opened.enter_context((self.path / shard).open("rb", 0)) for shard in self._headers}
+            for key in sorted(self._infos):
+                info, handle = self._infos[key], files[self._files[key]].fileno()
+                for begin in range(info.begin, info.end, _SAMPLE_EVERY):
+                    digest.update(os.pread(handle, min(_SAMPLE, info.end - begin), begin))
+        return f"sha256:{digest.hexdigest()}"
+
+    def _read_headers(self, shards: dict[str, list[str]]) -> None:
+        for shard, indexed in shards.items():
+            try:
+                header = read_header(self.path / shard)
+            except NibbleError as error:
+                again = f"Fetch it again: {download_command(self.path, shard)}"
+                raise NibbleError(f"{str(error).splitlines()[0]}\n{again}") from error
+            absent = [key for key in indexed if key not in header]
+            if absent:
+                raise NibbleError(
+                    f"{self.path}: {INDEX} says that {shard} holds {some(absent)}; it doesn't.\n"
+                    f"Index and shards are of different versions. Fetch all: {download_command(self.path)}"
+                )
+            self._headers[shard] = header
+            for key, info in header.items():
+                if key in self._infos and key not in indexed:
+                    continue  # the index says which of two copies counts
+                self._infos[key] = info
+                self._files[key] = shard
+
+    @contextlib.contextmanager
+    def _damage(self, key: str) -> Iterator[None]:
+        name = self._files[key]
+        try:
+            yield
+        except (SafetensorError, OSError) as error:
+            raise NibbleError(
+                f"{self.path / name}: {key} can't be read ({error}).\n"
+                f"Fetch it again: {download_command(self.path, name)}"
+            ) from error
+
+
+def read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    """config.json of a hub or converted folder: its bytes, and the object. Raises NibbleError."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "doesn't exist"
+        raise NibbleError(f"{folder} {what}. Wanted: a folder with {CONFIG} and *.safetensors.")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise NibbleError(
+            f"{folder}: there is no {CONFIG}, so this isn't a checkpoint folder.\n{_what_is_there(folder)}"
+        )
+    data = path.read_bytes()
+    try:
+        config = json.loads(data)
+    except ValueError as error:
+        raise NibbleError(f"{path} isn't valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise NibbleError(f"{path} holds a {type(config).__name__}, not an object.")
+    return data, config
+
+
+def _what_is_there(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return f"It holds: {some(names)}." if names else "It is empty."
+
+
+def _shards(folder: Path) -> dict[str, list[str]]:
+    """The folder's shards, with the keys that the index names for each (a lone file has no index)."""
+    if (folder / SINGLE).is_file():
+        return {SINGLE: []}
+    index = folder / INDEX
+    if not index.is_file():
+        raise NibbleError(_no_weights(folder))
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        shards: dict[str, list[str]] = {shard: [] for shard in sorted(set(weight_map.values()))}
+        for key, shard in weight_map.items():
+            shards[shard].append(key)
+        strange = [shard for shard in shards if Path(shard).name != shard]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NibbleError(f"{index} can't be read: it should be JSON with a weight_map of key to shard.") from error
+    if strange:
+        raise NibbleError(f"{index} names a file outside the folder: {strange[0]!r}.")
+    pickled = [shard for shard in shards if not shard.endswith(".safetensors")]
+    if pickled:
+        raise NibbleError(_pickle(folder, pickled))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        count = len(shards[missing[0]])
+        tensors = f"{count} tensor{'s'[: count != 1]}"
+        others = f" {len(missing) - 1} more are missing too." if len(missing) > 1 else ""
+        files = missing[0] if len(missing) == 1 else ""
+        raise NibbleError(
+            f"{folder}: shard {missing[0]} is missing (the index names it for {tensors}).{others}\n"
+            f"Fetch it again: {download_command(folder, files)}"
+        )
+    return shards
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLES)
+    if pickles:
+        return _pickle(folder, pickles)
+    stray = sorted(entry.name for entry in folder.glob("*.safetensors"))
+    if stray:
+        return (
+            f"{folder}: {INDEX} is missing; without it {some(stray)} can't be told to be complete.\n"
+            f"Fetch it: {download_command(folder, INDEX)}"
+        )
+    return (
+        f"{folder}: there are no weights ({SINGLE}, or {INDEX} and its shards).\nFetch them: {download_command(folder)}"
+    )
+
+
+def _pickle(folder: Path, names: list[str]) -> str:
+    return (
+        f"{folder}: the weights are pickle files ({some(names)}). Opening one can run any code that is in it, so only "
+        f"safetensors are read.\nIf the repository has safetensors, fetch those: {download_command(folder)}\n"
+        "If not, load it with transformers where that risk is acceptable: save_pretrained writes safetensors."
+    )
+
+
+def hub_id_of(folder: Path) -> str | None:
+    """The hub id that a folder was downloaded from, as far as its path tells; None where it doesn't."""
+    for part in folder.absolute().parts:
+        if part.startswith("models--") and part.count("--") == 2:  # the hub cache: models--org--name/snapshots/…
+            return part.removeprefix("models--").replace("--", "/")
+    return None
+
+
+def _likely_hub_id(folder: Path) -> str:
+    for prefix, organisation in _ORGANISATIONS.items():
+        if folder.name.startswith(prefix):
+            return f"{organisation}/{folder.name}"
+    return f"ORGANISATION/{folder.name}"
+
+
+def download_command(folder: Path, file: str = "") -> str:
+    """The command that fetches a whole checkpoint, or one file of it, into `folder`."""
+    repository = hub_id_of(folder) or _likely_hub_id(folder)
+    return shlex.join(["hf", "download", repository, *filter(None, [file]), "--local-dir", str(folder)])
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """Whether a name that is no folder here can be meant as a hub id: org/name, and org is no folder here either."""
+    return _HUB_ID.fullmatch(path) is not None and not Path(path).parent.exists()
+
+
+def resolve_model(path_or_id: str | Path) -> Path:
+    """The folder of a checkpoint: a folder as it is; a hub id ("zai-org/GLM-4.7-Flash") is fetched to the hub's cache.
+
+    Only safetensors, JSON, tokenizer and template files are fetched. Raises NibbleError where there is neither.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.exists():
+        return folder
+    name = str(path_or_id)
+    if not looks_like_hub_id(name):
+        raise NibbleError(
+            f"{name} doesn't exist. Wanted: a checkpoint folder, or a hub id such as zai-org/GLM-4.7-Flash."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        found = snapshot_download(
+            name,
+            allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt"],
+            ignore_patterns=["*/*", *(f"*{suffix}" for suffix in _PICKLES), "*.py"],
+        )
+        return Path(found)
+    except GatedRepoError as error:
+        why = "the hub gives it only to those who accepted its conditions: do so on its page, then `hf auth login`"
+        raise NibbleError(_not_fetched(name, why)) from error
+    except RepositoryNotFoundError as error:
+        raise NibbleError(
+            _not_fetched(name, "the hub has no such model, or it is private (`hf auth login`)")
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise NibbleError(_not_fetched(name, "the hub can't be reached and the hub cache doesn't hold it")) from error
+    except Exception as error:  # the client's HTTP library, and with it the errors, differ between versions
+        first = next(iter(str(error).strip().splitlines()), "no reason given")
+        raise NibbleError(_not_fetched(name, f"{type(error).__name__}: {first}")) from error
+
+
+def _not_fetched(name: str, why: str) -> str:
+    folder = Path("checkpoints") / name.split("/")[1]
+    return (
+        f"{name} is no folder here and could not be fetched from the hub: {why}.\n"
+        f"Where there is a connection: hf download {name} --local-dir {folder}\n"
+        f"Then set model.path (or the argument) to that folder."
+    )
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a name meant (a folder, or a hub id in the hub's cache) if it is on this machine."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not looks_like_hub_id(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, CONFIG)
+    return Path(found).parent if isinstance(found, str) else None

@@ -1,0 +1,270 @@
+"""The converted format: weights as the native model keeps them, ready to be mapped and copied.
+
+A folder with one safetensors file per decoder layer and one for the rest, under native names; the hub's config.json,
+tokenizer and chat template; and `nibble.json`, which says how the weights are stored, what they were made from, and
+every file's size and checksum. It contains no dates, and no path but the source as it was named: the same command
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from models.checkpoint.keymap import Key
+from models.checkpoint.layout import Layout
+from models.checkpoint.stream import Piece, native_tensors
+from models.checkpoint.tensorfile import DTYPES, MappedFolder, TensorInfo, read_header
+from quant.common.errors import NibbleError
+from quant.common.files import sha256_file, write_atomically
+from quant.common.words import some
+from quant.storage import StorageSpec
+
+MANIFEST = "nibble.json"
+FORMAT_VERSION = 1
+REST = "rest.safetensors"  # embedding, final norm and head
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """size in bytes; sha256 in hexadecimal; tensors by native name (none for a tokenizer file and the like)."""
+
+    size: int
+    sha256: str
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass
+class Manifest:
+    """What nibble.json holds.
+
+    source: what the user named as source, a hub id or the folder's name. fingerprint: HubCheckpoint.fingerprint.
+    carried: hub keys that were left out because the architecture doesn't compute with them. layout: how the source
+    spells the others, None if that isn't known. Both are for an export, which writes what the source was like.
+    complete: all files are there; until then a conversion goes on where it stopped.
+    """
+
+    model_type: str
+    spec: StorageSpec
+    dtype: torch.dtype
+    source: str
+    fingerprint: str
+    config: dict[str, Any]
+    carried: tuple[str, ...] = ()
+    layout: Layout | None = None
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    complete: bool = False
+
+    def save(self, folder: Path) -> None:
+        data = {
+            "format": "nibble",
+            "version": FORMAT_VERSION,
+            "complete": self.complete,
+            "model_type": self.model_type,
+            "storage": dataclasses.asdict(self.spec),
+            "dtype": dtype_name(self.dtype),
+            "source": {"name": self.source, "fingerprint": self.fingerprint},
+            "carried": list(self.carried),
+            "layout": None if self.layout is None else dataclasses.asdict(self.layout),
+            "config": self.config,
+            "files": {name: dataclasses.asdict(self.files[name]) for name in sorted(self.files)},
+        }
+        write_atomically(folder / MANIFEST, json.dumps(data, indent=1).encode() + b"\n")
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """Raises NibbleError where nibble.json is missing, damaged, or of a newer format."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise NibbleError(f"{folder}: there is no {MANIFEST}, so this isn't a converted checkpoint.")
+        try:
+            data = json.loads(path.read_bytes())
+            version = data["version"]
+            if data["format"] != "nibble" or not isinstance(version, int):
+                raise ValueError("not this format")
+            if version > FORMAT_VERSION:
+                raise NibbleError(
+                    f"{path} has format version {version}; this version of nibble reads up to {FORMAT_VERSION}.\n"
+                    "Update nibble, or convert the source again."
+                )
+            return Manifest(
+                model_type=data["model_type"],
+                spec=StorageSpec(**data["storage"]),
+                dtype=DTYPE_BY_NAME[data["dtype"]],
+                source=data["source"]["name"],
+                fingerprint=data["source"]["fingerprint"],
+                config=data["config"],
+                carried=tuple(data["carried"]),
+                layout=Layout(**data["layout"]) if data.get("layout") else None,
+                files={
+                    _plain(name): FileRecord(entry["size"], entry["sha256"], tuple(entry["tensors"]))
+                    for name, entry in data["files"].items()
+                },
+                complete=data["complete"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NibbleError(f"{path} is damaged ({error!r}).\nDelete {folder} and convert again.") from error
+
+
+DTYPE_BY_NAME = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+def _plain(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"file name {name!r}")
+    return name
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(spec: StorageSpec, dtype: torch.dtype) -> str:
+    """ "nf4 with double quantisation, bfloat16" """
+    name = f"{spec.kind} with double quantisation" if spec.double_quant else spec.kind
+    return f"{name}, {dtype_name(dtype)}"
+
+
+def is_converted(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def group_by_file(keys: Iterable[Key]) -> dict[str, list[Key]]:
+    """Which keys go into which file: one file per decoder layer, the rest in one."""
+    files: dict[str, list[Key]] = {}
+    for key in keys:
+        layer = _LAYER.search(f".{key.native}")
+        files.setdefault(f"layer-{int(layer[1]):05d}.safetensors" if layer else REST, []).append(key)
+    return files
+
+
+class NativeCheckpoint:
+    """A converted checkpoint, opened: its manifest, with all weights present and of the right size.
+
+    Implements stream.Reader once `bind` has given it the architecture's keys.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises NibbleError where the conversion is unfinished or a file is missing or damaged."""
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        if not self.manifest.complete:
+            raise NibbleError(
+                f"{self.path}: the conversion isn't finished.\n"
+                f"It goes on where it stopped: {convert_command(self.manifest, self.path)}"
+            )
+        wrong = wrong_sizes(self.path, self.manifest)
+        if wrong:
+            raise NibbleError(
+                f"{self.path}: {some(wrong, 3)}.\n"
+                f"This makes the damaged files again: {convert_command(self.manifest, self.path)}"
+            )
+        self.keys: tuple[Key, ...] = ()
+        self._infos: dict[str, TensorInfo] = {}
+        self._files: dict[str, str] = {}
+        self._mapped = MappedFolder(self.path)
+
+    def bind(self, keys: tuple[Key, ...]) -> NativeCheckpoint:
+        """Check that the files hold exactly these keys' tensors, so that `read` can serve them."""
+        self.keys = keys
+        for name, record in self.manifest.files.items():
+            if record.tensors:
+                header = read_header(self.path / name)
+                self._infos.update(header)
+                self._files.update(dict.fromkeys(header, name))
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for key in keys:
+            wanted.update(native_tensors(key, self.manifest.spec, self.manifest.dtype))
+        wrong = sorted(
+            name
+            for name in wanted.keys() | self._infos.keys()
+            if name not in self._infos
+            or name not in wanted
+            or (self._infos[name].shape, DTYPES.get(self._infos[name].dtype)) != wanted[name]
+        )
+        if wrong:
+            raise NibbleError(
+                f"{self.path}: {len(wrong)} tensors are missing, unknown or of another shape: {some(wrong, 3)}.\n"
+                f"Delete the folder and convert again: {convert_command(self.manifest, self.path)}"
+            )
+        return self
+
+    def read(self, key: Key, experts: range | None = None) -> Iterator[Piece]:
+        """One piece: the whole key, or one range of experts (step 1). The tensors are views of the mapped file."""
+        if experts is not None and experts.step != 1:
+            raise ValueError(f"experts must be consecutive, got {experts}")
+        start = experts.start if key.parts and experts is not None else 0 if key.parts else None
+        names = native_tensors(key, self.manifest.spec, self.manifest.dtype)
+        yield Piece(key, start, {name: self._tensor(name, experts if key.parts else None) for name in names})
+
+    def _tensor(self, name: str, rows: range | None) -> Tensor:
+        file, info = self._files[name], self._infos[name]
+        nbytes = info.end - info.begin
+        try:
+            if rows is None:
+                return self._mapped.file(file, nbytes).get_tensor(name)
+            opened = self._mapped.file(file, nbytes * len(rows) // info.shape[0])
+            return opened.get_slice(name)[rows.start : rows.stop]
+        except (SafetensorError, OSError) as error:
+            raise NibbleError(
+                f"{self.path / file}: {name} can't be read ({error}).\n"
+                f"Delete that file, then: {convert_command(self.manifest, self.path)}"
+            ) from error
+
+    def close(self) -> None:
+        """Unmap the file that is open. Reading maps it again."""
+        self._mapped.close()
+
+
+def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the sizes of the files of weights, in words; empty where all is right. Reads no data."""
+    wrong = []
+    for name, record in manifest.files.items():
+        if not record.tensors:
+            continue  # a chat template or a tokenizer may be edited
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != record.size:
+            wrong.append(f"{name} has {path.stat().st_size:,} bytes, {MANIFEST} says {record.size:,}")
+    return wrong
+
+
+def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+    """Compare every file with its sha256. Raises NibbleError naming the files that differ or are missing.
+
+    progress(bytes, total): bytes checked since the last call, of how many in all.
+    """
+    checkpoint = NativeCheckpoint(folder)
+    differ, total = [], sum(record.size for record in checkpoint.manifest.files.values())
+    for name, record in checkpoint.manifest.files.items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != record.sha256:
+            differ.append(name)
+        progress(record.size, total)
+    if differ:
+        raise NibbleError(
+            f"{folder}: {len(differ)} files differ from their checksums: {some(differ)}.\n"
+            f"Delete them, then: {convert_command(checkpoint.manifest, folder)}"
+        )
+    return checkpoint.manifest
+
+
+def convert_command(manifest: Manifest, folder: Path) -> str:
+    """The command that makes (or finishes) a converted folder."""
+    command = ["python", "-m", "models.convert", manifest.source, str(folder), "--storage", manifest.spec.kind]
+    if manifest.spec.kind in ("nf4", "fp4") and not manifest.spec.double_quant:
+        command.append("--single-quant")
+    if manifest.dtype != torch.bfloat16:
+        command += ["--dtype", dtype_name(manifest.dtype)]
+    return shlex.join(command)

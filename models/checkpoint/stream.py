@@ -1,0 +1,239 @@
+"""Tensors of a checkpoint in pieces small enough to pass through memory one at a time.
+
+Converting, loading and (later) loading only some experts on each process all read the same stream. A piece is one
+matrix, or a range of experts of one stack, already in the form in which the native model keeps it.
+
+Shapes: E experts; a stack is [E, out, in].
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.checkpoint.hub import HubCheckpoint
+from models.checkpoint.keymap import Key, KeyMap
+from models.checkpoint.layout import TEXT, WRAPPED, Layout
+from quant.common.errors import NibbleError
+from quant.common.words import gib, some
+from quant.storage import StorageSpec, all_finite, quantise, storage_tensors
+
+_READABLE = ("BF16", "F16", "F32", "F64")
+# Missing or unused keys named one by one; a checkpoint of another model has tens of thousands.
+LISTED = 50
+LEFT_OUT = "left out, as nothing here computes with them"
+# Of a model with tied embeddings only some files have it, as a copy of the embedding, by which it is implied.
+HEAD = "lm_head.weight"
+# What counts as one part of a model when carried tensors are summed up.
+_PART = re.compile(r"model\.layers\.\d+|model\.\w+|\w+")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Native tensors by their dotted names ("model.layers.1.mlp.experts.down_proj.weight.packed").
+
+    start: None for whole tensors. For experts, the tensors hold the rows start, start + 1 … of the stack's dim 0.
+    """
+
+    key: Key
+    start: int | None
+    tensors: dict[str, Tensor]
+
+
+class Reader(Protocol):
+    """A checkpoint that can be read key by key."""
+
+    keys: tuple[Key, ...]
+
+    def read(self, key: Key, experts: range | None = None) -> Iterator[Piece]:
+        """The pieces of one key; for a stack, those of the given experts (None: all)."""
+
+
+def key_spec(key: Key, spec: StorageSpec, dtype: torch.dtype) -> tuple[StorageSpec, torch.dtype]:
+    """How one key is stored in a model of that spec and dtype: only the frozen matrices are quantised."""
+    if key.stored == "storage":
+        return spec, dtype
+    return StorageSpec("none"), torch.float32 if key.stored == "float32" else dtype
+
+
+def native_tensors(key: Key, spec: StorageSpec, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and dtypes of one key's native tensors. Raises NibbleError for a shape that can't be blocked."""
+    spec, dtype = key_spec(key, spec, dtype)
+    if not key.is_storage:
+        return {key.native: (key.shape, dtype)}
+    tensors = storage_tensors(spec, key.shape, dtype, key.native)
+    return {f"{key.native}.{name}": entry for name, entry in tensors.items()}
+
+
+class HubReader:
+    """Reads a hub checkpoint as native tensors, quantising one matrix at a time.
+
+    keys: the key map's, with the hub's keys as this checkpoint has them (`layout`). carried: hub keys that the
+    architecture declares as not computed with. They are left where they are.
+    """
+
+    def __init__(
+        self,
+        checkpoint: HubCheckpoint,
+        key_map: KeyMap,
+        spec: StorageSpec,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """device: where matrices are quantised and pieces are. Raises NibbleError where keys or shapes don't fit."""
+        self.checkpoint, self.spec, self.dtype, self.device = checkpoint, spec, dtype, torch.device(device)
+        self.layout, key_map = _laid_out(key_map, checkpoint)
+        self.keys = key_map.keys
+        for key in self.keys:
+            native_tensors(key, spec, dtype)
+        self._fused = {key.hub for key in self.keys if key.parts and key.hub in checkpoint}
+        self.carried = self._check_keys(key_map)
+        self._check_tensors()
+
+    def read(self, key: Key, experts: range | None = None) -> Iterator[Piece]:
+        """One piece per matrix. Raises NibbleError naming a tensor that holds NaN or infinity, and for a tied head that
+        differs from the embedding.
+        """
+        if not key.parts:
+            dense = self.checkpoint.tensor(key.hub)
+            if key.group == "embedding" and HEAD in self.carried:
+                self._check_tied(key, dense)
+            yield Piece(key, None, self._stored(key, dense, key.hub))
+            return
+        for expert in experts if experts is not None else range(key.shape[0]):
+            name = f"{key.hub}, expert {expert}"
+            tensors = self._stored(key, self.dense(key, expert), name)
+            yield Piece(key, expert, {native: tensor.unsqueeze(0) for native, tensor in tensors.items()})
+
+    def left_out(self) -> str:
+        """The carried tensors in one line: "model.visual.* (333 tensors, 0.85 GiB), mtp.* (785 tensors, 1.58 GiB)"."""
+        return sum_up(self.carried, self.checkpoint)
+
+    def dense(self, key: Key, expert: int) -> Tensor:
+        """The matrix [out, in] of one expert in the hub's dtype, from a fused stack or from its parts."""
+        if key.hub in self._fused:
+            return self.checkpoint.row(key.hub, expert)
+        parts = [self.checkpoint.tensor(part.format(e=expert)) for part in key.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _stored(self, key: Key, dense: Tensor, name: str) -> dict[str, Tensor]:
+        spec, dtype = key_spec(key, self.spec, self.dtype)
+        dense = dense.to(self.device)
+        name = f"{self.checkpoint.path}: {name}"
+        if key.is_storage:
+            return {f"{key.native}.{suffix}": part for suffix, part in quantise(spec, dense, dtype, name=name).items()}
+        if not all_finite(dense):
+            raise NibbleError(f"{name}: some of its values are inf or NaN.\nThe checkpoint is damaged: get it again.")
+        return {key.native: dense.to(dtype)}
+
+    def _check_tied(self, key: Key, embedding: Tensor) -> None:
+        head = self.checkpoint.tensor(HEAD)
+        # transformers would take the stored head, against config.json.
+        if head.shape != embedding.shape or not torch.equal(head.to(embedding.dtype), embedding):
+            raise NibbleError(
+                f"{self.checkpoint.path}: config.json says that the output head is the embedding (tie_word_embeddings: "
+                f"true), but {HEAD} differs from {key.hub}.\n"
+                "Set tie_word_embeddings to false to use the head that is there, or take it out of the weights."
+            )
+
+    def _check_keys(self, key_map: KeyMap) -> tuple[str, ...]:
+        """Every needed key is there and every other one is declared; returns the latter."""
+        wanted: set[str] = set()
+        for key in self.keys:
+            wanted.update([key.hub] if key.hub in self._fused else key.part_keys())
+        missing = [key for key in sorted(wanted) if key not in self.checkpoint]
+        others = sorted(key for key in self.checkpoint if key not in wanted)
+        carried = tuple(key for key in others if key_map.is_carried(key))
+        unused = [key for key in others if not key_map.is_carried(key)]
+        if missing or unused:
+            if self.checkpoint.config.get("quantization_config"):
+                raise self._quantised("config.json has a quantization_config")
+            model_type = self.checkpoint.config.get("model_type")
+            lines = [f"{self.checkpoint.path}: the weights don't fit {model_type} as config.json describes it."]
+            if missing:
+                lines.append(f"{len(missing)} missing: {some(missing, LISTED)}.")
+            if unused:
+                lines.append(f"{len(unused)} not used: {some(unused, LISTED)}.")
+            raise NibbleError("\n".join(lines))
+        return carried
+
+    def _check_tensors(self) -> None:
+        wrong, unreadable = [], []
+        for key in self.keys:
+            for hub, shape in self._hub_shapes(key):
+                if self.checkpoint.shape(hub) != shape:
+                    wrong.append(f"{hub} is {list(self.checkpoint.shape(hub))}, should be {list(shape)}")
+                if self.checkpoint.dtype(hub) not in _READABLE:
+                    unreadable.append(f"{hub} ({self.checkpoint.dtype(hub)})")
+        if wrong:
+            raise NibbleError(
+                f"{self.checkpoint.path}: shapes differ from what config.json says ({len(wrong)} tensors):\n"
+                f"{some(wrong, 3)}."
+            )
+        if unreadable:
+            raise self._quantised(some(unreadable, 3))
+
+    def _quantised(self, why: str) -> NibbleError:
+        return NibbleError(
+            f"{self.checkpoint.path} is quantised already: {why}.\n"
+            "Take the checkpoint in bfloat16, float16 or float32; it is quantised here."
+        )
+
+    def _hub_shapes(self, key: Key) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if not key.parts or key.hub in self._fused:
+            yield key.hub, key.shape
+            return
+        _, rows, columns = key.shape
+        for hub in key.part_keys():
+            yield hub, (rows // len(key.parts), columns)
+
+
+def _laid_out(key_map: KeyMap, checkpoint: HubCheckpoint) -> tuple[Layout, KeyMap]:
+    """The layout of a checkpoint, and the key map in it."""
+    layout = Layout.of(key_map, checkpoint)
+    laid_out = layout.apply(key_map)
+    if layout.wrapped or not any(key.hub.startswith(WRAPPED) for key in key_map.keys):
+        return layout, laid_out
+    # Read all the same, an adapter would have config.json's names, which no class that loads these keys has.
+    if all(key.hub in checkpoint or all(part in checkpoint for part in key.part_keys()) for key in laid_out.keys):
+        raise NibbleError(
+            f"{checkpoint.path}: the keys are those of a text model ({TEXT}…); config.json says model_type "
+            f"{checkpoint.config.get('model_type')}, whose keys are {WRAPPED}….\n"
+            "Make what config.json has as text_config the whole of it, with its own model_type."
+        )
+    return layout, key_map
+
+
+def sum_up(carried: Sequence[str], checkpoint: HubCheckpoint | None = None) -> str:
+    """Hub keys by parts of the model, with their number and, where their checkpoint is at hand, their size."""
+    parts: dict[str, list[str]] = {}
+    for name in carried:
+        found = _PART.match(name)
+        parts.setdefault(found[0] if found else name, []).append(name)
+    lines = []
+    for names in parts.values():
+        count = f"{len(names)} tensor{'s'[: len(names) != 1]}"
+        size = f", {gib(checkpoint.nbytes_of(names))}" if checkpoint is not None else ""
+        lines.append(f"{_common(names)} ({count}{size})")
+    return some(lines)
+
+
+def _common(names: list[str]) -> str:
+    """What names begin with, to a dot: "model.visual.*"; the whole name of a single one."""
+    if len(names) == 1:
+        return names[0]
+    split = [name.split(".") for name in names]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
+    return ".".join([*(parts[0] for parts in same), "*"])
+
+
+def read_all(reader: Reader, experts: Mapping[str, range] | None = None) -> Iterator[Piece]:
+    """All pieces in the key map's order. experts: per native name of a stack, the only experts to read."""
+    for key in reader.keys:
+        yield from reader.read(key, (experts or {}).get(key.native))

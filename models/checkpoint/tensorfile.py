@@ -1,0 +1,208 @@
+"""Safetensors files: the header without the data, tensors as views of a mapped file, and a writer in pieces.
+
+The safetensors library writes a file from whole tensors in memory; here a stack of experts is written one expert at
+a time, at its place in the file, so the largest thing in memory is one matrix.
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quant.common.errors import NibbleError
+from quant.common.files import PARTIAL, disk_errors, sha256_file, sync_folder
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_MAX_HEADER = 100_000_000  # the safetensors library's own limit
+# What is read of a mapped file counts as memory of this process until it is unmapped. Mapping it anew takes about 1 ms.
+MAPPED_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies. dtype is the format's own name ("BF16"); begin and end are byte offsets in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes, shapes and places of a file's tensors, in file order; no tensor data is read.
+
+    Raises NibbleError where the file can't be read, is no safetensors file, or is shorter than its header says.
+    """
+    size = _size(path)
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > _MAX_HEADER:
+            raise NibbleError(f"{path} is not a safetensors file ({size:,} bytes).\n{_AGAIN}")
+        text = file.read(length)
+    if len(text) < length:
+        raise NibbleError(f"{path} is cut short: {size:,} bytes, its header alone has {8 + length:,}.\n{_AGAIN}")
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {
+            name: TensorInfo(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                8 + length + entry["data_offsets"][1],
+            )
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise NibbleError(f"{path} is not a safetensors file: its header can't be read.\n{_AGAIN}") from error
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
+    end = max((info.end for info in tensors.values()), default=8 + length)
+    if size != end:
+        how = "is cut short" if size < end else "is longer than it should be"
+        raise NibbleError(f"{path} {how}: {size:,} bytes, its header says {end:,}.\n{_AGAIN}")
+    return tensors
+
+
+_AGAIN = "Fetch or write this file again."
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise NibbleError(f"{path} can't be read: {error.strerror}.") from error
+
+
+def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+class MappedFolder:
+    """The files of a folder, of which one is mapped at a time, and not for longer than it takes to read `MAPPED_BYTES`.
+
+    A tensor that is handed out keeps its own mapping for as long as it lives.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._name: str | None = None
+        self._file: Any = None
+        self._read = 0
+
+    def file(self, name: str, nbytes: int) -> Any:
+        """The file (safetensors' safe_open), of which the caller reads `nbytes` now."""
+        if self._name != name or self._read >= MAPPED_BYTES:
+            self.close()
+            self._file = safe_open(self._folder / name, framework="pt")
+            self._name = name
+        self._read += nbytes
+        return self._file
+
+    def close(self) -> None:
+        """Unmap the file. Reading maps it again."""
+        self._name = self._file = None
+        self._read = 0
+
+
+class TensorWriter:
+    """Writes one safetensors file from tensors whose shapes and dtypes are known beforehand.
+
+    Every tensor is written whole or, along its dim 0, some rows at a time and in any order. The data goes to
+    `path.partial`; `finish` flushes it to the disk and renames it, so a file named `path` is always whole.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + PARTIAL)
+        self._tensors = dict(tensors)
+        self._written: dict[str, set[int]] = {name: set() for name in self._tensors}  # rows of dim 0
+        self._offsets: dict[str, int] = {}
+        # Wide types first, so that every tensor is aligned to its own type in the mapped file.
+        ordered = sorted(self._tensors, key=lambda name: -self._tensors[name][1].itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in ordered:
+            shape, dtype = self._tensors[name]
+            end = position + tensor_bytes(shape, dtype)
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            self._offsets[name] = position
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        self._offsets = {name: start + offset for name, offset in self._offsets.items()}
+        self.size = start + position
+        with disk_errors(self._partial):
+            self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._write(len(text).to_bytes(8, "little") + text, 0)
+
+    def write(self, name: str, tensor: Tensor, start: int | None = None) -> None:
+        """Write tensor `name`: whole, or its rows `start`, `start` + 1 … of dim 0, as many as `tensor` has."""
+        shape, dtype = self._tensors[name]
+        expected = shape if start is None else (len(tensor), *shape[1:])
+        if tuple(tensor.shape) != expected or tensor.dtype != dtype:
+            raise ValueError(f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, expected {expected} {dtype}")
+        rows = range(start or 0, (start or 0) + (len(tensor) if tensor.dim() else 1))
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._write(data, self._offsets[name] + (start or 0) * tensor_bytes(shape[1:], dtype))
+        self._written[name].update(rows)
+
+    def finish(self) -> str:
+        """Flush and rename; returns the file's sha256 in hexadecimal."""
+        incomplete = [
+            name
+            for name, (shape, _) in self._tensors.items()
+            if self._written[name] != set(range(shape[0] if shape else 1))
+        ]
+        if incomplete:
+            raise ValueError(f"{self.path}: not fully written: {incomplete[:5]}")
+        with disk_errors(self._partial):
+            os.fsync(self._file)
+        self._close()
+        digest = sha256_file(self._partial)
+        self._partial.replace(self.path)
+        sync_folder(self.path.parent)
+        return digest
+
+    def abandon(self) -> None:
+        """Close and remove what was written."""
+        self._close()
+        self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data)
+        with disk_errors(self._partial):
+            while view:
+                written = os.pwrite(self._file, view, offset)
+                view, offset = view[written:], offset + written

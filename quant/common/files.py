@@ -1,0 +1,56 @@
+"""Files that are there whole or not at all, their checksums, and what is said when a disk refuses."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quant.common.errors import NibbleError
+
+PARTIAL = ".partial"  # what is being written; renamed when it is whole
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk and the like into a NibbleError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def disk_error(error: OSError, path: Path) -> NibbleError:
+    """What to tell the user when writing `path` failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return NibbleError(f"the disk is full: {path} can't be written ({error.strerror}).\nMake room and run again.")
+    return NibbleError(f"{path} can't be written: {error.strerror}.")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that a reader sees either the old one or the new one, also after a crash."""
+    partial = path.with_name(path.name + PARTIAL)
+    with disk_errors(path):
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,56 @@
+"""Numbers and lists as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def gib(nbytes: int) -> str:
+    """12.34 GiB, or MiB where that would be 0.0."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def some(names: list[str], limit: int = 5) -> str:
+    """The first few names, and how many more."""
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows of cells, the first being the header, as text in columns; those in `right` are right-aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(widths[column]) if column in right else cell.ljust(widths[column])
+            for column, cell in enumerate(row)
+        ]
+        lines.append(("  " + "   ".join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def counted(number: float, noun: str) -> str:
+    """ "1 step", "1,214 steps", "0.5 epochs" """
+    text = f"{number:,}" if isinstance(number, int) else f"{number:,.3g}"
+    return f"{text} {noun}" if text == "1" else f"{text} {noun}s"
+
+
+def format_bytes(count: int, digits: int = 2) -> str:
+    """Binary units with so many digits after the point: "15.28 GiB", "3.40 MiB", "512 B"."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """A length of time as a person would say it: "45 s", "23 min", "2 h 05 min", "3 d 4 h"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes:02d} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,594 @@
+"""Converting: the bytes, the refusals, and what is left when it is interrupted."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models import convert as command
+from models.checkpoint.conversion import Interrupted, convert, count_parameters
+from models.checkpoint.hub import HubCheckpoint
+from models.checkpoint.native import MANIFEST, Manifest, NativeCheckpoint
+from models.checkpoint.stream import HubReader
+from models.glm4_moe_lite import Glm4MoeLiteConfig, key_map
+from quant.common.errors import NibbleError
+from quant.common.progress import Bar
+from quant.storage import StorageSpec
+from tests.helpers import save_tiny_glm
+
+NF4 = StorageSpec("nf4", True)
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint that transformers saved, in several shards. Read only."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    save_tiny_glm(folder).save_pretrained(folder / "sharded", max_shard_size="300KB")
+    (folder / "model.safetensors").unlink()
+    for file in (folder / "sharded").iterdir():
+        file.replace(folder / file.name)
+    (folder / "sharded").rmdir()
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    (folder / "tokenizer.json").write_text('{"tokens": "ü"}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "README.md").write_text("not needed")
+    return folder
+
+
+def hub_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def write_hub(folder: Path, tensors: dict[str, torch.Tensor], config: Path, **changes: Any) -> Path:
+    """A hub folder with these tensors in one file, and the config.json of another folder."""
+    folder.mkdir()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(json.loads((config / "config.json").read_text()) | changes))
+    return folder
+
+
+def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob(pattern))}
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    # One thread: beside other work, threads that wait for each other take far longer.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, **options
+    )
+
+
+# The bytes
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_every_expert_is_what_bitsandbytes_makes_of_it(
+    hub: Path, tmp_path: Path, kind: str, double_quant: bool
+) -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    spec = StorageSpec(kind, double_quant)  # type: ignore[arg-type]
+    convert(hub, tmp_path / "x", spec, torch.float32)
+    native = load_file(tmp_path / "x" / "layer-00001.safetensors")
+    tensors = hub_tensors(hub)
+    name = "model.layers.1.mlp.experts"
+    for expert in (0, 5):
+        gate, up = (tensors[f"{name}.{expert}.{part}_proj.weight"] for part in ("gate", "up"))
+        packed, state = quantize_4bit(
+            torch.cat((gate, up)), blocksize=64, compress_statistics=double_quant, quant_type=kind
+        )
+        assert torch.equal(native[f"{name}.gate_up_proj.weight.packed"][expert].flatten(), packed.flatten())
+        assert torch.equal(native[f"{name}.gate_up_proj.weight.absmax"][expert].flatten(), state.absmax.flatten())
+
+
+def test_only_frozen_matrices_are_quantised(hub: Path, tmp_path: Path) -> None:
+    convert(hub, tmp_path / "x", NF4, torch.bfloat16)
+    native = hub_tensors(tmp_path / "x")
+    layer = "model.layers.1"
+    assert native[f"{layer}.self_attn.o_proj.weight.packed"].dtype == torch.uint8
+    assert native[f"{layer}.mlp.shared_experts.up_proj.weight.packed"].dtype == torch.uint8
+    assert native["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert native["lm_head.weight.value"].dtype == torch.bfloat16
+    assert native[f"{layer}.input_layernorm.weight"].dtype == torch.bfloat16
+    assert native[f"{layer}.mlp.gate.weight.value"].dtype == torch.float32
+    bias = native[f"{layer}.mlp.gate.e_score_correction_bias"]
+    assert torch.equal(bias, hub_tensors(hub)[f"{layer}.mlp.gate.e_score_correction_bias"])
+
+
+def test_twice_gives_identical_bytes_and_the_files_beside_the_weights(hub: Path, tmp_path: Path) -> None:
+    convert(hub, tmp_path / "a", NF4)
+    convert(hub, tmp_path / "b", NF4)
+    first = contents(tmp_path / "a")
+    assert first == contents(tmp_path / "b")
+    assert sorted(first) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        *(f"layer-0000{layer}.safetensors" for layer in range(3)),
+        MANIFEST,
+        "rest.safetensors",
+        "tokenizer.json",
+    ]
+    assert first["tokenizer.json"] == (hub / "tokenizer.json").read_bytes()
+    manifest = Manifest.load(tmp_path / "a")
+    assert manifest.complete
+    assert (manifest.spec, manifest.dtype, manifest.model_type) == (NF4, torch.bfloat16, "glm4_moe_lite")
+    assert manifest.config == json.loads((hub / "config.json").read_text())
+    assert manifest.files.keys() == first.keys() - {MANIFEST}
+    assert set(manifest.files["rest.safetensors"].tensors) == set(load_file(tmp_path / "a" / "rest.safetensors"))
+
+
+def test_fused_experts_and_other_shards_give_the_same_bytes(hub: Path, tmp_path: Path) -> None:
+    tensors = hub_tensors(hub)
+    for layer in (1, 2):
+        name = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{name}.{expert}.{part}_proj.weight") for expert in range(8)])
+            for part in ("gate", "up", "down")
+        )
+        tensors[f"{name}.gate_up_proj"], tensors[f"{name}.down_proj"] = torch.cat((gate, up), 1), down
+    convert(hub, tmp_path / "parts", NF4)
+    convert(write_hub(tmp_path / "fused", tensors, hub), tmp_path / "whole", NF4)
+    assert contents(tmp_path / "parts", "*.safetensors") == contents(tmp_path / "whole", "*.safetensors")
+
+
+def test_memory_does_not_grow_with_experts_or_layers(tmp_path: Path) -> None:
+    result = run("-m", "tests.measure_convert", tmp_path)
+    assert result.returncode == 0, result.stderr
+    converting, loading, written = (int(word) for word in result.stdout.split())
+    assert written > 30 * 2**20
+    # A stack of gate_up matrices alone is 10 MiB.
+    assert converting < 6 * 2**20, f"peak grew by {converting / 2**20:.1f} MiB"
+    assert loading < 6 * 2**20, f"peak grew by {loading / 2**20:.1f} MiB beyond the model"
+
+
+def test_reading_an_embedding_makes_no_other_tensor_of_its_size(hub: Path) -> None:
+    """The real one is as large as half a layer of experts, so a mask of it would be the peak of a conversion."""
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: list[torch.Tensor] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.made += [tensor for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+            return result
+
+    with HubCheckpoint(hub) as checkpoint:
+        keys = key_map(Glm4MoeLiteConfig.parse(checkpoint.config, ""))
+        reader = HubReader(checkpoint, keys, NF4, torch.float32)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            key = next(key for key in keys.keys if key.native == name)
+            with Recorder() as recorder:
+                (piece,) = reader.read(key)
+            (value,) = piece.tensors.values()
+            others = [made for made in recorder.made if made.data_ptr() != value.data_ptr()]
+            assert others, "the check for inf and NaN was seen"
+            assert max(made.nbytes for made in others) < value.numel()
+
+
+def test_parameters_of_the_real_model() -> None:
+    assert count_parameters(key_map(Glm4MoeLiteConfig.parse({}, "")).keys) == 29_943_390_976
+
+
+# The checkpoint doesn't fit
+
+
+def broken(hub: Path, tmp_path: Path, change: Any, **config: Any) -> str:
+    tensors = hub_tensors(hub)
+    change(tensors)
+    source = write_hub(tmp_path / "broken", tensors, hub, **config)
+    with pytest.raises(NibbleError) as caught:
+        convert(source, tmp_path / "out", NF4)
+    assert len(str(caught.value).splitlines()) <= 3
+    return str(caught.value)
+
+
+def test_missing_and_unused_keys_are_listed_together(hub: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.norm.weight"]
+        for layer in (1, 2):
+            for expert in range(8):
+                for part in ("gate", "up", "down"):
+                    del tensors[f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"]
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            del tensors[f"model.layers.2.{norm}.weight"]
+        tensors["model.extra.weight"] = torch.ones(3)
+        tensors["model.layers.4.surplus"] = torch.ones(3)
+
+    text = broken(hub, tmp_path, change)
+    assert "the weights don't fit glm4_moe_lite as config.json describes it" in text
+    assert "51 missing: model.layers.1.mlp.experts.0.down_proj.weight, " in text
+    assert text.count("_proj.weight") == 48
+    assert " and 1 more.\n" in text
+    assert "2 not used: model.extra.weight, model.layers.4.surplus." in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_shape_that_differs_is_named_with_both(hub: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = torch.ones(65)
+        tensors["model.layers.1.mlp.experts.3.up_proj.weight"] = torch.ones(64, 128)
+
+    text = broken(hub, tmp_path, change)
+    assert "shapes differ from what config.json says (2 tensors)" in text
+    assert "model.norm.weight is [65], should be [64]" in text
+    assert "model.layers.1.mlp.experts.3.up_proj.weight is [64, 128], should be [64, 64]" in text
+
+
+def test_checkpoint_that_is_quantised_already(hub: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.1.self_attn.o_proj.weight"
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+    text = broken(hub, tmp_path, change)
+    assert "is quantised already: model.layers.1.self_attn.o_proj.weight (F8_E4M3)" in text
+    assert "Take the checkpoint in bfloat16, float16 or float32" in text
+
+
+def test_checkpoint_whose_keys_are_those_of_a_quantiser(hub: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.o_proj.weight_scale_inv"] = torch.ones(1, 1)
+
+    text = broken(hub, tmp_path, change, quantization_config={"quant_method": "fp8"})
+    assert (
+        "broken is quantised already: config.json has a quantization_config.\nTake the checkpoint in bfloat16" in text
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        (
+            "model.layers.2.mlp.experts.6.up_proj.weight",
+            r"model\.layers\.2\.mlp\.experts\.gate_up_proj, expert 6: 1 of its 8192 values are",
+        ),
+        (
+            "model.layers.0.self_attn.o_proj.weight",
+            r"model\.layers\.0\.self_attn\.o_proj\.weight: 1 of its 8192 values are",
+        ),
+        ("model.embed_tokens.weight", r"model\.embed_tokens\.weight: some of its values are"),
+    ],
+)
+def test_values_that_are_not_finite(hub: Path, tmp_path: Path, key: str, named: str, value: float) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[key][-1, -1] = value
+
+    text = broken(hub, tmp_path, change)
+    assert re.search(f"broken: {named} inf or NaN", text)
+    assert not Manifest.load(tmp_path / "out").complete
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_shape_that_does_not_divide_into_blocks(tmp_path: Path) -> None:
+    save_tiny_glm(tmp_path / "odd", q_lora_rank=48)
+    with pytest.raises(NibbleError, match=r"model\.layers\.0\.self_attn\.q_b_proj\.weight"):
+        convert(tmp_path / "odd", tmp_path / "out", NF4)
+    convert(tmp_path / "odd", tmp_path / "out", StorageSpec("int8", False))
+
+
+def test_unknown_architecture(hub: Path, tmp_path: Path) -> None:
+    text = broken(hub, tmp_path, lambda tensors: None, model_type="llama")
+    assert "config.json: model_type 'llama' is not supported. Supported: " in text
+
+
+def test_prediction_layer_is_left_out_and_named(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = hub_tensors(hub)
+    extra = ["model.layers.3.eh_proj.weight", "model.layers.3.mlp.experts.0.up_proj.weight"]
+    source = write_hub(tmp_path / "mtp", tensors | {key: torch.ones(2, 2) for key in extra}, hub)
+    assert command.main([str(source), str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "left out, as nothing here computes with them: model.layers.3.* (2 tensors, 0.00 MiB)"
+    assert Manifest.load(tmp_path / "out").carried == tuple(extra)
+    convert(hub, tmp_path / "plain", NF4)
+    assert contents(tmp_path / "plain", "*.safetensors") == contents(tmp_path / "out", "*.safetensors")
+
+
+# Interrupted, resumed, repeated
+
+KILLED_AT = """
+import os, signal, sys
+from models.checkpoint.conversion import convert
+from quant.storage import StorageSpec
+
+calls = 0
+def progress(done, total, what):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+convert(sys.argv[1], sys.argv[2], StorageSpec("nf4", True), progress=progress)
+"""
+
+
+@pytest.mark.parametrize("calls", [2, 40])
+def test_killed_conversion_goes_on_and_gives_the_same_bytes(hub: Path, tmp_path: Path, calls: int) -> None:
+    target = tmp_path / "killed"
+    killed = run("-c", KILLED_AT, hub, target, calls)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    finished = Manifest.load(target)
+    assert not finished.complete
+    assert list(target.glob("*.partial"))
+    with pytest.raises(NibbleError, match=r"the conversion isn't finished.\nIt goes on where it stopped: python -m"):
+        NativeCheckpoint(target)
+    dates = {name: (target / name).stat().st_mtime_ns for name in finished.files}
+    summary = convert(hub, target, NF4)
+    assert summary.kept == len(dates)
+    assert (summary.kept > 0) == (calls > 2)
+    assert dates == {name: (target / name).stat().st_mtime_ns for name in dates}
+    convert(hub, tmp_path / "whole", NF4)
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_ctrl_c_says_how_to_go_on(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+
+    def interrupt(bar: object, done: int, total: int, part: str = "") -> None:
+        if part == "layer-00001.safetensors" and done > total / 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quant.common.progress.Bar.update", interrupt)
+        assert command.main([str(hub), str(target), "--storage", "fp4", "--single-quant"]) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    again = f"python -m models.convert {hub} {target} --storage fp4 --single-quant"
+    assert err == f"interrupted: 2 of 4 files are finished and kept.\nTo go on: {again}\n"
+    assert not list(target.glob("*.partial"))
+    assert command.main(again.split()[3:]) == 0
+    assert re.search(r"in 4 files, 2 of them from before, \d+\.\d s$", capsys.readouterr().out.strip())
+
+
+def test_again_says_that_all_is_done(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(hub), str(tmp_path / "out")]
+    assert command.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""  # no progress bar where there is no terminal
+    assert re.fullmatch(
+        rf"{tmp_path}/out: [\d,]+ parameters, \d+\.\d\d MiB → \d+\.\d\d MiB "
+        r"\(nf4 with double quantisation, bfloat16\) in 4 files, \d+\.\d s\n",
+        out,
+    )
+    before = contents(tmp_path / "out")
+    assert command.main(arguments) == 0
+    assert f"{tmp_path}/out: all is done already, 4 files, " in capsys.readouterr().out
+    assert contents(tmp_path / "out") == before
+
+
+def test_damaged_files_are_made_again(hub: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    convert(hub, target, NF4)
+    before = contents(target)
+    (target / "layer-00001.safetensors").write_bytes(b"short")
+    (target / "rest.safetensors").unlink()
+    with pytest.raises(NibbleError) as caught:
+        NativeCheckpoint(target)
+    assert "layer-00001.safetensors has 5 bytes, nibble.json says " in str(caught.value)
+    assert "rest.safetensors is missing" in str(caught.value)
+    assert f"makes the damaged files again: python -m models.convert {hub} {target} --storage nf4" in str(caught.value)
+    assert convert(hub, target, NF4).kept == 2
+    assert contents(target) == before
+
+
+def test_another_conversion_is_not_overwritten_unless_forced(hub: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    convert(hub, target, NF4)
+    with pytest.raises(NibbleError) as caught:
+        convert(hub, target, StorageSpec("int8", False), torch.float32)
+    assert str(caught.value) == (
+        f"{target} holds another conversion (of {hub}): "
+        "storage nf4 with double quantisation, bfloat16 there, int8, float32 now.\n"
+        "Name another folder, or add --force to replace it."
+    )
+    tensors = hub_tensors(hub)
+    tensors["model.norm.weight"] += 1
+    other = write_hub(tmp_path / "other", tensors, hub)
+    with pytest.raises(NibbleError, match=r"content of the source \(fingerprint\) \w{12} there, \w{12} now"):
+        convert(other, target, NF4)
+    (target / "mine.txt").write_text("kept")
+    convert(other, target, StorageSpec("int8", False), force=True)
+    assert (target / "mine.txt").read_text() == "kept"
+    assert Manifest.load(target).spec == StorageSpec("int8", False)
+    convert(other, tmp_path / "fresh", StorageSpec("int8", False))
+    assert contents(target, "*.safetensors") == contents(tmp_path / "fresh", "*.safetensors")
+
+
+def test_force_replaces_a_damaged_manifest(hub: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    convert(hub, target, NF4)
+    before = contents(target)
+    (target / MANIFEST).write_text("{")
+    with pytest.raises(NibbleError, match=r"nibble\.json is damaged .*\nDelete .* and convert again"):
+        convert(hub, target, NF4)
+    convert(hub, target, NF4, force=True)
+    assert contents(target) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"version": 99}, "has format version 99; this version of nibble reads up to 1"),
+        ({"format": "other"}, "is damaged"),
+        ({"files": {"../x": {"size": 1, "sha256": "", "tensors": []}}}, "file name '../x'"),
+        ({"dtype": "int3"}, "is damaged"),
+    ],
+)
+def test_manifest_that_cannot_be_read(hub: Path, tmp_path: Path, change: dict[str, Any], expected: str) -> None:
+    target = tmp_path / "out"
+    convert(hub, target, NF4)
+    data = json.loads((target / MANIFEST).read_text())
+    (target / MANIFEST).write_text(json.dumps(data | change))
+    with pytest.raises(NibbleError) as caught:
+        Manifest.load(target)
+    assert expected in str(caught.value)
+    with pytest.raises(NibbleError, match=r"there is no nibble\.json, so this isn't a converted checkpoint"):
+        Manifest.load(hub)
+
+
+# Where it is written to
+
+
+def test_destinations_that_are_refused(hub: Path, tmp_path: Path) -> None:
+    def refused(source: Path, target: Path) -> str:
+        with pytest.raises(NibbleError) as caught:
+            convert(source, target, NF4)
+        return str(caught.value)
+
+    assert "source and destination are the same folder" in refused(hub, hub)
+    (tmp_path / "file").touch()
+    assert "file is a file. Name a folder" in refused(hub, tmp_path / "file")
+    assert "can't be made: Not a directory" in refused(hub, tmp_path / "file" / "x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert "isn't empty and isn't a converted checkpoint (it holds thesis.tex)" in refused(hub, tmp_path / "mine")
+    convert(hub, tmp_path / "out", NF4)
+    text = refused(tmp_path / "out", tmp_path / "again")
+    assert "is a converted checkpoint already; convert from the hub's format" in text
+
+
+def test_two_conversions_into_one_folder(hub: Path, tmp_path: Path) -> None:
+    messages = []
+
+    def second(done: int, total: int, what: str) -> None:
+        if not messages:
+            with pytest.raises(NibbleError) as caught:
+                convert(hub, tmp_path / "out", NF4)
+            messages.append(str(caught.value))
+
+    convert(hub, tmp_path / "out", NF4, progress=second)
+    assert "another conversion is writing to" in messages[0]
+
+
+def test_disk_without_room(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+        with pytest.raises(
+            NibbleError, match=r"the conversion needs 0\.0 GiB more, 0\.0 GiB are free there\.\nMake room"
+        ):
+            convert(hub, tmp_path / "out", NF4)
+    # The disk fills up while the second file is written.
+    (tmp_path / "out" / "layer-00001.safetensors.partial").symlink_to("/dev/full")
+    real = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: None if path.is_symlink() else real(path, missing_ok=True))
+    with pytest.raises(NibbleError, match=r"the disk is full: .*layer-00001\.safetensors\.partial can't be written"):
+        convert(hub, tmp_path / "out", NF4)
+    monkeypatch.undo()
+    assert convert(hub, tmp_path / "out", NF4).kept == 2
+
+
+# Checksums
+
+
+def test_verify(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out"
+    convert(hub, target, NF4)
+    assert command.main(["--verify", str(target)]) == 0
+    assert "8 files, " in (out := capsys.readouterr().out)
+    assert out.endswith("MiB (nf4 with double quantisation, bfloat16): all checksums match\n")
+    data = bytearray((target / "layer-00002.safetensors").read_bytes())
+    data[-1] ^= 1
+    (target / "layer-00002.safetensors").write_bytes(data)
+    assert command.main(["--verify", str(target)]) == 2
+    err = capsys.readouterr().err
+    assert f"error: {target}: 1 files differ from their checksums: layer-00002.safetensors.\n" in err
+    assert f"Delete them, then: python -m models.convert {hub} {target} --storage nf4" in err
+    (target / "tokenizer.json").unlink()
+    assert command.main(["--verify", str(target)]) == 2
+    assert "2 files differ from their checksums: layer-00002.safetensors, tokenizer.json.\n" in capsys.readouterr().err
+    assert command.main(["--verify", str(hub)]) == 2
+    assert "there is no nibble.json, so this isn't a converted checkpoint" in capsys.readouterr().err
+
+
+# The command line
+
+
+def test_help_is_quick_and_its_example_is_real() -> None:
+    code = (
+        "import sys, runpy; sys.argv[1:] = ['--help']\ntry: runpy.run_module('models.convert', run_name='__main__')\n"
+    )
+    result = run("-c", f"{code}finally: print('torch' in sys.modules, file=sys.stderr)")
+    assert result.returncode == 0
+    assert (
+        "python -m models.convert checkpoints/GLM-4.7-Flash checkpoints/GLM-4.7-Flash-nf4 --storage nf4"
+        in result.stdout
+    )
+    assert result.stderr.strip() == "False"
+
+
+def test_as_a_command(hub: Path, tmp_path: Path) -> None:
+    result = run("-m", "models.convert", hub, tmp_path / "out", "--storage", "int8", "--dtype", "float32", "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    data = json.loads(result.stdout)
+    assert data["storage"] == "int8, float32"
+    assert data["files"] == 4
+    assert data["bytes"] == sum(len(value) for value in contents(tmp_path / "out", "*.safetensors").values())
+
+
+def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Bar("converting") as bar:
+        bar.update(30, 40, "layer-00001.safetensors")
+    assert re.search(r"converting .*75%.*left  layer-00001\.safetensors", terminal.getvalue())
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Bar("loading", show=False) as bar:
+        bar.update(30, 40, "layer-00001.safetensors")
+    assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "error: SRC and DST are needed (see --help)."),
+        (["src"], "error: SRC and DST are needed (see --help)."),
+        (
+            ["a", "b", "--storage", "int8", "--single-quant"],
+            "error: --single-quant is about 4-bit storage; --storage is int8.",
+        ),
+        (["/nowhere/a", "b"], "error: /nowhere/a doesn't exist."),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
+def test_cuda_where_there_is_none(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(hub), str(tmp_path / "out"), "--device", "cuda"]) == 2
+    assert "error: --device cuda: torch finds no CUDA device here." in capsys.readouterr().err
+
+
+def test_interruption_from_code_is_an_exception(hub: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int, what: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"interrupted: 0 of 4 files are finished and kept"):
+        convert(hub, tmp_path / "out", NF4, progress=stop)

@@ -1,0 +1,332 @@
+"""Reading a hub folder: what is in it, and every way in which it can be damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.checkpoint.hub import INDEX, SINGLE, HubCheckpoint, local_folder, looks_like_hub_id, resolve_model
+from models.checkpoint.tensorfile import TensorWriter, read_header
+from quant.common.errors import NibbleError
+
+
+def write_checkpoint(folder: Path, shards: int = 2) -> dict[str, torch.Tensor]:
+    """A little folder in the hub's layout; not a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    tensors = {f"layer.{index}.weight": torch.randn(6, 4, 8).bfloat16() for index in range(2 * shards)}
+    tensors["layer.0.scale"] = torch.tensor(1.5)
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny"}))
+    if shards == 1:
+        save_file(tensors, folder / SINGLE)
+        return tensors
+    weight_map = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(tensors.items())[number::shards])
+        save_file(part, folder / name)
+        weight_map.update(dict.fromkeys(part, name))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors
+
+
+def message(folder: Path) -> str:
+    with pytest.raises(NibbleError) as caught:
+        HubCheckpoint(folder)
+    assert len(str(caught.value).splitlines()) <= 3
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_reads_every_tensor_and_single_rows(tmp_path: Path, shards: int) -> None:
+    tensors = write_checkpoint(tmp_path, shards)
+    with HubCheckpoint(tmp_path) as checkpoint:
+        assert set(checkpoint) == set(tensors)
+        assert len(checkpoint) == len(tensors)
+        assert "layer.0.weight" in checkpoint
+        assert checkpoint.config == {"model_type": "tiny"}
+        assert checkpoint.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+        assert checkpoint.dtype("layer.0.weight") == "BF16"
+        for name, tensor in tensors.items():
+            assert checkpoint.shape(name) == tuple(tensor.shape)
+            assert torch.equal(checkpoint.tensor(name), tensor)
+        for expert in (0, 3, 5):
+            row = checkpoint.row("layer.1.weight", expert)
+            assert torch.equal(row, tensors["layer.1.weight"][expert])
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    assert "nowhere doesn't exist. Wanted: a folder with config.json and *.safetensors" in message(tmp_path / "nowhere")
+    file = tmp_path / "file"
+    file.touch()
+    assert "is a file, not a folder" in message(file)
+
+
+def test_missing_config(tmp_path: Path) -> None:
+    assert "there is no config.json, so this isn't a checkpoint folder.\nIt is empty." in message(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert "It holds: notes.txt." in message(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{not json", "config.json isn't valid JSON: Expecting property name"),
+        ("[1]", "config.json holds a list, not an object"),
+    ],
+)
+def test_broken_config(tmp_path: Path, text: str, expected: str) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    assert expected in message(tmp_path)
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "GLM-4.7-Flash"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    text = message(folder)
+    assert "there are no weights (model.safetensors, or model.safetensors.index.json and its shards)" in text
+    assert f"hf download zai-org/GLM-4.7-Flash --local-dir {folder}" in text
+
+
+def test_shards_without_their_index(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / INDEX).unlink()
+    text = message(tmp_path)
+    assert "model.safetensors.index.json is missing; without it model-00001-of-00002.safetensors" in text
+    assert f"hf download ORGANISATION/{tmp_path.name} model.safetensors.index.json" in text
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickle_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"\x80\x04")
+    text = message(tmp_path)
+    assert f"the weights are pickle files ({name})" in text
+    assert "can run any code that is in it, so only safetensors are read" in text
+    assert "fetch those: hf download" in text
+    assert "save_pretrained writes safetensors" in text
+
+
+def test_index_of_pickle_shards_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "pytorch_model-00001.bin"}}))
+    assert "the weights are pickle files (pytorch_model-00001.bin)" in message(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": [1]}'])
+def test_broken_index(tmp_path: Path, text: str) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / INDEX).write_text(text)
+    assert f"{INDEX} can't be read: it should be JSON with a weight_map of key to shard" in message(tmp_path)
+
+
+def test_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "../other/model.safetensors"}}))
+    assert "names a file outside the folder: '../other/model.safetensors'" in message(tmp_path)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    folder = tmp_path / "GLM-4.7-Flash"
+    write_checkpoint(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert message(folder) == (
+        f"{folder}: shard model-00002-of-00002.safetensors is missing (the index names it for 2 tensors).\n"
+        "Fetch it again: hf download zai-org/GLM-4.7-Flash model-00002-of-00002.safetensors "
+        f"--local-dir {folder}"
+    )
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    text = message(folder)
+    assert "model-00001-of-00002.safetensors is missing (the index names it for 3 tensors). 1 more are missing" in text
+    assert f"hf download zai-org/GLM-4.7-Flash --local-dir {folder}" in text
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (-100, "is cut short: "),
+        (20, "is cut short: 20 bytes, its header alone has "),
+        (3, "is not a safetensors file (3 bytes)"),
+        (0, "is not a safetensors file (0 bytes)"),
+    ],
+)
+def test_truncated_shard(tmp_path: Path, keep: int, expected: str) -> None:
+    write_checkpoint(tmp_path)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:keep])
+    text = message(tmp_path)
+    assert f"{shard} {expected}" in text
+    assert f"hf download ORGANISATION/{tmp_path.name} {shard.name} --local-dir {tmp_path}" in text
+
+
+def test_corrupt_shards(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:8] + b"[" + whole[9:])
+    assert "is not a safetensors file: its header can't be read" in message(tmp_path)
+    shard.write_bytes(whole + b"more")
+    assert "is longer than it should be" in message(tmp_path)
+    shard.write_bytes(b"<html>404 not found</html>" * 10)
+    assert "is not a safetensors file" in message(tmp_path)
+
+
+def test_header_that_safetensors_itself_refuses(tmp_path: Path) -> None:
+    # The header can be read and adds up, but a tensor's bytes don't match its shape: found when it is read.
+    write_checkpoint(tmp_path, shards=1)
+    file = tmp_path / SINGLE
+    file.write_bytes(file.read_bytes().replace(b'"shape":[6,4,8]', b'"shape":[6,4,9]', 1))
+    checkpoint = HubCheckpoint(tmp_path)
+    with pytest.raises(NibbleError, match=r"model\.safetensors: layer\.0\.weight can't be read .*\nFetch it again"):
+        checkpoint.tensor("layer.0.weight")
+
+
+def test_key_that_the_index_names_and_the_shard_lacks(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"]["layer.9.weight"] = "model-00001-of-00002.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    text = message(tmp_path)
+    assert "says that model-00001-of-00002.safetensors holds layer.9.weight; it doesn't" in text
+    assert "Index and shards are of different versions" in text
+
+
+def test_keys_that_the_index_forgets_are_not_lost(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    del index["weight_map"]["layer.2.weight"]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert "layer.2.weight" in HubCheckpoint(tmp_path)
+
+
+def test_fingerprint_follows_content_and_not_the_files_names(tmp_path: Path) -> None:
+    tensors = write_checkpoint(tmp_path / "a", shards=2)
+    write_checkpoint(tmp_path / "b", shards=2)
+    fingerprint = HubCheckpoint(tmp_path / "a").fingerprint()
+    assert fingerprint.startswith("sha256:")
+    assert HubCheckpoint(tmp_path / "b").fingerprint() == fingerprint
+    (tmp_path / "b" / INDEX).unlink()
+    save_file(tensors, tmp_path / "b" / SINGLE)
+    assert HubCheckpoint(tmp_path / "b").fingerprint() == fingerprint
+    tensors["layer.3.weight"][0, 0, 0] += 1  # same shapes, other values: a fine-tuned model
+    save_file(tensors, tmp_path / "b" / SINGLE)
+    assert HubCheckpoint(tmp_path / "b").fingerprint() != fingerprint
+
+
+def test_resolve_existing_folder_and_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(tmp_path) == tmp_path
+    for wrong in ("/nowhere/model", "nowhere", "a/b/c", "./x/y"):
+        with pytest.raises(NibbleError, match=r"doesn't exist\. Wanted: a checkpoint folder, or a hub id such as"):
+            resolve_model(wrong)
+    monkeypatch.chdir(tmp_path)
+    assert looks_like_hub_id("outputs/model")
+    (tmp_path / "outputs").mkdir()
+    assert not looks_like_hub_id("outputs/model")
+
+
+def test_folder_of_a_name_without_asking_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    snapshot = cache / "models--Qwen--Tiny" / "snapshots" / "abc"
+    write_checkpoint(snapshot)
+    (cache / "models--Qwen--Tiny" / "refs").mkdir()
+    (cache / "models--Qwen--Tiny" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.chdir(tmp_path)
+    assert local_folder("Qwen/Tiny") == snapshot
+    assert local_folder(str(snapshot)) == snapshot
+    assert local_folder("Qwen/Other") is None
+    assert local_folder("/nowhere/Tiny") is None
+
+
+def test_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked["name"] = name
+        files = ["model-00001-of-00002.safetensors", INDEX, "config.json", "tokenizer.model", "chat_template.jinja"]
+        files += ["vocab.json", "merges.txt", "model.safetensors-00001-of-00014.safetensors"]
+        files += ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"]
+        others = ["pytorch_model.bin", "modeling_x.py", "tokenizer_x.py", "README.md", "x.gguf", "onnx/model.json"]
+        found = filter_repo_objects(files + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        assert list(found) == files
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve_model("zai-org/GLM-4.7-Flash") == tmp_path
+    assert asked == {"name": "zai-org/GLM-4.7-Flash"}
+
+
+def test_offline_message_says_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(NibbleError) as caught:
+        resolve_model("zai-org/GLM-4.7-Flash")
+    assert str(caught.value) == (
+        "zai-org/GLM-4.7-Flash is no folder here and could not be fetched from the hub: the hub can't be reached and "
+        "the hub cache doesn't hold it.\n"
+        "Where there is a connection: hf download zai-org/GLM-4.7-Flash "
+        "--local-dir checkpoints/GLM-4.7-Flash\n"
+        "Then set model.path (or the argument) to that folder."
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("RepositoryNotFoundError", "the hub has no such model, or it is private"),
+        ("GatedRepoError", "only to those who accepted its conditions"),
+        ("HfHubHTTPError", "HfHubHTTPError: 500 Server Error"),
+        ("ConnectionResetError", "ConnectionResetError: reset by peer"),
+    ],
+)
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch, error: str, expected: str) -> None:
+    from huggingface_hub import errors
+
+    def fail(*_: object, **__: object) -> str:
+        if error == "ConnectionResetError":
+            raise ConnectionResetError("reset by peer")
+        raise getattr(errors, error)("500 Server Error", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(NibbleError) as caught:
+        resolve_model("someone/model")
+    assert expected in str(caught.value)
+    assert "hf download someone/model --local-dir checkpoints/model" in str(caught.value)
+
+
+def test_writer_in_pieces_equals_the_tensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {
+        "packed": torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8),
+        "scale": torch.randn(3, 5),
+        "offset": torch.tensor(0.5),
+        "bf16": torch.randn(4, 3).bfloat16(),
+        "empty": torch.empty(0, 3),
+    }
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    writer = TensorWriter(tmp_path / "x.safetensors", shapes)
+    for expert in (2, 0, 1):
+        writer.write("packed", tensors["packed"][expert : expert + 1], expert)
+        writer.write("scale", tensors["scale"][expert : expert + 1], expert)
+    with pytest.raises(ValueError, match=r"not fully written: \['offset', 'bf16'\]"):
+        writer.finish()
+    assert not (tmp_path / "x.safetensors").exists()
+    for name in ("offset", "bf16", "empty"):
+        writer.write(name, tensors[name])
+    writer.finish()
+    assert not list(tmp_path.glob("*.partial"))
+    found = load_file(tmp_path / "x.safetensors")
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    header = read_header(tmp_path / "x.safetensors")
+    assert all(info.begin % tensors[name].dtype.itemsize == 0 for name, info in header.items())

@@ -1,0 +1,287 @@
+"""Chat templates: the same text as transformers' apply_chat_template, and the spans that carry loss."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant.common.errors import NibbleError
+from tests.text_helpers import GLM_TEMPLATE, TEMPLATES, byte_level_tokenizer, say, write_json
+from train.data.chat import ChatTemplate, RenderError, Rendering, load_chat_template, missing_template
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln <b>", "days": 2}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "'sunny' & <hot>"}}]
+TOOL_USE = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "content": None, "reasoning_content": "look it up", "tool_calls": [CALL]},
+    {"role": "tool", "content": "rain"},
+    {"role": "assistant", "content": "It rains.", "reasoning_content": "rain it is"},
+    {"role": "user", "content": "thanks"},
+    {"role": "assistant", "content": "Welcome."},
+]
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one turn": say("What is 2 + 3?", "5\n"),
+    "system": [{"role": "system", "content": "Be brief."}, *say("hi", "hello", "bye", "see you")],
+    "reasoning": say("q1", "a1", "q2", "a2", reasoning_content="\nbecause\n"),
+    "reasoning field": say("q1", "a1", reasoning="why not", thinking=None),
+    "tools": TOOL_USE,
+    "prompt only": say("q1", "a1", "q2"),
+}
+
+REFUSED = {
+    ("mistral", "system"): "Conversation roles must alternate",
+    ("mistral", "tools"): "can only concatenate str|'dict object' has no attribute 'content'",
+}
+
+
+def template(name: str) -> ChatTemplate:
+    return ChatTemplate(TEMPLATES[name], TOKENS)
+
+
+def trained(messages: list[dict[str, Any]]) -> list[bool]:
+    return [message["role"] == "assistant" for message in messages]
+
+
+def renderings(name: str, messages: list[dict[str, Any]]) -> list[Rendering]:
+    return template(name).renderings(messages, trained(messages))
+
+
+def learnt(rendering: Rendering) -> list[str]:
+    return [rendering.text[start:end] for start, end in rendering.spans]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer(), **TOKENS)
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_renders_as_transformers_does(reference: Any, name: str, conversation: str) -> None:
+    messages, ours = CONVERSATIONS[conversation], template(name)
+    for options in ({}, {"add_generation_prompt": True}, {"add_generation_prompt": True, "enable_thinking": False}):
+        for tools in (None, TOOLS):
+            theirs = partial(
+                reference.apply_chat_template, messages, tools, tokenize=False, chat_template=TEMPLATES[name], **options
+            )
+            if (name, conversation) in REFUSED:
+                with pytest.raises(Exception, match=REFUSED[name, conversation]):
+                    theirs()
+                with pytest.raises(RenderError, match=REFUSED[name, conversation]):
+                    ours.render(messages, tools, **options)
+            else:
+                assert ours.render(messages, tools, **options) == theirs()
+
+
+def test_template_features_render_as_in_transformers(reference: Any) -> None:
+    source = (
+        "{{ strftime_now('%Y') }} {{ {'b': '<é>', 'a': [1]} | tojson }} {{ [1, 2] | tojson(indent=2) }}\n"
+        "{% for i in range(9) %}\n    {% if i == 2 %}{% continue %}{% endif %}\n"
+        "    {% if i == 4 %}{% break %}{% endif %}\n{{ i }}\n{% endfor %}\n"
+        "{% set text = 'outer' %}{% generation %}{% set text = 'inner' %}{{ text }}{% endgeneration %}{{ text }}"
+        "{{ eos_token }}{{ undefined_name }}{{ 'x' if tools is none }}{{ dict(a=1).a }}"
+    )
+    messages = say("hi")
+    expected = reference.apply_chat_template(messages, tokenize=False, chat_template=source)
+    assert ChatTemplate(source, TOKENS).render(messages) == expected
+
+
+def test_the_date_can_be_fixed() -> None:
+    fixed = ChatTemplate("{{ strftime_now('%d %b %Y') }}", now=datetime(2024, 7, 26))
+    assert fixed.render(say("hi")) == "26 Jul 2024"
+
+
+def test_templates_are_sandboxed() -> None:
+    for attack in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages.__init__.__globals__ }}"):
+        with pytest.raises(RenderError):
+            # An attribute that the sandbox hides is undefined; using it is an error.
+            ChatTemplate(attack + "{{ ''.__class__.__base__.x }}").render(say("hi"))
+
+
+def test_one_turn_learns_what_follows_the_prompt() -> None:
+    (rendering,) = renderings("qwen", say("q", "answer"))
+    assert learnt(rendering) == ["<think>\n\n</think>\n\nanswer<|im_end|>\n"]
+    assert rendering.text.startswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>")
+    (rendering,) = renderings("mistral", say("q", "answer"))
+    assert learnt(rendering) == [" answer</s>"]
+    (rendering,) = renderings("plain", say("q", "answer"))
+    assert learnt(rendering) == [" answer\n"]
+
+
+def test_turns_share_a_text_while_the_template_only_adds() -> None:
+    (rendering,) = renderings("mistral", say("q1", "a1", "q2", "a2", "q3"))
+    assert learnt(rendering) == [" a1</s>", " a2</s>"]
+    assert rendering.text == "<s>[INST] q1 [/INST] a1</s>[INST] q2 [/INST] a2</s>"
+    (rendering,) = renderings("glm", say("q1", "a1", "q2", "a2"))
+    assert learnt(rendering) == ["a1", "a2"], "asked without thinking, the prompt already has </think>"
+    assert rendering.text == "[gMASK]<sop><|user|>q1<|assistant|></think>a1<|user|>q2<|assistant|></think>a2"
+
+
+def test_a_template_that_drops_reasoning_gives_each_turn_the_text_it_was_written_in() -> None:
+    messages = say("q1", "a1", "q2", "a2", "q3", "a3")
+    for index in (1, 3):
+        messages[index]["reasoning_content"] = f"r{index}"
+    first, second, third = renderings("glm", messages)
+    assert first.text == "[gMASK]<sop><|user|>q1<|assistant|><think>r1</think>a1"
+    assert learnt(first) == ["r1</think>a1"]
+    assert second.text == "[gMASK]<sop><|user|>q1<|assistant|></think>a1<|user|>q2<|assistant|><think>r3</think>a2"
+    assert learnt(second) == ["r3</think>a2"]
+    assert learnt(third) == ["a3"]
+    assert "r1" not in third.text
+    assert "r3" not in third.text
+
+    # Qwen writes an empty think block for the last turn only, so it rewrites even without reasoning.
+    assert [learnt(rendering) for rendering in renderings("qwen", say("q1", "a1", "q2", "a2"))] == [
+        ["<think>\n\n</think>\n\na1<|im_end|>\n"],
+        ["<think>\n\n</think>\n\na2<|im_end|>\n"],
+    ]
+
+
+def test_turns_before_and_after_a_tool_keep_their_reasoning_together() -> None:
+    messages = [{**message, "content": message["content"] or ""} for message in TOOL_USE]
+    with_tool, after = renderings("glm", messages)
+    assert learnt(with_tool) == [
+        "look it up</think><tool_call>weather<arg_key>city</arg_key><arg_value>Köln <b></arg_value>"
+        "<arg_key>days</arg_key><arg_value>2</arg_value></tool_call>",
+        "rain it is</think>It rains.",
+    ]
+    assert learnt(after) == ["Welcome."]
+    assert with_tool.next_role == after.next_role == "user"
+    (call,) = renderings("glm", messages[:2])
+    assert call.next_role == "tool"
+    (call,) = template("glm").renderings(messages[:3], [False, True, False])
+    assert call.next_role == "tool"
+
+
+@pytest.mark.parametrize(
+    ("name", "conversation"),
+    # Only these two can write a tool's answer.
+    [(name, kind) for name in TEMPLATES for kind in ("one turn", "reasoning")] + [("glm", "tools"), ("qwen", "tools")],
+)
+def test_every_turn_is_learnt_exactly_once_in_the_text_of_its_own_moment(name: str, conversation: str) -> None:
+    messages = CONVERSATIONS[conversation]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = [(rendering.text, span) for rendering in renderings(name, messages) for span in rendering.spans]
+    assert len(spans) == len(turns)
+    for turn, (text, (start, end)) in zip(turns, spans, strict=True):
+        assert text[:end] == template(name).render(messages[: turn + 1])
+        assert (messages[turn]["content"] or "weather").strip() in text[start:end]
+        prompts = [
+            template(name).render(messages[:turn], add_generation_prompt=True, **options)
+            for options in ({}, {"enable_thinking": False})
+        ]
+        assert text[:start] in prompts
+
+
+def test_only_the_chosen_turns_are_learnt() -> None:
+    messages = say("q1", "a1", "q2", "a2", "q3", "a3")
+    (rendering,) = template("mistral").renderings(messages, [False, True, False, False, False, True])
+    assert learnt(rendering) == [" a1</s>", " a3</s>"]
+    (rendering,) = template("mistral").renderings(messages, [False, True, False, False, False, False])
+    assert rendering.text == "<s>[INST] q1 [/INST] a1</s>", "nothing after the last turn to learn is needed"
+    assert template("mistral").renderings(messages, [False] * 6) == []
+
+
+def test_a_prompt_that_contradicts_the_turn_ends_where_they_part() -> None:
+    # No variable turns this <think> off.
+    stubborn = ChatTemplate(
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}</think>{% endif %}{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    )
+    messages = say("q", "answer")
+    (rendering,) = stubborn.renderings(messages, trained(messages))
+    assert learnt(rendering) == ["/think>answer"], "the token </think> overlaps with this span and is learnt"
+
+
+def test_a_prompt_that_differs_from_its_beginning_doesn_t_make_the_user_part_of_the_turn() -> None:
+    odd = ChatTemplate(
+        "{{ '<ask>' if add_generation_prompt else '<done>' }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    messages = say("q", "answer")
+    (rendering,) = odd.renderings(messages, trained(messages))
+    assert rendering.text == "<done><|user|>q<|assistant|>answer"
+    assert learnt(rendering) == ["<|assistant|>answer"]
+
+
+def test_a_conversation_that_the_assistant_opens() -> None:
+    opened = ChatTemplate(
+        "{{ raise_exception('nobody spoke') if not messages }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    messages = say("", "xylophone?", "yes", "good")[1:]
+    (rendering,) = opened.renderings(messages, trained(messages))
+    assert learnt(rendering) == ["xylophone?<|im_end|>", "good<|im_end|>"]
+
+
+def test_what_ends_a_turn() -> None:
+    assert template("glm").closing() == ""
+    assert template("glm").following("user") == "<|user|>z"
+    assert template("glm").following("tool").startswith("<|observation|>")
+    assert template("qwen").closing() == "<|im_end|>\n"
+    assert template("qwen").following("user") == "", "it rewrites the turn before, so this can't be told"
+    assert template("mistral").closing() == "</s>"
+    assert template("mistral").following("tool") == "", "it refuses tools"
+    assert template("plain").closing() == "\n"
+
+
+def test_the_templates_reason_is_passed_on() -> None:
+    with pytest.raises(RenderError, match="Conversation roles must alternate"):
+        template("mistral").render([*say("a"), *say("b")])
+    with pytest.raises(RenderError, match="can only concatenate list"):
+        ChatTemplate("{{ messages + 1 }}").render(say("hi"))
+
+
+def test_where_templates_are_looked_for(tmp_path: Path) -> None:
+    assert load_chat_template(tmp_path, TOKENS) is None
+    named = [{"name": "default", "template": "default"}, {"name": "tool_use", "template": "tools"}]
+    for name, value, expected in (
+        ("chat_template.json", {"chat_template": "from json"}, "from json"),
+        ("tokenizer_config.json", {"chat_template": "{{ bos_token }} config"}, "<s> config"),
+        ("tokenizer_config.json", {"chat_template": named}, "default"),
+    ):
+        write_json(tmp_path / name, value)
+        found = load_chat_template(tmp_path, TOKENS)
+        assert found is not None
+        assert found.render(say("hi")) == expected
+    assert found is not None
+    assert found.render(say("hi"), TOOLS) == "tools"
+    (tmp_path / "chat_template.jinja").write_text("from jinja")
+    newer = load_chat_template(tmp_path, TOKENS)
+    assert newer is not None
+    assert newer.render(say("hi")) == "from jinja"
+
+
+def test_no_template() -> None:
+    message = str(missing_template(Path("/models/base")))
+    assert message.startswith(
+        "/models/base: no chat template (chat_template.jinja, or chat_template in tokenizer_config"
+    )
+    assert "data.format prompt_completion or text" in message
+    assert message.count("\n") < 3
+
+
+def test_broken_templates(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text(GLM_TEMPLATE + "\n{% if %}")
+    line = GLM_TEMPLATE.count("\n") + 2
+    with pytest.raises(NibbleError, match=rf"chat_template.jinja: line {line}: not a valid Jinja template: Expected"):
+        load_chat_template(tmp_path, TOKENS)
+    (tmp_path / "chat_template.jinja").unlink()
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": [{"name": "rag", "template": ""}]}))
+    with pytest.raises(NibbleError, match=r"chat_template has no template named 'default', only rag"):
+        load_chat_template(tmp_path, TOKENS)
+    config.write_text(json.dumps({"chat_template": 3}))
+    with pytest.raises(NibbleError, match=r"chat_template is neither text nor a list of named templates"):
+        load_chat_template(tmp_path, TOKENS)
+    config.write_text("{")
+    with pytest.raises(NibbleError, match=r"tokenizer_config.json: not valid JSON"):
+        load_chat_template(tmp_path, TOKENS)

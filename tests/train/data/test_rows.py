@@ -1,0 +1,313 @@
+"""Rows read from JSONL and parquet, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quant.common.errors import NibbleError
+from tests.text_helpers import say, write_lines
+from train.data.rows import (
+    BadRow,
+    Chat,
+    Completion,
+    Row,
+    RowLog,
+    SkippedRow,
+    Text,
+    check_fields,
+    parse_row,
+    read_rows,
+    write_skipped_rows,
+)
+
+GSM8K = {"prompt": "question", "completion": "answer"}
+
+
+def parse(form: Any, row: dict[str, Any], **fields: str) -> Any:
+    return parse_row(row, form, fields)
+
+
+def problem(row: Any, form: Any = "messages", **fields: str) -> tuple[str, str]:
+    with pytest.raises(BadRow) as caught:
+        parse(form, row, **fields)
+    return caught.value.reason, str(caught.value)
+
+
+def test_the_three_formats() -> None:
+    assert parse("text", {"text": "hello", "id": 3}) == Text("hello")
+    assert parse("prompt_completion", {"question": "2+2?", "answer": "4"}, **GSM8K) == Completion("2+2?", "4")
+    messages = say("hi", "hello")
+    assert parse("messages", {"messages": messages}) == Chat(messages, [False, True], None)
+
+
+def test_messages_under_other_names() -> None:
+    row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello", "score": 3}]}
+    chat = parse("messages", row, messages="conversations", role="from", content="value")
+    assert chat.messages == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello", "score": 3},
+    ]
+    assert chat.trained == [False, True]
+    row["conversations"][1]["value"] = None
+    fields = {"messages": "conversations", "role": "from", "content": "value"}
+    assert problem(row, **fields) == ("null", "conversations[1].value is null")
+
+
+def test_turns_that_are_not_to_be_learnt() -> None:
+    messages = say("q", "a", "q", "a", "q", "a", "q", "a")
+    messages[1]["train"] = False
+    messages[3]["weight"] = 0
+    messages[5]["weight"] = 1.0
+    messages[7]["train"] = None
+    chat = parse("messages", {"messages": messages})
+    assert [i for i, wanted in enumerate(chat.trained) if wanted] == [5, 7]
+    assert all(set(message) == {"role", "content"} for message in chat.messages)
+
+
+def test_parts_of_text_are_joined_and_tool_calls_read() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call, {"name": "g", "arguments": "no json"}]},
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+        {"role": "assistant", "tool_calls": [{"name": "g", "arguments": {"y": 2}}]},
+    ]
+    chat = parse("messages", {"messages": messages, "tools": '[{"name": "f"}]'})
+    assert chat.messages[0]["content"] == "ab"
+    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": [1]}
+    assert chat.messages[1]["tool_calls"][1]["arguments"] == "no json"
+    assert "content" not in chat.messages[1]
+    assert chat.messages[2] == {"role": "tool", "content": "", "tool_call_id": "1"}
+    assert chat.tools == [{"name": "f"}]
+    assert parse("messages", {"messages": say("q", "a"), "tools": []}).tools is None
+
+
+def message_problem(**changes: Any) -> tuple[str, str]:
+    messages = say("q", "a", "again")
+    for key, value in changes.items():
+        messages[2][key] = value
+    return problem({"messages": messages})
+
+
+def test_bad_messages() -> None:
+    assert message_problem(content=None) == ("null", "messages[2].content is null")
+    assert message_problem(content=" \n") == ("empty", "messages[2].content is empty")
+    assert message_problem(content=5) == ("wrong_type", "messages[2].content is a number, expected text")
+    assert message_problem(content={"a": 1}) == ("wrong_type", "messages[2].content is an object, expected text")
+    assert message_problem(content=[]) == ("empty", "messages[2].content is empty")
+    assert message_problem(content=[{"type": "image_url"}]) == (
+        "unsupported_part",
+        "messages[2].content[0] is of type 'image_url'; only parts of type 'text' can be trained on",
+    )
+    assert message_problem(content=["bare"])[1].startswith("messages[2].content[0] is text; only parts of type 'text'")
+    assert message_problem(content=[{"type": "text"}]) == ("null", "messages[2].content[0].text is null, expected text")
+    assert message_problem(role="asistant") == (
+        "unknown_role",
+        "messages[2].role is 'asistant' (did you mean 'assistant'?); known roles are system, developer, user, "
+        "assistant, tool, function",
+    )
+    assert message_problem(role=None) == ("null", "messages[2].role is null")
+    assert message_problem(train="no") == ("wrong_type", "messages[2].train is text, expected true or false")
+    assert message_problem(weight=0.5) == ("wrong_type", "messages[2].weight is 0.5, expected 0 or 1")
+    assert message_problem(tool_calls="f()") == ("wrong_type", "messages[2].tool_calls is not a list of objects")
+    assert problem({"messages": [*say("q", "a"), "text"]}) == ("wrong_type", "messages[2] is text, expected an object")
+    assert problem({"messages": [None]}) == ("null", "messages[0] is null, expected an object")
+    assert problem({"messages": [{"role": "user", "contents": "q"}]}) == (
+        "missing_field",
+        "messages[0]: no field 'content' (did you mean 'contents'?); the message has role, contents (data.fields maps "
+        "names)",
+    )
+
+
+def test_bad_rows_of_messages() -> None:
+    assert problem({"messages": None}) == ("null", "messages is null, expected a list of messages")
+    assert problem({"messages": "hi"}) == ("wrong_type", "messages is text, expected a list of messages")
+    assert problem({"messages": []}) == ("empty", "messages is empty")
+    assert problem({"message": [], "id": 1}) == (
+        "missing_field",
+        "no field 'messages' (did you mean 'message'?); the row has message, id (data.fields maps names)",
+    )
+    assert problem({}) == ("missing_field", "no field 'messages'; the row has nothing (data.fields maps names)")
+    assert problem({"messages": say("hi")}) == (
+        "nothing_to_learn",
+        "messages has no assistant message, so there is nothing to learn",
+    )
+    assert problem({"messages": say("hi", "a", train=False)}) == (
+        "nothing_to_learn",
+        "every assistant message of messages has train: false or weight: 0",
+    )
+    assert problem({"messages": say("q", "a"), "tools": {"name": "f"}}) == (
+        "wrong_type",
+        "tools is an object, expected a list",
+    )
+    assert problem({"messages": say("q", "a"), "tools": "f"})[1].startswith(
+        "tools is text, but not valid JSON: Expecting"
+    )
+
+
+def test_bad_texts_and_completions() -> None:
+    assert problem({"text": None}, "text") == ("null", "text is null")
+    assert problem({"text": True}, "text") == ("wrong_type", "text is true, expected text")
+    assert problem({"question": "q", "answer": ""}, "prompt_completion", **GSM8K) == ("empty", "answer is empty")
+    many = {f"column{i}": 0 for i in range(20)}
+    assert problem(many, "prompt_completion", **GSM8K) == (
+        "missing_field",
+        f"no field 'question'; the row has {', '.join(list(many)[:12])}, … (data.fields maps names)",
+    )
+
+
+def test_fields_must_exist_in_the_format() -> None:
+    check_fields(GSM8K, "prompt_completion")
+    with pytest.raises(NibbleError) as caught:
+        check_fields({"promt": "question"}, "prompt_completion")
+    assert str(caught.value) == (
+        "data.fields.promt: data.format prompt_completion has no field 'promt' (did you mean 'prompt'?); "
+        "it has prompt, completion."
+    )
+
+
+def read(files: Any, form: Any = "text") -> list[Row]:
+    return list(read_rows(files, form=form, key="data.train"))
+
+
+def test_jsonl_with_bom_blank_lines_and_crlf(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b\xe2\x80\xa8c"}\r\n{"text": "d"}')
+    rows = read(path)
+    assert [(row.line, row.values) for row in rows] == [
+        (1, {"text": "a"}),
+        (4, {"text": "b\u2028c"}),
+        (5, {"text": "d"}),
+    ]
+    assert rows[-1].done == 1
+    assert rows[0].file == str(path)
+
+
+def test_lines_that_can_t_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'{"text": "a"\n{"text": "\xff"}\n[1]\n"x"\nnull\n7\n' + b'{"text": ' + b"1" * 5000 + b"}\n")
+    problems = [(row.line, row.problem.reason, str(row.problem)) for row in read(path) if row.problem]
+    assert problems[:6] == [
+        (1, "malformed_json", "not valid JSON: Expecting ',' delimiter at column 13"),
+        (2, "not_utf8", "not valid UTF-8 at byte 10"),
+        (3, "not_an_object", "the line is a list, expected an object"),
+        (4, "not_an_object", "the line is text, expected an object"),
+        (5, "not_an_object", "the line is null, expected an object"),
+        (6, "not_an_object", "the line is a number, expected an object"),
+    ]
+    assert problems[6][1] == "malformed_json"
+    path.write_text('{"text": ' + "[" * 100000 + "\n")
+    assert [row.problem.reason for row in read(path) if row.problem] == ["malformed_json"]
+
+
+def test_a_file_that_is_one_array(tmp_path: Path) -> None:
+    for text in ('[{"text": "a"},\n{"text": "b"}]\n', '[\n  {"text": "a"}\n]', '[{"text": "a"}]'):
+        path = tmp_path / "rows.json"
+        path.write_text(text)
+        with pytest.raises(NibbleError) as caught:
+            read(path)
+        assert str(caught.value) == (
+            f"data.train: {path} is one JSON array; one object per line is expected.\n"
+            "Convert it: jq -c '.[]' rows.json > rows.jsonl"
+        )
+
+
+def test_several_files_in_order(tmp_path: Path) -> None:
+    paths = [write_lines(tmp_path / f"{name}.jsonl", {"text": name}, {"text": name * 2}) for name in "ba"]
+    rows = read(paths)
+    assert [row.values for row in rows] == [{"text": text} for text in ("b", "bb", "a", "aa")]
+    assert [row.done for row in rows] == sorted(row.done for row in rows)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    messages = [say("q", "a"), [{"role": "user", "content": "only", "train": True}], None]
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"messages": messages, "image": [b"0"] * 3})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    rows = read(path, "messages")
+    assert [row.line for row in rows] == [1, 2, 3]
+    assert rows[-1].done == 1
+    assert "image" not in (rows[0].values or {}), "columns that aren't needed aren't read"
+    # Parquet fills in the fields that some messages lack with null.
+    assert parse("messages", rows[0].values or {}).messages == messages[0]
+    assert problem(rows[2].values) == ("null", "messages is null, expected a list of messages")
+
+    with pytest.raises(NibbleError) as caught:
+        read(path, "text")
+    assert str(caught.value) == (
+        f"data.train: {path}: no field 'text'; the file has messages, image (data.fields maps names)"
+    )
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(NibbleError, match=r"data.train: .*rows.parquet: not a readable parquet file: "):
+        read(path, "messages")
+
+
+def test_fields_that_parquet_fills_in_are_not_arguments(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = []
+    for name, argument in (("weather", {"city": "Paris"}), ("add", {"numbers": [1, 2]})):
+        call = {"function": {"name": name, "arguments": argument}}
+        spoken = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        rows.append({"chat": spoken, "functions": [{"name": name, "parameters": {next(iter(argument)): "…"}}]})
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    fields = {"messages": "chat", "tools": "functions"}
+    for row, expected in zip(read_rows(path, form="messages", fields=fields, key="data.train"), rows, strict=True):
+        chat = parse("messages", row.values or {}, **fields)
+        assert chat.messages[1]["tool_calls"] == expected["chat"][1]["tool_calls"]
+        assert chat.tools == expected["functions"]
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(NibbleError, match=rf"^data.train: {tmp_path}/no.jsonl does not exist \(relative to /"):
+        read(tmp_path / "no.jsonl")
+    with pytest.raises(NibbleError, match=rf"^data.train: {tmp_path} is a folder; name its files"):
+        read(tmp_path)
+    (tmp_path / "rows.csv").touch()
+    with pytest.raises(NibbleError, match=r"rows.csv is neither .jsonl, .json \(one object per line\) nor .parquet"):
+        read(tmp_path / "rows.csv")
+    with pytest.raises(NibbleError, match=r"^data.train: no file is named"):
+        read([])
+
+
+def bad_row(log: RowLog, line: int, reason: str = "null") -> None:
+    log.bad(Row("data/train.jsonl", line, {}, 0.0), BadRow(reason, "messages[2].content is null"))
+
+
+def test_bad_rows_are_told_counted_and_kept(tmp_path: Path) -> None:
+    told: list[str] = []
+    log = RowLog("skip", told.append)
+    for line in range(1, 1235):
+        bad_row(log, line)
+    bad_row(log, 1235, "empty")
+    assert told[2] == (
+        "data/train.jsonl:3: messages[2].content is null; row skipped (data.on_bad_row: skip). 3 such rows so far."
+    )
+    assert [line.split(":")[1] for line in told] == ["1", "2", "3", "10", "100", "1000", "1235"]
+    assert told[0].endswith("1 such row so far.")
+    assert told[5].endswith("1,000 such rows so far.")
+    assert log.counts == {"null": 1234, "empty": 1}
+    write_skipped_rows(tmp_path / "skipped_rows.jsonl", log.skipped)
+    lines = (tmp_path / "skipped_rows.jsonl").read_text().splitlines()
+    assert len(lines) == 1235
+    assert SkippedRow(**json.loads(lines[380])) == SkippedRow(
+        "data/train.jsonl", 381, "null", "messages[2].content is null"
+    )
+
+
+def test_bad_rows_can_be_fatal() -> None:
+    with pytest.raises(NibbleError) as caught:
+        bad_row(RowLog("error"), 381)
+    assert str(caught.value) == (
+        "data/train.jsonl:381: messages[2].content is null (data.on_bad_row: error).\n"
+        "Mend the row, or set data.on_bad_row: skip."
+    )

@@ -1,0 +1,428 @@
+"""Checkpoints: exact, atomic under kill -9 at every point, verified on reading."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quant.common.errors import NibbleError
+from train.optim import OptimizerState, build_optimizer, load_optimizer_state, optimizer_state
+from train.state.checkpoint import (
+    UnusableCheckpointError,
+    latest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+START_ANEW = "start anew in another output.dir"
+
+
+def tensors_of(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "layers.0.A": torch.randn(3, 5, 7, generator=generator),
+        "layers.0.B": torch.randn(9, 4, generator=generator).to(torch.bfloat16).T,
+    }
+
+
+def save(directory: Path, step: int, keep: int = 2, **state: Any) -> Path:
+    optimizer = OptimizerState({"step.layers.0.A": torch.tensor(float(step))}, {"kind": "test", "steps": {}})
+    return save_checkpoint(directory, step, tensors_of(step), optimizer, {"step": step, **state}, keep)
+
+
+def parameters_like(tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.zeros_like(tensor)) for name, tensor in tensors.items()}
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------- content
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    state: dict[str, Any] = {
+        "epoch": 2,
+        "loss": 0.1 + 0.2,
+        "tiny": 5e-324,
+        "rows": [1, None, "ü"],
+        "fingerprint": {"a.b": 1},
+    }
+    path = save(tmp_path / "checkpoints", 123, **state)
+    assert path == tmp_path / "checkpoints" / "step-000123"
+    assert names(path) == ["manifest.json", "optimizer.safetensors", "state.json", "weights.safetensors"]
+    checkpoint = latest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.path == path
+    assert checkpoint.step == 123
+    assert checkpoint.state == {"step": 123, **state}
+    parameters = parameters_like(tensors_of(123))
+    checkpoint.load_tensors(parameters.items())
+    for name, tensor in tensors_of(123).items():
+        assert torch.equal(parameters[name], tensor)
+    optimizer = checkpoint.optimizer_state()
+    assert optimizer.values == {"kind": "test", "steps": {}}
+    assert torch.equal(optimizer.tensors["step.layers.0.A"], torch.tensor(123.0))
+
+
+def test_no_pickle_in_the_files(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    for file in path.iterdir():
+        assert file.suffix in (".json", ".safetensors")
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str) -> None:
+    """Weights, optimiser and random numbers after 5 steps, and after 2 steps, a checkpoint and 3 more."""
+
+    def start() -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        parameters = {"A": nn.Parameter(torch.randn(2, 16, 150)), "b": nn.Parameter(torch.randn(30))}
+        return parameters, build_optimizer(name, parameters.items(), 0.01, weight_decay=0.1)
+
+    def run(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            for parameter in parameters.values():
+                parameter.grad = torch.randn_like(parameter) * random.random() * float(np.random.rand())
+            optimizer.step()
+
+    random.seed(5)
+    np.random.seed(6)
+    before = random.getstate(), np.random.get_state()
+    whole, optimizer = start()
+    run(whole, optimizer, 5)
+
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    first, optimizer = start()
+    run(first, optimizer, 2)
+    save_checkpoint(tmp_path, 2, first, optimizer_state(optimizer), {}, 2)
+    run(first, optimizer, 1)  # a step that the kill loses
+
+    second, optimizer = start()
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    checkpoint.load_tensors(second.items())
+    load_optimizer_state(optimizer, checkpoint.optimizer_state())
+    checkpoint.restore_rng()
+    run(second, optimizer, 3)
+    for key, parameter in whole.items():
+        assert torch.equal(parameter, second[key]), key
+
+
+def test_random_number_generators_are_restored(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        # Gaussian: Python and numpy keep half of a pair for the next call.
+        return [random.gauss(0, 1), float(np.random.randn()), float(torch.randn(())), random.random()]
+
+    draw()
+    save(tmp_path, 1)
+    expected = [draw() for _ in range(3)]
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    checkpoint.restore_rng()
+    assert [draw() for _ in range(3)] == expected
+
+
+# ---------------------------------------------------------------------------------------------------- keeping, deleting
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step-000006", "step-000008"]
+    save(tmp_path, 1_000_000, keep=1)
+    assert names(tmp_path) == ["step-1000000"]
+
+
+def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    for step in (2, 4):
+        save(tmp_path, step)
+    (tmp_path / "step-000004" / "weights.safetensors").unlink()
+    save(tmp_path, 6, keep=2)
+    assert names(tmp_path) == ["step-000002", "step-000006"]
+
+
+def test_taken_up_again_from_an_earlier_step(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        save(tmp_path, step, keep=3)
+    save(tmp_path, 3, keep=3)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+
+
+def test_same_step_again_replaces(tmp_path: Path) -> None:
+    save(tmp_path, 2, keep=1, note="old")
+    save(tmp_path, 2, keep=1, note="new")
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.state["note"] == "new"
+    assert names(tmp_path) == ["step-000002"]
+
+
+def test_no_checkpoints(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "not-there") is None
+    (tmp_path / ".partial-step-000003").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
+
+# Saves step `new` in a child process that dies by SIGKILL when it opens, makes, renames or removes its k-th file, for
+# every k until the save gets through; and by a limit on the file size, which kills in the middle of a file.
+KILLS = """
+import itertools, os, resource, shutil, signal, sys
+from pathlib import Path
+import torch
+from train.state.checkpoint import latest_checkpoint, save_checkpoint
+from train.optim import OptimizerState
+
+root = Path(sys.argv[1])
+
+def save(directory, step, value):
+    optimizer = OptimizerState({"a.b": torch.full((50,), float(value))}, {})
+    save_checkpoint(directory, step, {"big": torch.full((9000,), float(value))}, optimizer, {"value": value}, keep=1)
+
+def die_at(k):
+    seen = itertools.count()
+    events = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+    def hook(event, arguments):
+        if event in events and next(seen) == k:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+def die_in_the_file(limit):
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+def attempt(prepare, number, new, cleaned):
+    directory = root / "work"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(root / "start", directory)
+    child = os.fork()
+    if child == 0:
+        prepare(number)
+        save(directory, new, 2)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    left = tuple(sorted(path.name for path in directory.iterdir()))
+    checkpoint = latest_checkpoint(directory, report=lambda message: sys.exit(message))
+    value = checkpoint.state["value"]
+    assert checkpoint.step == (1 if value == 1 else new), left
+    parameter = torch.nn.Parameter(torch.zeros(9000))
+    checkpoint.load_tensors([("big", parameter)])
+    assert bool((parameter == value).all()), left
+    if left not in cleaned:
+        cleaned.add(left)
+        save(directory, new, 3)
+        assert [path.name for path in directory.iterdir()] == [f"step-{new:06d}"], left
+        assert latest_checkpoint(directory).state["value"] == 3
+    return os.WIFSIGNALED(status), value
+
+save(root / "start", 1, 1)
+for new in (2, 1):  # the next step, and the same step again
+    cleaned, outcomes = set(), []
+    for k in itertools.count():
+        killed, value = attempt(die_at, k, new, cleaned)
+        if not killed:
+            break
+        outcomes.append(value)
+    assert value == 2
+    assert outcomes == sorted(outcomes), outcomes
+    assert outcomes.count(1) > 10, outcomes  # while writing: the previous checkpoint
+    assert outcomes.count(2) > 3, outcomes  # while deleting it: the new one
+    assert len(cleaned) > 3, cleaned
+    killed, value = attempt(die_in_the_file, 20_000, new, cleaned)
+    assert killed and value == 1
+print("done")
+"""
+
+
+def test_killed_at_any_point(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLS, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.stdout == "done\n", result.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def damage(path: Path, how: str) -> None:
+    weights = path / "weights.safetensors"
+    if how == "flipped bit":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif how == "cut short":
+        os.truncate(weights, 100)
+    elif how == "missing file":
+        (path / "optimizer.safetensors").unlink()
+    elif how == "missing manifest":
+        (path / "manifest.json").unlink()
+    elif how == "broken manifest":
+        (path / "manifest.json").write_text("{")
+    elif how == "other manifest":
+        (path / "manifest.json").write_text('{"format": 1, "files": {}}')
+    else:
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+
+
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ("flipped bit", "weights.safetensors is not what was written (its SHA-256 differs)"),
+        ("cut short", "weights.safetensors has 100 bytes instead of {size}"),
+        ("missing file", "optimizer.safetensors can't be read (No such file or directory)"),
+        ("missing manifest", "manifest.json is missing"),
+        ("broken manifest", "manifest.json can't be read"),
+        ("other manifest", "manifest.json can't be read"),
+        ("other format", "it has format 3, this version of nibble reads 1 and 2"),
+    ],
+)
+def test_damaged_checkpoint(tmp_path: Path, how: str, problem: str) -> None:
+    save(tmp_path, 2)
+    path = save(tmp_path, 4)
+    problem = problem.format(size=(path / "weights.safetensors").stat().st_size)
+    damage(path, how)
+
+    messages: list[str] = []
+    checkpoint = latest_checkpoint(tmp_path, messages.append)
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+    assert messages == [f"{path} can't be used: {problem}. Continuing from step-000002 instead."]
+
+    with pytest.raises(UnusableCheckpointError) as caught:
+        read_checkpoint(path)
+    assert str(caught.value) == f"{path} can't be used: {problem}.\nContinue from another one, or {START_ANEW}."
+
+
+def test_all_damaged(tmp_path: Path) -> None:
+    for path in [save(tmp_path, step) for step in (2, 4)]:
+        damage(path, "missing manifest")
+    with pytest.raises(NibbleError) as caught:
+        latest_checkpoint(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}/step-000004 can't be used: manifest.json is missing. The same goes for 1 before it.\n"
+        f"No checkpoint there can be continued. Delete {tmp_path} to start anew, or name another output.dir."
+    )
+
+
+def test_fallback_is_reported_on_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 2)
+    damage(save(tmp_path, 4), "missing manifest")
+    latest_checkpoint(tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith(
+        "step-000004 can't be used: manifest.json is missing. Continuing from step-000002 instead.\n"
+    )
+
+
+def test_not_a_checkpoint(tmp_path: Path) -> None:
+    path = save(tmp_path / "run" / "checkpoints", 2)
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
+        with pytest.raises(NibbleError) as caught:
+            read_checkpoint(folder)
+        assert str(caught.value) == f"{folder} is not a checkpoint. Did you mean {path}?"
+    with pytest.raises(NibbleError) as caught:
+        read_checkpoint(tmp_path / "else")
+    assert str(caught.value) == f"{tmp_path}/else is not there. Checkpoints are the step-… folders of a run."
+
+
+def test_other_tensors(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(save(tmp_path, 2))
+    parameters = parameters_like(tensors_of(2))
+    del parameters["layers.0.B"]
+    for i in range(5):
+        parameters[f"layers.{i + 1}.A"] = nn.Parameter(torch.zeros(2))
+    with pytest.raises(NibbleError) as caught:
+        checkpoint.load_tensors(parameters.items())
+    assert str(caught.value) == (
+        f"{checkpoint.path} belongs to another set of trained tensors:"
+        " it lacks layers.1.A, layers.2.A, layers.3.A and 2 more; it has, and this run doesn't train, layers.0.B.\n"
+        f"Set adapter and model as they were, or {START_ANEW}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "shown"), [(torch.zeros(3, 4, 7), "[3, 4, 7] F32"), (torch.zeros(3, 5, 7).half(), "[3, 5, 7] F16")]
+)
+def test_other_shape_or_dtype(tmp_path: Path, other: Tensor, shown: str) -> None:
+    checkpoint = read_checkpoint(save(tmp_path, 2))
+    parameters = parameters_like(tensors_of(2))
+    parameters["layers.0.A"] = nn.Parameter(other)
+    with pytest.raises(NibbleError) as caught:
+        checkpoint.load_tensors(parameters.items())
+    assert str(caught.value) == (
+        f"{checkpoint.path}: layers.0.A is [3, 5, 7] F32, this run's is {shown}.\n"
+        f"Set adapter and model as they were, or {START_ANEW}."
+    )
+    assert not parameters["layers.0.B"].any()
+
+
+def test_other_config(tmp_path: Path) -> None:
+    saved = {"train.learning_rate": 2e-4, "train.seed": 0, "adapter.rank": 32}
+    checkpoint = read_checkpoint(save(tmp_path, 2, fingerprint=saved))
+    checkpoint.require_same_config(dict(saved))
+    with pytest.raises(NibbleError) as caught:
+        checkpoint.require_same_config({**saved, "train.seed": 1})
+    assert str(caught.value) == (
+        f"{checkpoint.path} was written by another config: train.seed is 1, the checkpoint has 0.\n"
+        f"Set it as in the checkpoint to continue it, or {START_ANEW}."
+    )
+    with pytest.raises(NibbleError, match=r"train.seed is 1, .*; adapter.rank is 8, .*32\.\nSet them as in"):
+        checkpoint.require_same_config({**saved, "train.seed": 1, "adapter.rank": 8})
+
+
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    path = save(tmp_path, 2)
+    big = {"big": torch.zeros(50_000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # writing past it fails as on a full disk
+    try:
+        with pytest.raises(NibbleError) as caught:
+            save_checkpoint(tmp_path, 4, big, OptimizerState({}, {}), {}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == (
+        f"the disk is full: {tmp_path}/.partial-step-000004/weights.safetensors.partial can't be written"
+        " (File too large).\nMake room and run again.\n"
+        f"The checkpoint of step 4 was not written; {path} is as it was."
+    )
+    assert names(tmp_path) == ["step-000002"]
+    assert read_checkpoint(path).step == 2
+
+
+def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NibbleError) as caught:
+        save(tmp_path / "file" / "checkpoints", 4)
+    assert str(caught.value) == (
+        f"{tmp_path}/file/checkpoints can't be written: Not a directory.\n"
+        "The checkpoint of step 4 was not written; there is no earlier one."
+    )
+
+
+def test_copied_checkpoint_is_read_from_its_new_place(tmp_path: Path) -> None:
+    shutil.copytree(save(tmp_path / "a", 2), tmp_path / "elsewhere")
+    assert read_checkpoint(tmp_path / "elsewhere").step == 2

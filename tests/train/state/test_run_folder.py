@@ -1,0 +1,40 @@
+"""Every process of a run writes to output.dir: it has to be one folder. They all have to have one config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from parallel.world import ALONE
+from tests.processes import run_processes
+from train.state.run_folder import require_shared
+
+
+def test_a_folder_that_is_not_shared_is_named_on_every_process(tmp_path: Path) -> None:
+    same, other = tmp_path / "same", tmp_path / "other"
+    same.mkdir()
+    other.mkdir()
+    first, second = run_processes(2, "tests.dist_workers.folders:check_all", str(same), str(other))
+    assert first == ["", first[1]] and second == ["", second[1]]
+    assert first[1] == (
+        f"output.dir: {same} is another folder for rank 1 than for rank 0. Every process writes its part of a "
+        "checkpoint there.\nName a folder on a file system that all machines share."
+    )
+    assert second[1] == first[1].replace(str(same), str(other))
+    assert not list(same.iterdir()) and not list(other.iterdir())
+
+
+def test_one_process_needs_no_other(tmp_path: Path) -> None:
+    require_shared(tmp_path, ALONE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_config_is_named_on_every_process() -> None:
+    first, second = run_processes(2, "tests.dist_workers.folders:check_configs")
+    assert first == second
+    assert first[0] == first[3] == ""
+    assert first[1] == (
+        "rank 1 has another config than rank 0: train.max_steps is 7 there, null for rank 0; "
+        "train.learning_rate is 0.0002 there, 0.0001 for rank 0.\n"
+        "Start all processes with the same config and --set options, on the same kind of device."
+    )
+    assert 'train.device is "cpu" there, "cuda" for rank 0' in first[2]

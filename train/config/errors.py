@@ -1,0 +1,86 @@
+"""Validation errors as lines a user can act on: place, key, what was found, what would be right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from train.config.schema import Schema, got, keys, nearest, required_keys, sections, suggest_key, wanted
+from train.config.yaml_text import Document, KeyPath, Place, Problem, dotted
+
+_HINTS: dict[tuple[KeyPath, Any], str] = {
+    (("model", "dtype"), "float16"): "float16 needs loss scaling, which is not supported; use bfloat16 or float32",
+}
+
+
+def problems_of(error: ValidationError, document: Document, schema: Schema) -> list[Problem]:
+    """One Problem for each mistake that `error` tells of (a union reports one for each of its branches)."""
+    found: list[Problem] = []
+    wrong: list[KeyPath] = []
+    for item in error.errors(include_url=False, include_input=False):
+        location = item["loc"]
+        if item["type"] == "combination":
+            found += [_combination(keys_, text, document) for keys_, text in item["ctx"]["found"]]
+        elif item["type"] == "extra_forbidden":
+            name = dotted(location)
+            text = f"unknown key '{name}'. {suggest_key(name, schema)}"
+            if len(location) == 1 and name in keys(schema):
+                section, _, key = name.partition(".")
+                text = f"'{name}' is written with a dot in --set only; here it is {section}: {{{key}: …}}"
+            found.append(Problem(document.place(location), text))
+        elif item["type"] == "missing" and (names := _missing_names(location, schema)):
+            found += [_missing(name, document, schema) for name in names]
+        else:
+            wrong.append(_path_in_values(location, document.values))
+    # Of one key's errors the innermost say most: {experts: x} is not "not an integer" but has a wrong value inside.
+    for path in dict.fromkeys(wrong):
+        if not any(other[: len(path)] == path and len(other) > len(path) for other in wrong):
+            found.append(Problem(document.place(path), _wrong_value(path, document, schema)))
+    return found
+
+
+def _missing_names(location: KeyPath, schema: Schema) -> list[str]:
+    """The missing key, or all that a missing section must have."""
+    where = dotted(location)
+    return [name for name in required_keys(schema) if name == where or name.startswith(f"{where}.")]
+
+
+def _missing(name: str, document: Document, schema: Schema) -> Problem:
+    about = keys(schema)[name]["description"].split(". ")[0].removesuffix(".")
+    return Problem(Place(0, 0, document.name), f"missing key '{name}' ({about})")
+
+
+def _combination(names: tuple[str, ...], text: str, document: Document) -> Problem:
+    # Point at the first of the keys that was written (a default stands on no line), be it as a part of a mapping that
+    # was written whole; a --set goes before the file, since it is what turned a working file into this.
+    paths: list[KeyPath] = [tuple(name.split(".", 2)) for name in names]
+    written = [document.place(path) for path in paths if {path, path[:2]} & document.places.keys()]
+    written = written or [document.place(paths[0])]
+    return Problem(max(written, key=lambda place: place.source), text)
+
+
+def _path_in_values(location: tuple[int | str, ...], values: Any) -> KeyPath:
+    """`location` without the names of union branches, which pydantic mixes in ('adapter', 'rank', 'int')."""
+    path: list[int | str] = []
+    for part in location:
+        inside = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if inside or (isinstance(values, dict) and part in values):
+            values = values[part]
+            path.append(part)
+    return tuple(path)
+
+
+def _wrong_value(path: KeyPath, document: Document, schema: Schema) -> str:
+    value = document.values
+    for part in path:
+        value = value[part]
+    if len(path) < 2:
+        names = ", ".join(sections(schema)[str(path[0])]["properties"])
+        return f"{dotted(path)}: got {got(value)}, wanted a mapping of its keys ({names})"
+    if isinstance(value, str) and (path, value) in _HINTS:
+        return f"{dotted(path)}: {_HINTS[path, value]}"
+    entry = keys(schema)[dotted(path[:2])]
+    text = f"{dotted(path)}: got {got(value)}, wanted {wanted(entry, depth=len(path) - 2)}"
+    near = nearest(value, map(str, entry.get("enum", ()))) if isinstance(value, str) else None
+    return text + (f". Did you mean '{near}'?" if near else "")

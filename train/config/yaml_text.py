@@ -1,0 +1,210 @@
+"""YAML in and out: plain values that remember the line they came from, and `--set` overrides laid over them.
+
+Scalars follow the YAML 1.2 core schema. PyYAML's own rules are those of YAML 1.1, where `2e-4` is a string, `no` is
+false, `010` is 8 and `1:30` is 90: each of them a way to get another run than the one written down.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quant.common.errors import NibbleError
+
+KeyPath = tuple[str | int, ...]
+
+_NULL = frozenset(("", "~", "null", "Null", "NULL"))
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INT = re.compile(r"[-+]?[0-9]+")
+_HEX_OR_OCTAL = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_PREFIX = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where a value was written; orders the way a reader would look: the file by line, then each --set."""
+
+    source: int  # 0 the file, 1 the command line
+    index: int  # line in the file (0: the file as a whole) or number of the --set
+    text: str  # "configs/my.yaml:14" or "--set train.max_steps=3"
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    place: Place
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.place.text}: {self.text}"
+
+
+@dataclass
+class Document:
+    """Plain values (dict, list, str, int, float, bool, None) and the place of every key and list item among them."""
+
+    name: str
+    values: Any = None
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def place(self, path: KeyPath) -> Place:
+        """Place of `path`, or of the nearest thing around it that was written somewhere."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return Place(0, 0, self.name)
+
+    def override(self, path: KeyPath, value: Any, place: Place) -> None:
+        """Put `value` at `path`; everything that stood there is gone. The parents must be mappings or absent."""
+        target = self.values
+        for part in path[:-1]:
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+        target[path[-1]] = value
+        for old in [known for known in self.places if known[: len(path)] == path]:
+            del self.places[old]
+        self.places[path] = place
+
+
+def dotted(path: KeyPath) -> str:
+    """('messages', 2, 'content') -> 'messages[2].content'."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def plain_scalar(text: str) -> str | int | float | bool | None:
+    """Value of an unquoted scalar under the YAML 1.2 core schema."""
+    if text in _NULL:
+        return None
+    if text in _BOOL:
+        return _BOOL[text]
+    # Python refuses to read integers of thousands of digits; as a number with a point they are too large, and said so.
+    if _INT.fullmatch(text) and len(text) < 1000:
+        return int(text)
+    if _HEX_OR_OCTAL.fullmatch(text):
+        return int(text, 0)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    if _INFINITE.fullmatch(text):
+        return float(text.replace(".", ""))
+    return text
+
+
+def read_file(path: str | Path) -> Document:
+    """Read one YAML file. Duplicate keys and the like are left in `problems`; what can't be read at all raises."""
+    name = str(path)
+    try:
+        # utf-8-sig: editors on Windows put a byte order mark at the start.
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise NibbleError(f"{name}: not a text file in UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise NibbleError(f"{name}: {error.strerror or error}") from error
+    return read_text(text, name)
+
+
+def read_text(text: str, name: str) -> Document:
+    """Read YAML text; `name` stands for it in messages ("configs/my.yaml")."""
+    document = Document(name)
+    try:
+        # BaseLoader resolves no scalar, so that every one arrives as it was written, with its mark.
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}" if mark else name
+        said = "; ".join(part for part in (error.context, error.problem) if part)
+        raise NibbleError(f"{where}: not valid YAML: {said}") from error
+    except yaml.YAMLError as error:
+        raise NibbleError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
+    if node is not None:
+        document.values = _construct(node, (), document, ())
+    return document
+
+
+def parse_value(text: str, name: str) -> Any:
+    """Value of the right side of `--set KEY=VALUE`, which is YAML too: `3`, `[a, b]`, `{prompt: question}`."""
+    try:
+        document = read_text(text, name)
+    except NibbleError as error:
+        # The line is always 1: leave it out.
+        raise NibbleError(str(error).replace(f"{name}:1:", f"{name}:", 1)) from error
+    if document.problems:
+        raise NibbleError("\n".join(f"{name}: {problem.text}" for problem in document.problems))
+    return document.values
+
+
+def _construct(node: yaml.Node, path: KeyPath, document: Document, above: tuple[int, ...]) -> Any:
+    place = Place(0, node.start_mark.line + 1, f"{document.name}:{node.start_mark.line + 1}")
+    if id(node) in above:
+        raise NibbleError(f"{place.text}: the YAML alias in '{dotted(path)}' contains itself")
+    if node.tag not in (f"{_PREFIX}str", f"{_PREFIX}map", f"{_PREFIX}seq"):
+        document.problems.append(Problem(place, f"'{dotted(path)}' has a YAML tag; plain values only"))
+    above = (*above, id(node))
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            here = Place(0, line, f"{document.name}:{line}")
+            if not isinstance(key_node, yaml.ScalarNode):
+                document.problems.append(Problem(here, "a key must be a name, not a list or a mapping"))
+                continue
+            inner = (*path, key_node.value)
+            if key_node.value in mapping:
+                first = document.places[inner].index
+                document.problems.append(Problem(here, f"duplicate key '{dotted(inner)}' (first on line {first})"))
+                continue
+            document.places[inner] = here
+            mapping[key_node.value] = _construct(value_node, inner, document, above)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        items = []
+        for index, item in enumerate(node.value):
+            line = item.start_mark.line + 1
+            document.places[(*path, index)] = Place(0, line, f"{document.name}:{line}")
+            items.append(_construct(item, (*path, index), document, above))
+        return items
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    return plain_scalar(node.value) if plain else node.value
+
+
+def write_text(values: dict[str, dict[str, Any]]) -> str:
+    """YAML of a two-level mapping, one key a line; `read_text` gives the same values back."""
+    sections = [
+        (
+            _scalar(name),
+            yaml.MappingNode(f"{_PREFIX}map", [(_scalar(k), _node(v)) for k, v in section.items()], flow_style=False),
+        )
+        for name, section in values.items()
+    ]
+    root = yaml.MappingNode(f"{_PREFIX}map", sections, flow_style=False)
+    return str(yaml.serialize(root, Dumper=yaml.SafeDumper, allow_unicode=True, width=1000))
+
+
+def _node(value: Any) -> yaml.Node:
+    if isinstance(value, dict):
+        return yaml.MappingNode(f"{_PREFIX}map", [(_scalar(k), _node(v)) for k, v in value.items()], flow_style=True)
+    if isinstance(value, (list, tuple)):
+        return yaml.SequenceNode(f"{_PREFIX}seq", [_node(item) for item in value], flow_style=True)
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> yaml.ScalarNode:
+    if value is None:
+        return yaml.ScalarNode(f"{_PREFIX}null", "null")
+    if isinstance(value, bool):
+        return yaml.ScalarNode(f"{_PREFIX}bool", "true" if value else "false")
+    if isinstance(value, int):
+        return yaml.ScalarNode(f"{_PREFIX}int", str(value))
+    if isinstance(value, float):
+        text = repr(value)
+        # 1e-08 is a number in YAML 1.2 only; 1.0e-08 is one for every reader.
+        return yaml.ScalarNode(f"{_PREFIX}float", text if "." in text else text.replace("e", ".0e", 1))
+    # PyYAML quotes what YAML 1.1 would misread; the quotes that 1.2 needs besides ("2e-4") are asked for here.
+    style = None if plain_scalar(value) == value else '"'
+    return yaml.ScalarNode(f"{_PREFIX}str", value, style=style)

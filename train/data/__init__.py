@@ -1,0 +1,4 @@
+"""From files of rows to the batches of a run: reading, chat templates, tokenising, packing.
+
+Imports train.config, train.output.report, parallel and quant.common.
+"""

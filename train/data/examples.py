@@ -1,0 +1,369 @@
+"""Rows to tokenised examples: ids, and for every token whether it carries loss.
+
+What carries loss
+    messages           the assistant's turns (train.data.chat says which characters these are)
+    prompt_completion  the completion. With a chat template the two are a user's and an assistant's message;
+                       without one, prompt + completion are joined as they are
+    text               everything
+
+Where a turn ends. The last token to learn of a turn is its end-of-turn token; what a template writes after it
+(a newline) is never generated and carries no loss. A template without such a token (GLM's turns end where
+`<|user|>` begins, an id of eos_token_id) still has to teach stopping: that next token carries loss, and after
+the last turn it is appended; if the next speaker's token doesn't end generation, the tokenizer's eos is
+appended. `text` and joined completions end with eos.
+
+A token belongs to a span when it covers any of its characters, also when it begins before it: what the model
+must write has to be learnt, whatever the prompt shares with its first token.
+
+Rows longer than data.sequence_length. A conversation or a prompt and its completion is cut: what would follow has lost
+what it answers. A text is split into documents that fill the sequence, so that all of it is learnt: each begins with
+the last token of the one before, which is learnt there and here is what the next token is predicted from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quant.common.errors import NibbleError
+from train.data.chat import ChatTemplate, RenderError, Rendering, missing_template
+from train.data.packing import shuffled
+from train.data.rows import BadRow, Chat, Completion, Format, Row, RowLog, SkippedRow, parse_row, read_rows
+from train.data.tokenizer import Encoded, Tokenizer
+
+_CHUNK = 512  # rows tokenised at a time: enough for the library's threads, little memory
+
+
+@dataclass(frozen=True)
+class Examples:
+    """n tokenised examples over shared storage; subsets copy no tokens.
+
+    tokens: int32 and mask: bool, all examples one after another; mask is True where a token carries loss.
+    starts: int64 [n]; lengths: int32 [n]; rows: int64 [n], the row each is made from (a row of messages or a long text
+    may make several); labelled: int32 [n], tokens that carry loss. The first token of an example has nothing before it
+    to be predicted from, so it never does.
+    """
+
+    tokens: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    labelled: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        start = int(self.starts[index])
+        stop = start + int(self.lengths[index])
+        return self.tokens[start:stop], self.mask[start:stop]
+
+    def subset(self, indices: NDArray[np.int64]) -> Examples:
+        return replace(
+            self,
+            starts=self.starts[indices],
+            lengths=self.lengths[indices],
+            rows=self.rows[indices],
+            labelled=self.labelled[indices],
+        )
+
+    @property
+    def total_tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def total_labelled(self) -> int:
+        return int(self.labelled.sum(dtype=np.int64))
+
+    @property
+    def total_rows(self) -> int:
+        return len(np.unique(self.rows))
+
+    def fingerprint(self) -> str:
+        """Changes when any token, mask or the choice of examples does; a resumed run compares it."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.mask, self.starts, self.lengths):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows.
+
+    rows: read, usable or not. examples, tokens, labelled: made of the usable ones. skipped: rows by reason.
+    cut: examples cut to sequence_length. split: texts longer than sequence_length, made into several examples. lost:
+    examples of usable rows dropped because nothing to learn was left after cutting. longest: tokens of the longest
+    example before cutting or splitting.
+    """
+
+    rows: int
+    examples: int
+    tokens: int
+    labelled: int
+    longest: int
+    cut: int
+    split: int
+    lost: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    skipped_rows: list[SkippedRow] = field(default_factory=list, repr=False)
+
+
+def build_examples(
+    files: str | Path | Sequence[str | Path],
+    *,
+    form: Format,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    sequence_length: int,
+    fields: Mapping[str, str] | None = None,
+    key: str = "data.train",
+    on_bad_row: Literal["skip", "error"] = "skip",
+    warn: Callable[[str], None] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[Examples, DataReport]:
+    """Read, check and tokenise all rows of `files`; the same files give the same arrays.
+
+    An example longer than sequence_length is cut to it if something to learn is left, else dropped; a text is split.
+    warn: receives one line for a bad or cut row (see RowLog). progress: receives the share done, 0 to 1.
+    Raises NibbleError for files that can't be read, for the first bad row with on_bad_row "error", and when no row
+    is usable, and for messages when there is no template.
+    """
+    if form == "messages" and template is None:
+        raise missing_template(tokenizer.where)
+    builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn), splits=form == "text")
+    pending: list[_Piece] = []
+    for row in read_rows(files, form=form, fields=fields, key=key):
+        builder.rows += 1
+        try:
+            if row.problem is not None:
+                raise row.problem
+            assert row.values is not None
+            pending.append(_Piece(row, builder.rows - 1, list(_texts(row.values, form, fields, template))))
+        except BadRow as problem:
+            builder.log.bad(row, problem)
+        if len(pending) >= _CHUNK:
+            builder.add(pending)
+            pending = []
+        if progress is not None and builder.rows % _CHUNK == 0:
+            progress(row.done)
+    builder.add(pending)
+    if progress is not None:
+        progress(1.0)
+    return builder.finish(key, files)
+
+
+def split_examples(examples: Examples, eval_fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Train and held-out examples: whole rows, drawn by seed, each part in file order.
+
+    eval_fraction of the rows, at least one when it is above 0, are held out. Raises NibbleError when no row would
+    be left to train on.
+    """
+    rows = np.unique(examples.rows)
+    wanted = max(1, round(eval_fraction * len(rows))) if eval_fraction > 0 else 0
+    if wanted >= len(rows):
+        raise NibbleError(
+            f"data.eval_fraction: {eval_fraction:g} of {len(rows)} usable {'row' if len(rows) == 1 else 'rows'} leaves "
+            "none to train on. Set it to null, or give held-out rows in data.eval."
+        )
+    held_out = np.isin(examples.rows, rows[shuffled(len(rows), seed, _SPLIT)[:wanted]])
+    return examples.subset(np.flatnonzero(~held_out)), examples.subset(np.flatnonzero(held_out))
+
+
+_SPLIT = 1  # keeps this shuffle apart from the others made with the same seed
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The texts of one row. index: number of the row among all rows read."""
+
+    row: Row
+    index: int
+    texts: list[_Plain | Rendering]
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A document without template. start: the character where loss begins."""
+
+    text: str
+    start: int
+
+
+def _texts(
+    values: dict[str, object], form: Format, fields: Mapping[str, str] | None, template: ChatTemplate | None
+) -> Iterator[_Plain | Rendering]:
+    parsed = parse_row(values, form, fields)
+    if isinstance(parsed, Completion) and template is not None:
+        messages = [{"role": "user", "content": parsed.prompt}, {"role": "assistant", "content": parsed.completion}]
+        parsed = Chat(messages, [False, True])
+    texts: Sequence[_Plain | Rendering]
+    if isinstance(parsed, Chat):
+        assert template is not None
+        try:
+            texts = template.renderings(parsed.messages, parsed.trained, parsed.tools)
+        except RenderError as error:
+            raise BadRow("template_error", f"the chat template refuses the row: {error}") from error
+        if not texts:
+            raise BadRow("nothing_to_learn", "the chat template writes nothing for the assistant's turns")
+    elif isinstance(parsed, Completion):
+        texts = [_Plain(parsed.prompt + parsed.completion, len(parsed.prompt))]
+    else:
+        texts = [_Plain(parsed.text, 0)]
+    for text in texts:
+        try:
+            text.text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRow("not_utf8", f"half of a surrogate pair ({error.object[error.start]!a}) in the text") from error
+        yield text
+
+
+class _Builder:
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, sequence_length: int, log: RowLog, splits: bool
+    ):
+        self.tokenizer, self.template, self.sequence_length, self.log = tokenizer, template, sequence_length, log
+        self.splits = splits
+        self.rows = self.longest = self.cut = self.split = self.lost = 0
+        self._ids: list[NDArray[np.int32]] = []
+        self._masks: list[NDArray[np.bool_]] = []
+        self._rows: list[int] = []
+        closing = set() if template is None else {*tokenizer.encode(template.closing())}
+        self._ends = tokenizer.eos_ids | (closing & tokenizer.special_ids)
+        self._stops: dict[str, int | None] = {}
+
+    def add(self, pieces: list[_Piece]) -> None:
+        encoded = iter(self.tokenizer.encode_batch([text.text for piece in pieces for text in piece.texts]))
+        for piece in pieces:
+            examples = [self._labelled(text, next(encoded)) for text in piece.texts]
+            self._keep(piece, examples)
+
+    def _labelled(self, text: _Plain | Rendering, encoded: Encoded) -> tuple[list[int], NDArray[np.bool_]]:
+        if isinstance(text, Rendering):
+            return self._chat_labels(text, encoded)
+        prefix, eos = self.tokenizer.document_prefix, self.tokenizer.eos_id
+        ids = [*prefix, *encoded.ids, *([] if eos is None else [eos])]
+        mask = np.zeros(len(ids), np.bool_)
+        mask[len(prefix) + _first_token(encoded, text.start) :] = True
+        return ids, mask
+
+    def _chat_labels(self, text: Rendering, encoded: Encoded) -> tuple[list[int], NDArray[np.bool_]]:
+        ids, tokens = list(encoded.ids), len(encoded.ids)
+        mask = np.zeros(tokens + 1, np.bool_)
+        for start, end in text.spans:
+            first, stop = _first_token(encoded, start), bisect_left(encoded.offsets, end, key=lambda span: span[0])
+            terminator = self._terminator(text.text, encoded, first, stop, end)
+            if terminator is not None:
+                stop = terminator + 1
+            elif stop < tokens:
+                stop += ids[stop] in self.tokenizer.eos_ids
+            else:
+                appended = self._stop_token(text.next_role)
+                if appended is not None:
+                    ids.append(appended)
+                    stop += 1
+            mask[first:stop] = True
+        return ids, mask[: len(ids)]
+
+    def _terminator(self, text: str, encoded: Encoded, first: int, stop: int, end: int) -> int | None:
+        """The token of [first, stop) that ends the turn, with nothing but white space after it."""
+        for index in range(stop - 1, first - 1, -1):
+            if encoded.ids[index] in self._ends:
+                return index
+            if text[encoded.offsets[index][0] : end].strip():
+                break
+        return None
+
+    def _stop_token(self, role: str) -> int | None:
+        if role not in self._stops:
+            assert self.template is not None
+            following = self.tokenizer.encode(self.template.following(role))[:1]
+            ends = bool(following) and following[0] in self.tokenizer.eos_ids
+            self._stops[role] = following[0] if ends else self.tokenizer.eos_id
+        return self._stops[role]
+
+    def _keep(self, piece: _Piece, examples: list[tuple[list[int], NDArray[np.bool_]]]) -> None:
+        limit, row, kept = self.sequence_length, piece.row, 0
+        longest = max(len(ids) for ids, _ in examples)
+        for ids, mask in examples:
+            self.longest = max(self.longest, len(ids))
+            mask[:1] = False
+            if not (mask if self.splits else mask[:limit]).any():
+                continue
+            kept += 1
+            # Neighbours share a token: the first of a document is not predicted there.
+            starts = range(0, len(ids) - 1, limit - 1) if self.splits else (0,)
+            if len(starts) > 1:
+                self.split += 1
+                what = f"{len(ids):,} tokens, split into {len(starts):,} documents of at most data.sequence_length"
+                self.log.note("split", f"{row.file}:{row.line}: {what} {limit:,}")
+            elif len(ids) > limit:
+                self.cut += 1
+                what = f"{len(ids):,} tokens, cut to data.sequence_length {limit:,}"
+                self.log.note("cut", f"{row.file}:{row.line}: {what}")
+            for start in starts:
+                self._ids.append(np.array(ids[start : start + limit], np.int32))
+                part = mask[start : start + limit].copy()
+                part[:1] = False
+                self._masks.append(part)
+                self._rows.append(piece.index)
+        if kept:
+            self.lost += len(examples) - kept
+            if kept < len(examples):
+                what = f"{len(examples) - kept} of its {len(examples)} examples have nothing to learn within"
+                self.log.note("lost", f"{row.file}:{row.line}: {what} data.sequence_length {limit:,}")
+        elif longest > limit:
+            what = f"nothing to learn within data.sequence_length {limit:,} (the row has {longest:,} tokens)"
+            self.log.bad(row, BadRow("too_long", what))
+        else:
+            self.log.bad(row, BadRow("nothing_to_learn", "no token is left to learn"))
+
+    def finish(self, key: str, files: str | Path | Sequence[str | Path]) -> tuple[Examples, DataReport]:
+        names = str(files) if isinstance(files, str | Path) else ", ".join(map(str, files))
+        skipped = self.log.skipped
+        if not self.rows:
+            raise NibbleError(f"{key}: {names} holds no rows.")
+        if not self._ids:
+            first = skipped[0]
+            raise NibbleError(
+                f"{key}: none of the {self.rows:,} rows of {names} can be used (data.format, data.fields). The first:\n"
+                f"{first.file}:{first.line}: {first.detail}"
+            )
+        lengths = np.array([len(ids) for ids in self._ids], np.int32)
+        examples = Examples(
+            tokens=np.concatenate(self._ids),
+            mask=np.concatenate(self._masks),
+            starts=np.cumsum(lengths, dtype=np.int64) - lengths,
+            lengths=lengths,
+            rows=np.array(self._rows, np.int64),
+            labelled=np.array([mask.sum() for mask in self._masks], np.int32),
+        )
+        report = DataReport(
+            rows=self.rows,
+            examples=len(examples),
+            tokens=examples.total_tokens,
+            labelled=examples.total_labelled,
+            longest=self.longest,
+            cut=self.cut,
+            split=self.split,
+            lost=self.lost,
+            skipped=dict(Counter(row.reason for row in skipped)),
+            skipped_rows=skipped,
+        )
+        return examples, report
+
+
+def _first_token(encoded: Encoded, start: int) -> int:
+    """The first token that reaches beyond the character `start`."""
+    return bisect_right(encoded.offsets, start, key=lambda span: span[1])

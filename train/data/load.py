@@ -1,0 +1,117 @@
+"""From the files that a config names to the batches of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+
+from parallel.share import Array, share_arrays
+from parallel.world import ALONE, World
+from quant.common.progress import Bar
+from train.config.sections import Config
+from train.data.batches import EvalBatches, StepBatches
+from train.data.chat import load_chat_template
+from train.data.examples import DataReport, Examples, build_examples, split_examples
+from train.data.packing import Packing, pack
+from train.data.rows import write_skipped_rows
+from train.data.tokenizer import load_tokenizer
+from train.output.report import Report
+
+
+@dataclass(frozen=True)
+class Data:
+    """reports: what became of the rows, training rows first; empty on a process that hasn't read them. train, held_out:
+    what is learnt from and measured on; this process's share of it. All else is the same on every process.
+    """
+
+    reports: list[DataReport]
+    examples: Examples
+    packing: Packing
+    train: StepBatches
+    held_out: EvalBatches | None
+    held_out_rows: int
+
+    @property
+    def skipped(self) -> int:
+        return sum(len(report.skipped_rows) for report in self.reports)
+
+
+def load_data(
+    config: Config, folder: Path, skipped_path: Path, report: Report, now: datetime, world: World = ALONE
+) -> Data:
+    """Read, tokenise, split and pack the rows of `config.data` with the tokenizer and template in `folder`.
+
+    Rows that could not be used are written to `skipped_path` (which is removed when there are none). `now` is what a
+    chat template that writes the date takes for today; a resumed run passes the day on which it began.
+
+    Of several processes the first reads, writes and reports; the others need neither files nor tokenizer and get its
+    tokens. What is made of these (split, packing, order) each process makes for itself, the same.
+    """
+    settings, train = config.data, config.train
+    reports: list[DataReport] = []
+    arrays: list[Array] | None = None
+    if world.first:
+        read, reports = _read(config, folder, report, now)
+        arrays = [array for examples in read for array in _arrays(examples)]
+        skipped = [row for one in reports for row in one.skipped_rows]
+        skipped_path.unlink(missing_ok=True)
+        if skipped:
+            write_skipped_rows(skipped_path, skipped)
+    shared = share_arrays(world, arrays)
+    number = len(fields(Examples))
+    examples, *others = (Examples(*shared[start : start + number]) for start in range(0, len(shared), number))
+    held_out = others[0] if others else None
+    if held_out is None and settings.eval_fraction is not None:
+        examples, held_out = split_examples(examples, settings.eval_fraction, train.seed)
+
+    packing = pack(examples.lengths, settings.sequence_length, train.seed, settings.packing)
+    batches = StepBatches(
+        examples,
+        packing,
+        micro_batch_size=train.micro_batch_size,
+        gradient_accumulation=train.gradient_accumulation,
+        seed=train.seed,
+        rank=world.rank,
+        ranks=world.size,
+    )
+    held_out_batches = None
+    if held_out is not None:
+        held_out_packing = pack(held_out.lengths, settings.sequence_length, train.seed, settings.packing)
+        held_out_batches = EvalBatches(
+            held_out, held_out_packing, micro_batch_size=train.micro_batch_size, rank=world.rank, ranks=world.size
+        )
+    return Data(
+        reports, examples, packing, batches, held_out_batches, held_out.total_rows if held_out is not None else 0
+    )
+
+
+def _read(config: Config, folder: Path, report: Report, now: datetime) -> tuple[list[Examples], list[DataReport]]:
+    """The rows of data.train and, where it is given, of data.eval."""
+    settings = config.data
+    tokenizer = load_tokenizer(folder)
+    template = load_chat_template(folder, tokenizer.special_tokens, now=now)
+
+    def read(file: str, key: str) -> tuple[Examples, DataReport]:
+        with Bar(f"reading {Path(file).name}", show=not report.quiet) as bar:
+            return build_examples(
+                file,
+                form=settings.format,
+                tokenizer=tokenizer,
+                template=template,
+                sequence_length=settings.sequence_length,
+                fields=settings.fields,
+                key=key,
+                on_bad_row=settings.on_bad_row,
+                warn=report.note,
+                progress=lambda share: bar.update(round(1000 * share), 1000),
+            )
+
+    made = [read(settings.train, "data.train")]
+    if settings.eval is not None:
+        made.append(read(settings.eval, "data.eval"))
+    return [examples for examples, _ in made], [rows for _, rows in made]
+
+
+def _arrays(examples: Examples) -> list[Array]:
+    return [getattr(examples, field.name) for field in fields(Examples)]

@@ -1,0 +1,65 @@
+"""The picture of a run: training and held-out loss over the steps."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from quant.common.files import disk_error
+from train.output.metrics import Record
+
+
+def loss_curve(records: Sequence[Record], path: Path, title: str) -> None:
+    """Write the loss curve of these records (metrics.jsonl's) to `path` as a PNG of 960 × 540 pixels.
+
+    A noisy training loss is drawn faint beneath its running mean, so that both the noise and the trend can be seen.
+    Raises NibbleError when the disk is full or not writable; a picture that was there before is then as it was.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    train = [(int(r["step"]), float(r["loss"])) for r in records if r["kind"] == "train"]
+    held_out = [(int(r["step"]), float(r["loss"])) for r in records if r["kind"] == "eval"]
+
+    # Figure rather than pyplot: pyplot keeps every figure in a global list and picks a backend for the process.
+    figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        noisy = len(losses) >= 40
+        smooth = _running_mean(losses, reach=len(losses) // 40) if noisy else losses
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3 if noisy else 1.0, label=None if noisy else "training")
+        if noisy:
+            axes.plot(steps, smooth, color="tab:blue", label="training (running mean)")
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(steps, losses, color="tab:orange", marker="o", label="held-out")
+        for step, loss in (held_out[0], held_out[-1]) if len(held_out) > 1 else (held_out[0],):
+            axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="center")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per labelled token (nats)")
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(y=0.12)  # room for the two figures
+    axes.grid(alpha=0.3)
+    if train or held_out:
+        axes.legend(frameon=False)
+
+    partial = path.with_name(path.name + ".partial")
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+def _running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """The mean of each value and of up to `reach` values on either side: unlike a trailing mean it does not lag."""
+    sums = [0.0, *itertools.accumulate(values)]
+    spans = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]

@@ -1,0 +1,383 @@
+"""Checkpoints of a run: written whole or not at all, verified when read, no pickle.
+
+    step-000123/
+      weights.safetensors     the trained tensors
+      optimizer.safetensors   the optimiser's tensors (train.optim.OptimizerState)
+      state.json              step, the run's own state, the optimiser's values, random number generators
+      manifest.json           size and SHA-256 of the files above
+
+Several processes write folders weights/ and optimizer/ instead of the first two, each process its parts into files of
+its own (parallel/checkpoint.py). Any number of processes reads either.
+
+A checkpoint is written to .partial-step-000123, flushed to the disk and renamed, so that a folder named step-… is
+complete whenever a process or a machine dies. Older ones are deleted only after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from models.checkpoint.tensorfile import DTYPE_NAMES, DTYPES, TensorWriter, read_header
+from parallel.parts import Cut, Part
+from parallel.texts import gather_texts
+from parallel.world import World
+from quant.common.errors import NibbleError
+from quant.common.files import disk_error, sha256_file, sync_folder, write_atomically
+from train.optim import OptimizerState, empty_state, load_optimizer_state
+from train.state.checkpoint_folder import (
+    ALONE,
+    MANIFEST,
+    OPTIMIZER,
+    OPTIMIZER_FOLDER,
+    PARTIAL,
+    REPLACED,
+    SHARED,
+    STATE,
+    WEIGHTS,
+    WEIGHTS_FOLDER,
+    folders,
+    is_name,
+    problem,
+    prune,
+    recover,
+    tidy,
+)
+from train.state.fingerprint import resume_differences
+from train.state.rng import restore_rng, rng_state
+
+# parallel.checkpoint is imported where it is used: torch's distributed checkpoint takes a second to import.
+
+_START_ANEW = "start anew in another output.dir"
+
+
+class UnusableCheckpointError(NibbleError):
+    """A checkpoint that isn't what was written, or in a format that this version doesn't know."""
+
+
+def to_stderr(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is written from. The tensors are this process's; `cuts` says which of them are parts."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    cuts: Mapping[str, Cut]  # of the weights
+    optimizer_cuts: Mapping[str, Cut]
+    text: bytes  # state.json
+
+
+def take_snapshot(
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: OptimizerState,
+    state: dict[str, Any],
+    parts: Mapping[str, Part] | None = None,
+) -> Snapshot:
+    """The state of this moment, with the random number generators; the tensors are not copied."""
+    values = {"step": step, "run": state, "optimizer": optimizer.values, "rng": rng_state()}
+    text = json.dumps(values, indent=1).encode()
+    return Snapshot(step, tensors, optimizer.tensors, parts or {}, optimizer.cuts, text)
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: OptimizerState,
+    state: dict[str, Any],
+    keep: int,
+    report: Callable[[str], None] = to_stderr,
+    *,
+    world: World | None = None,
+    parts: Mapping[str, Part] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write the checkpoint of `step` into `directory` and delete all but the newest `keep`; returns its folder.
+
+    `tensors` are the trained ones by name, in any dtype and on any device (one at a time is copied to the host).
+    `state` is whatever the run needs to go on, as JSON types; "fingerprint" in it is what `require_same_config`
+    compares. The random number generators are saved too. Checkpoints of later steps, left by a run that was taken up
+    again from an earlier one, are deleted. `report` is told of old checkpoints that couldn't be deleted.
+
+    On several processes all call it, for a directory that all of them see. `tensors` are then what each holds: of
+    those named in `parts` a part, of the others the whole. All else is saved as the first process has it.
+
+    Raises NibbleError naming the path when the disk is full or not writable, on all processes when on one; earlier
+    checkpoints are then as before.
+    """
+    snapshot = take_snapshot(step, tensors, optimizer, state, parts)
+    return write_snapshot(directory, snapshot, keep, report, world or World(), group)
+
+
+def write_snapshot(
+    directory: Path,
+    snapshot: Snapshot,
+    keep: int,
+    report: Callable[[str], None],
+    world: World,
+    group: dist.ProcessGroup | None,
+) -> Path:
+    """`save_checkpoint` of a state that was taken before."""
+    directory = Path(directory)
+    final = directory / f"step-{snapshot.step:06d}"
+    partial = directory / f"{PARTIAL}{final.name}"
+    try:
+        with _same_error(final, world, group):
+            if world.first:
+                directory.mkdir(parents=True, exist_ok=True)
+                tidy(directory)
+                partial.mkdir()
+        with _same_error(final, world, group):
+            written = _write_alone(partial, snapshot) if world.size == 1 else _write_parts(partial, snapshot, group)
+            entries = json.dumps({str(path.relative_to(partial)): _entry(path) for path in written})
+        everything = _texts(entries, world, group)
+        with _same_error(final, world, group):
+            if world.first:
+                write_atomically(partial / STATE, snapshot.text)
+                files = {name: entry for text in everything for name, entry in json.loads(text).items()}
+                files[STATE] = _entry(partial / STATE)
+                version = ALONE if world.size == 1 else SHARED
+                manifest = {"format": version, "step": snapshot.step, "files": files}
+                write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+                if final.exists():
+                    final.rename(directory / f"{REPLACED}{final.name}")
+                partial.rename(final)
+                sync_folder(directory)
+    except NibbleError as error:
+        if world.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise NibbleError(f"{error}\n{_what_is_left(directory, snapshot.step)}") from error
+    if world.first:
+        prune(directory, snapshot.step, keep, report)
+    return final
+
+
+@contextlib.contextmanager
+def _same_error(path: Path, world: World, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """A NibbleError, or an OSError concerning `path`, in here on one process is a NibbleError on all of them."""
+    message, cause = "", None
+    try:
+        yield
+    except (OSError, NibbleError) as error:
+        cause = error
+        message = str(disk_error(error, Path(error.filename or path)) if isinstance(error, OSError) else error)
+    for said in _texts(message, world, group):
+        if said:
+            raise NibbleError(said) from cause
+
+
+def _texts(text: str, world: World, group: dist.ProcessGroup | None = None) -> list[str]:
+    return [text] if world.size == 1 else gather_texts(text, group)
+
+
+def _write_alone(partial: Path, snapshot: Snapshot) -> list[Path]:
+    _write_tensors(partial / WEIGHTS, snapshot.weights)
+    _write_tensors(partial / OPTIMIZER, snapshot.optimizer)
+    return [partial / WEIGHTS, partial / OPTIMIZER]
+
+
+def _write_parts(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> list[Path]:
+    from parallel.checkpoint import save_parts
+
+    weights, optimizer = partial / WEIGHTS_FOLDER, partial / OPTIMIZER_FOLDER
+    written = save_parts(weights, snapshot.weights, snapshot.cuts, group)
+    written += save_parts(optimizer, snapshot.optimizer, snapshot.optimizer_cuts, group)
+    for folder in (weights, optimizer, partial):
+        sync_folder(folder)
+    return written
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    writer = TensorWriter(path, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+    try:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _what_is_left(directory: Path, step: int) -> str:
+    try:
+        earlier = folders(directory)
+    except OSError:  # the folder itself may be what can't be read
+        earlier = []
+    kept = f"{earlier[0]} is as it was" if earlier else "there is no earlier one"
+    return f"The checkpoint of step {step} was not written; {kept}."
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. `state` is what `save_checkpoint` was given; tensors are read when they are asked for."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    optimizer_values: dict[str, Any]
+    rng: dict[str, Any]
+    format: int = ALONE
+
+    def load_tensors(
+        self, named_tensors: Iterable[tuple[str, Tensor]], parts: Mapping[str, Part] | None = None
+    ) -> None:
+        """Copy the saved tensors into the trained ones of the same names, one at a time.
+
+        Those named in `parts` are a part of the saved one. Each process reads what it holds, and waits for no other.
+        Raises NibbleError, before anything is copied, when names, shapes or dtypes differ.
+        """
+        from parallel.checkpoint import load_parts
+
+        tensors, parts = dict(named_tensors), parts or {}
+        folder, saved = self._saved(WEIGHTS, WEIGHTS_FOLDER)
+        missing = [name for name in tensors if name not in saved]
+        unexpected = [name for name in saved if name not in tensors]
+        if missing or unexpected:
+            lists = [("lacks", missing), ("has, and this run doesn't train,", unexpected)]
+            raise NibbleError(
+                f"{self.path} belongs to another set of trained tensors: it "
+                + "; it ".join(f"{verb} {_listed(names)}" for verb, names in lists if names)
+                + f".\nSet adapter and model as they were, or {_START_ANEW}."
+            )
+        for name, tensor in tensors.items():
+            shape, dtype = saved[name]
+            theirs = f"{list(shape)} {DTYPE_NAMES[dtype]}"
+            ours = f"{list(parts[name].shape if name in parts else tensor.shape)} {DTYPE_NAMES[tensor.dtype]}"
+            if theirs != ours:
+                raise NibbleError(
+                    f"{self.path}: {name} is {theirs}, this run's is {ours}.\n"
+                    f"Set adapter and model as they were, or {_START_ANEW}."
+                )
+        load_parts(folder, tensors, parts)
+
+    def load_optimizer(self, optimizer: Optimizer, parts: Mapping[str, Part] | None = None) -> None:
+        """Put the saved state into a new optimiser of the same kind over the same parameters.
+
+        parts: of the parameters of which the optimiser has a part. Each process reads what it holds. Raises NibbleError
+        when kind, parameters or shapes differ.
+        """
+        load_optimizer_state(optimizer, self.optimizer_state(parts), parts)
+
+    def optimizer_state(self, parts: Mapping[str, Part] | None = None) -> OptimizerState:
+        """For `train.optim.load_optimizer_state`; a part of those named in `parts`. Tensors are on the host."""
+        from parallel.checkpoint import load_parts
+
+        folder, saved = self._saved(OPTIMIZER, OPTIMIZER_FOLDER)
+        room = empty_state(saved, parts or {})
+        load_parts(folder, room.tensors, room.cuts)
+        return OptimizerState(room.tensors, self.optimizer_values, room.cuts)
+
+    def _saved(self, file: str, folder: str) -> tuple[Path, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+        """The folder to read from, and shapes and dtypes of the tensors in one of the two files or folders."""
+        if self.format == SHARED:
+            from parallel.checkpoint import saved_tensors
+
+            return self.path / folder, saved_tensors(self.path / folder)
+        header = read_header(self.path / file)
+        return self.path, {name: (info.shape, DTYPES[info.dtype]) for name, info in header.items()}
+
+    def restore_rng(self) -> None:
+        """Set the random number generators to where they were (CUDA's where there are as many devices)."""
+        restore_rng(self.rng)
+
+    def require_same_config(self, fingerprint: dict[str, Any]) -> None:
+        """Raises NibbleError naming the keys in which state["fingerprint"] differs from this run's `fingerprint`."""
+        differences = resume_differences(self.state["fingerprint"], fingerprint)
+        if differences:
+            them = "it" if len(differences) == 1 else "them"
+            raise NibbleError(
+                f"{self.path} was written by another config: {'; '.join(differences)}.\n"
+                f"Set {them} as in the checkpoint to continue it, or {_START_ANEW}."
+            )
+
+
+def latest_checkpoint(
+    directory: Path, report: Callable[[str], None] = to_stderr, world: World | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint in `directory` that is whole; None when there is none at all.
+
+    Half-written ones are ignored. `report` is told of a damaged one that is passed over. Raises NibbleError when there
+    are checkpoints and none can be used: starting anew should be the user's decision.
+
+    On several processes all call it; they find what the first one finds, and each verifies its share of the files.
+    """
+    directory, world = Path(directory), world or World()
+    found: list[str] = []
+    with _same_error(directory, world, None):
+        if world.first and directory.is_dir():
+            recover(directory)
+            found = [path.name for path in folders(directory)]
+    found = json.loads(_texts(json.dumps(found), world)[0])
+    unusable: list[str] = []
+    for name in found:
+        try:
+            checkpoint = read_checkpoint(directory / name, world)
+        except UnusableCheckpointError as error:
+            unusable.append(str(error).partition("\n")[0])
+            continue
+        for message in unusable:
+            report(f"{message} Continuing from {checkpoint.path.name} instead.")
+        return checkpoint
+    if unusable:
+        more = f" The same goes for {len(unusable) - 1} before it." if len(unusable) > 1 else ""
+        raise NibbleError(
+            f"{unusable[0]}{more}\n"
+            f"No checkpoint there can be continued. Delete {directory} to start anew, or name another output.dir."
+        )
+    return None
+
+
+def read_checkpoint(path: Path, world: World | None = None) -> Checkpoint:
+    """The checkpoint in the folder `path`, after checking its files against their SHA-256.
+
+    On several processes all call it, and each checks its share of the files.
+    Raises NibbleError when it isn't a checkpoint, UnusableCheckpointError when it is damaged or of another format.
+    """
+    path, world = Path(path), world or World()
+    with _same_error(path, world, None):
+        _require_checkpoint(path)
+    found = _texts(problem(path, hashes=True, share=(world.rank, world.size)) or "", world)
+    wrong = next((text for text in found if text), None)
+    if wrong is not None:
+        raise UnusableCheckpointError(f"{path} can't be used: {wrong}.\nContinue from another one, or {_START_ANEW}.")
+    text = json.loads((path / STATE).read_bytes())
+    version = json.loads((path / MANIFEST).read_bytes())["format"]
+    return Checkpoint(path, text["step"], text["run"], text["optimizer"], text["rng"], version)
+
+
+def _require_checkpoint(path: Path) -> None:
+    if not path.is_dir() or not ((path / MANIFEST).exists() or is_name(path.name)):
+        inside = next((d for d in (path, path / "checkpoints") if d.is_dir() and folders(d)), None)
+        hint = f"Did you mean {folders(inside)[0]}?" if inside else "Checkpoints are the step-… folders of a run."
+        raise NibbleError(f"{path} is {'not a checkpoint' if path.exists() else 'not there'}. {hint}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

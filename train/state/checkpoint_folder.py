@@ -1,0 +1,100 @@
+"""The folder of a run's checkpoints: their names, what is moved aside and deleted, and whether files are as written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from quant.common.files import sha256_file
+
+# What a checkpoint of one process has (format 1), and what one of several has instead of the first two (format 2).
+WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "weights", "optimizer"
+ALONE, SHARED = 1, 2
+
+_NAME = re.compile(r"step-(\d{6,})")
+# Folders on their way in or out. A replaced one comes back when the process died before its successor was in place.
+PARTIAL, REPLACED, DELETED = ".partial-", ".replaced-", ".deleted-"
+
+
+def is_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint that was finished."""
+    return _NAME.fullmatch(name) is not None
+
+
+def folders(directory: Path) -> list[Path]:
+    """The checkpoints in `directory`, newest first."""
+    found = [path for path in directory.iterdir() if is_name(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def recover(directory: Path) -> None:
+    """Put back a checkpoint that was moved aside for a successor that never came."""
+    for path in directory.glob(f"{REPLACED}*"):
+        final = directory / path.name.removeprefix(REPLACED)
+        if not final.exists():
+            path.rename(final)
+
+
+def tidy(directory: Path) -> None:
+    """Recover, and delete what is left of checkpoints that were never finished or are no longer wanted."""
+    recover(directory)
+    for prefix in (PARTIAL, REPLACED, DELETED):
+        for path in directory.glob(f"{prefix}*"):
+            shutil.rmtree(path)
+
+
+def prune(directory: Path, newest: int, keep: int, report: Callable[[str], None]) -> None:
+    """Delete all checkpoints but those of the step `newest` and the `keep` - 1 before it."""
+    kept = 0
+    for path in folders(directory):
+        # Of earlier ones only the complete count: the promise is to have `keep` to go back to.
+        if step_of(path) == newest or (step_of(path) < newest and kept < keep and problem(path, hashes=False) is None):
+            kept += 1
+            continue
+        try:
+            # Under another name first, so that no half-deleted checkpoint looks like one.
+            path.rename(directory / f"{DELETED}{path.name}")
+        except OSError as error:
+            report(f"{path}: this old checkpoint can't be deleted ({error.strerror}).")
+    for prefix in (REPLACED, DELETED):
+        for path in directory.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)  # what stays is tried again at the next save
+
+
+def problem(path: Path, hashes: bool, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint's files; with `hashes` False only what is quickly seen.
+
+    share: (i, n) looks at every n-th file only, from the i-th on, so that n processes look at all of them together.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest["format"] not in (ALONE, SHARED):
+            return f"it has format {manifest['format']}, this version of nibble reads {ALONE} and {SHARED}"
+        files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
+        if not {STATE, *((WEIGHTS, OPTIMIZER) if manifest["format"] == ALONE else ())} <= manifest["files"].keys():
+            return f"{MANIFEST} can't be read"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} can't be read"
+    except OSError as error:
+        return f"{MANIFEST} can't be read ({error.strerror})"
+    first, every = share
+    for name, size, digest in files[first::every]:
+        try:
+            actual = (path / name).stat().st_size
+            if actual != size:
+                return f"{name} has {actual:,} bytes instead of {size:,}"
+            if hashes and sha256_file(path / name) != digest:
+                return f"{name} is not what was written (its SHA-256 differs)"
+        except OSError as error:
+            return f"{name} can't be read ({error.strerror})"
+    return None

@@ -1,0 +1,143 @@
+"""What a run finds in its folder, and going on from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from parallel.shards import Shards
+from parallel.texts import gather_texts
+from parallel.world import ALONE, World
+from quant.common.errors import NibbleError
+from train.config.sections import Config
+from train.data.load import Data
+from train.loop import Progress
+from train.model import trained_tensors
+from train.output.report import Report
+from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
+from train.state.fingerprint import flat_config, resume_fingerprint, run_identity
+from train.state.run_folder import RunFolder
+
+
+def find_checkpoint(config: Config, folder: RunFolder, report: Report, world: World = ALONE) -> Checkpoint | None:
+    """The checkpoint that `train.resume` says to go on from. Raises NibbleError rather than overwrite another run's."""
+    wanted, here = config.train.resume, sorted(folder.checkpoints.glob("step-*"))
+    if wanted == "auto":
+        checkpoint = latest_checkpoint(folder.checkpoints, report.note, world)
+    else:
+        checkpoint = None if wanted == "never" else read_checkpoint(Path(wanted), world)
+        foreign = checkpoint is None or checkpoint.path.resolve().parent != folder.checkpoints.resolve()
+        if here and foreign:
+            raise NibbleError(
+                f"train.resume: {wanted}, but {folder.checkpoints} holds checkpoints (the newest: {here[-1].name}).\n"
+                f"Name another output.dir, or delete them first (rm -r {folder.checkpoints}); "
+                "train.resume: auto goes on from them."
+            )
+    if checkpoint is not None:
+        checkpoint.require_same_config(resume_fingerprint(config))
+    return checkpoint
+
+
+def finished_result(config: Config, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    """The figures of the run in `folder` when it has finished under this very config and its result is still there."""
+    if config.train.resume != "auto" or not folder.finished.is_file():
+        return None
+    try:
+        result: dict[str, Any] = json.loads(folder.finished.read_text(encoding="utf-8"))
+        same = result["identity"] == run_identity(config) and Path(result["saved"]).is_dir()
+    except (ValueError, KeyError, TypeError):
+        same = False  # a damaged file; the checkpoint knows how far the run is
+    older = checkpoint is not None and same and checkpoint.step < result["steps"]
+    return result if same and not older else None
+
+
+def require_same_config(config: Config, device: torch.device) -> None:
+    """Raises NibbleError where a process has another config than rank 0, or runs on another kind of device: they would
+    wait for each other in different places, or train with different settings.
+    """
+    values = {**flat_config(config), "train.device": device.type}
+    found = [json.loads(text) for text in gather_texts(json.dumps(values))]
+    for rank, theirs in enumerate(found):
+        different = [
+            f"{key} is {json.dumps(theirs.get(key))} there, {json.dumps(value)} for rank 0"
+            for key, value in found[0].items()
+            if theirs.get(key) != value
+        ]
+        if different:
+            raise NibbleError(
+                f"rank {rank} has another config than rank 0: {'; '.join(different[:3])}.\n"
+                "Start all processes with the same config and --set options, on the same kind of device."
+            )
+
+
+def require_same_model(fingerprint: str, config: Config) -> None:
+    """Raises NibbleError where a machine has another model under the same name than the others."""
+    found = gather_texts(fingerprint)
+    others = [str(rank) for rank, text in enumerate(found) if text != found[0]]
+    if others:
+        raise NibbleError(
+            f"model.path: {config.model.path} is another model for rank {', '.join(others)} than for rank 0: its "
+            "config.json or weights differ.\nCopy the same folder to every machine, or use one that all of them see."
+        )
+
+
+def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], config: Config) -> None:
+    """Raises NibbleError when the checkpoint was trained on another base model, wherever that lay.
+
+    base: name and fingerprint (train.model.content_fingerprint) of this run's.
+    """
+    if checkpoint is None or checkpoint.state["base"]["fingerprint"] == base["fingerprint"]:
+        return
+    was = checkpoint.state["base"]["name"]
+    was = "what was there then" if was == base["name"] else was
+    raise NibbleError(
+        f"model.path: {config.model.path} is not the model that {checkpoint.path} was trained on ({was}):\n"
+        "config.json or the weights differ. Set model.path to that model, or start anew in another output.dir."
+    )
+
+
+def restore_data(checkpoint: Checkpoint | None, data: Data, total_steps: int) -> None:
+    """Let the rows go on after those that the checkpoint has seen.
+
+    Raises NibbleError when they are other rows, or the run has fewer steps than the checkpoint.
+    """
+    if checkpoint is None:
+        return
+    if checkpoint.step > total_steps:
+        raise NibbleError(
+            f"{checkpoint.path} is at step {checkpoint.step}, beyond this run's last step, {total_steps}.\n"
+            "Raise train.max_steps or train.epochs, or name an earlier checkpoint in train.resume."
+        )
+    data.train.restore(checkpoint.state["batches"])
+    if checkpoint.state["held_out"] != (data.held_out.fingerprint() if data.held_out is not None else None):
+        raise NibbleError(
+            f"the held-out rows are not those of {checkpoint.path}, so that losses could not be compared: data.eval\n"
+            "has changed. Restore it, or start anew in another output.dir."
+        )
+
+
+def restore(
+    checkpoint: Checkpoint | None,
+    folder: RunFolder,
+    shards: Shards,
+    optimizer: Optimizer,
+    total_steps: int,
+    report: Report,
+    world: World = ALONE,
+) -> Progress:
+    """Put everything back to where the checkpoint was taken, so that the run goes on as if it had not stopped."""
+    if checkpoint is None:
+        return Progress()
+    checkpoint.load_tensors(trained_tensors(shards).items(), shards.parts)
+    checkpoint.load_optimizer(optimizer, shards.parts)
+    checkpoint.restore_rng()
+    elsewhere = checkpoint.path.parent.parent / folder.metrics.name
+    if world.first and not folder.metrics.exists() and elsewhere.exists():
+        shutil.copyfile(elsewhere, folder.metrics)  # the checkpoint of another folder brings its history with it
+    report.note(f"resuming from {checkpoint.path}, after step {checkpoint.step} of {total_steps}")
+    return Progress(**checkpoint.state["progress"])

@@ -1,0 +1,111 @@
+"""output.dir: the names of what lies in it, who may write to it, and what a full disk or memory looks like.
+
+output.dir/
+  config.yaml          the config with every key filled in; runs again as it is
+  run.log              what was printed, and tracebacks (of other processes: ranks/rank-1.log …)
+  run.json             written when the run has finished: its figures
+  metrics.jsonl        a line per logged step and per evaluation; tensorboard/ shows the same
+  loss.png             the same as a picture
+  skipped_rows.jsonl   rows that could not be used, if there are any
+  checkpoints/         what a run is resumed from
+  adapter/ or model/   the result: an adapter in PEFT's format, or a checkpoint in the hub's
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from parallel.texts import gather_texts
+from parallel.world import World
+from quant.common.errors import NibbleError
+from quant.common.files import disk_error, write_atomically
+
+
+class RunFolder:
+    """The names of what lies in output.dir."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.log = path / "run.log"
+        self.finished = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.plot = path / "loss.png"
+        self.skipped_rows = path / "skipped_rows.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.model = path / "model"
+
+
+@contextlib.contextmanager
+def sole_run_in(folder: Path) -> Iterator[None]:
+    """Two runs that write to one folder would damage each other's files; the system lifts the lock with the process."""
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise NibbleError(f"output.dir: {folder} can't be written to: {error.strerror}.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise NibbleError(
+                f"output.dir: another run is writing to {folder}. Wait for it, or name another folder."
+            ) from error
+        yield
+
+
+def require_shared(folder: Path, world: World) -> None:
+    """Raises NibbleError, on all processes, where one of them has another folder under the name of output.dir.
+
+    Each writes its part of a checkpoint there: in different folders no checkpoint would be whole.
+    """
+    token, path = gather_texts(os.urandom(8).hex())[0], folder / f".seen-by-all-{world.size}"
+    if world.first:
+        write_atomically(path, token.encode())
+    world.wait()
+    try:
+        seen = path.read_text(encoding="utf-8")
+    except OSError:
+        seen = ""
+    others = [str(rank) for rank, text in enumerate(gather_texts(seen)) if text != token]
+    if world.first:
+        path.unlink(missing_ok=True)
+    if others:
+        raise NibbleError(
+            f"output.dir: {folder} is another folder for rank {', '.join(others)} than for rank 0. Every process "
+            "writes its part of a checkpoint there.\nName a folder on a file system that all machines share."
+        )
+
+
+def last_checkpoint(folder: RunFolder) -> str:
+    found = sorted(folder.checkpoints.glob("step-*"))
+    if not found:
+        return "No checkpoint was written yet (train.save_every)."
+    return f"The last checkpoint is {found[-1]}."
+
+
+@contextlib.contextmanager
+def explained_errors(folder: Path) -> Iterator[None]:
+    """Memory and disk can be full in any step of a run that writes to `folder`: no step has to see to it by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise disk_error(error, Path(error.filename or folder)) from error
+    except torch.OutOfMemoryError as error:
+        raise NibbleError(
+            f"the GPU's memory is full: {str(error).splitlines()[0]}\n"
+            "Lower train.micro_batch_size, data.sequence_length or adapter.rank, take model.storage nf4,\n"
+            "or switch train.activation_checkpointing on."
+        ) from error

@@ -1,0 +1,93 @@
+"""Writes the checkpoints of a run: at once, or in the background while the training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.parts import Part
+from parallel.world import World
+from train.optim import OptimizerState
+from train.state.checkpoint import take_snapshot, to_stderr, write_snapshot
+
+
+class CheckpointSaver:
+    """Saves into `directory`, keeping the newest `keep`; `report` is told of old ones that couldn't be deleted.
+
+    asynchronous: `save` copies what this process holds to the host and returns; a thread writes it, and the checkpoint
+    is in place when all processes have written. A run that dies before goes on from the one before. An error shows at
+    the next `save` or `wait`, on all processes alike.
+
+    To be used with `with`, which ends when everything is written; on several processes by all of them, inside
+    `parallel.world.process_group`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        report: Callable[[str], None] = to_stderr,
+        *,
+        world: World | None = None,
+        asynchronous: bool = False,
+    ) -> None:
+        self._directory, self._keep, self._report = Path(directory), keep, report
+        self._world = world or World()
+        self._asynchronous = asynchronous
+        self._thread: ThreadPoolExecutor | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._under_way: Future[Path] | None = None
+
+    def __enter__(self) -> CheckpointSaver:
+        if self._asynchronous:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            if self._world.size > 1:  # its messages must not mix with those of the training
+                self._group = dist.new_group(backend="gloo")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            # Where the run has failed already, that is what is to be said.
+            with contextlib.suppress(*([] if kind is None else [Exception])):
+                self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        optimizer: OptimizerState,
+        state: dict[str, Any],
+        parts: Mapping[str, Part] | None = None,
+    ) -> None:
+        """`train.state.checkpoint.save_checkpoint` of this moment, after the one before is finished."""
+        self.wait()
+        snapshot = take_snapshot(step, tensors, optimizer, state, parts)
+        if self._thread is not None:
+            snapshot = replace(snapshot, weights=_copies(snapshot.weights), optimizer=_copies(snapshot.optimizer))
+        arguments = (self._directory, snapshot, self._keep, self._report, self._world, self._group)
+        if self._thread is None:
+            write_snapshot(*arguments)
+        else:
+            self._under_way = self._thread.submit(write_snapshot, *arguments)
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written, if any, is in place. Raises what went wrong with it."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
