@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_cases import CASES, NOT_HERE, Case, NamedCase
+from benchmarks.report import table
 from quant.common.errors import NibbleError
-
-from .gpu_cases import CASES, NOT_HERE, Case, NamedCase
-from .report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 GiB = 1 << 30
