@@ -143,7 +143,7 @@ def lines_of(command: Sequence[str], limit: float) -> Iterator[tuple[str, str]]:
                 break
             yield "line", line
         code = process.wait()
-        threads[1].join(timeout=5)
+        threads[1].join(timeout=60)
         yield "end", "" if code == 0 else _reason(code, said)
     finally:
         if process.poll() is None:

@@ -31,6 +31,7 @@ from models.adapters.targets import AdapterSpec
 from models.load import load_model
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
+from tests.processes import LIMIT
 from train.output.parameter_table import parameter_table
 
 MiB = 1 << 20
@@ -260,7 +261,7 @@ def test_case_table_shows_failures_beside_results():
 
 
 def test_lines_of_a_process_come_with_its_end():
-    def run(code: str, limit: float = 30.0) -> list[tuple[str, str]]:
+    def run(code: str, limit: float = LIMIT) -> list[tuple[str, str]]:
         return list(gpu.lines_of([sys.executable, "-c", code], limit))
 
     assert run("print('a'); print('b')") == [("line", "a"), ("line", "b"), ("end", "")]
