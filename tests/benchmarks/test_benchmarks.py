@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    checkpoint,
     gpu,
     gpu_timings,
     gpu_train,
@@ -76,7 +77,9 @@ def test_settings_have_as_many_parameters_as_in_transformers(arch: str):
 
 
 @pytest.mark.parametrize("arch", SETTINGS)
-def test_checkpoint_is_written_once_and_loads(arch: str, tmp_path: Path):
+def test_checkpoint_is_written_once_and_loads(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if arch != DEFAULT:  # a process of its own is seconds of imports: one of them will do
+        monkeypatch.setattr(checkpoint.subprocess, "run", lambda command, check: checkpoint.write(Path(command[-1])))
     setting = SETTINGS[arch]
     config = setting.sized(True)
     folder = ensure_checkpoint(config, tmp_path)
