@@ -176,7 +176,7 @@ from quant.storage import StorageSpec
 def resident(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 
-experts, hidden, width = int(sys.argv[1]), 512, 512
+hidden, width = 512, 512
 torch.set_num_threads(1)
 def block(experts):
     made = Experts(experts, hidden, width, spec=StorageSpec("nf4"), dtype=torch.float32, device="cpu", name="x")
@@ -191,27 +191,25 @@ def step(made, experts):
     weights, chosen = torch.rand(256, experts).topk(4, dim=-1)
     made(x, chosen, weights).sum().backward()
 step(block(4), 4)  # libraries and thread pools take their memory before counting begins
-big = block(experts)
-# Only what the step adds on top of the packed experts counts. Freed memory that the process kept would hide it.
-try:
-    ctypes.CDLL(None).malloc_trim(0)
-    open("/proc/self/clear_refs", "w").write("5")
-except (OSError, AttributeError):
-    sys.exit("the peak can't be reset")
-before = resident("VmRSS")
-step(big, experts)
-print(resident("VmHWM") - before)
+for experts in map(int, sys.argv[1:]):
+    made = block(experts)
+    # Only what the step adds on top of the packed experts counts. Freed memory that the process kept would hide it.
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        open("/proc/self/clear_refs", "w").write("5")
+    except (OSError, AttributeError):
+        sys.exit("the peak can't be reset")
+    before = resident("VmRSS")
+    step(made, experts)
+    print(resident("VmHWM") - before)
 """
 
 
 def test_working_memory_does_not_grow_with_the_number_of_experts() -> None:
-    def working_memory(experts: int) -> int:
-        done = subprocess.run([sys.executable, "-c", MEMORY, str(experts)], capture_output=True, text=True)
-        if "the peak can't be reset" in done.stderr:
-            pytest.skip("needs glibc's malloc_trim and a writable /proc/self/clear_refs")
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
-
-    few, many = working_memory(8), working_memory(128)
+    done = subprocess.run([sys.executable, "-c", MEMORY, "8", "128"], capture_output=True, text=True)
+    if "the peak can't be reset" in done.stderr:
+        pytest.skip("needs glibc's malloc_trim and a writable /proc/self/clear_refs")
+    assert done.returncode == 0, done.stderr
+    few, many = map(int, done.stdout.split())
     dense = 120 * 3 * 512 * 512 * 4  # what the additional experts, or their B·A, would take if they were made dense
     assert many < few + 0.03 * dense, f"8 experts: {few / 2**20:.1f} MiB, 128 experts: {many / 2**20:.1f} MiB"
