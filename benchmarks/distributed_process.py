@@ -24,7 +24,7 @@ from parallel.shards import Shards, local_tensor
 from parallel.store import launch_store
 from parallel.world import World, launched_world, process_group
 from quant.fourbit import import_bitsandbytes
-from train.config.sections import Config
+from train.config.load import Config
 from train.loop import training_step
 from train.model import load_trainable_model
 from train.optim import build_optimizer

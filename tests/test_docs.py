@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from train.config.load import config_schema, load_config
 from train.config.schema import keys
-from train.config.sections import config_schema, load_config
 from train.demo.models import MODELS
 
 ROOT = Path(__file__).parent.parent

@@ -21,8 +21,8 @@ from parallel.parts import bounds
 from parallel.plan import cuts
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
+from train.config.load import config_schema
 from train.config.schema import keys
-from train.config.sections import config_schema
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")

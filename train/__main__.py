@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.common.errors import NibbleError
+from train.config.load import Config, check_files, config_schema, dump_config, load_config
 from train.config.schema import help_text
-from train.config.sections import Config, check_files, config_schema, dump_config, load_config
 from train.output.console import flush_streams, say
 
 if TYPE_CHECKING:

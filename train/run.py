@@ -25,7 +25,7 @@ from parallel.watch import Watch
 from parallel.world import World, process_group
 from quant.common.errors import NibbleError
 from quant.common.files import write_atomically
-from train.config.sections import Config, dump_config
+from train.config.load import Config, dump_config
 from train.data.load import load_data
 from train.loop import Loop, Progress
 from train.model import check_model, content_fingerprint, load_trainable_model, trained_tensors

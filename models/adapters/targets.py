@@ -15,22 +15,9 @@ from typing import Any
 
 import torch
 
-from models.checkpoint.keymap import TARGET_GROUPS, Group, Key, KeyMap
+from models.checkpoint.keymap import Key, KeyMap
+from models.groups import GROUP_WORDS, TARGET_GROUPS, Group
 from quant.common.errors import NibbleError
-
-# The groups of a key map in the order of tables, as messages call what is in them.
-GROUP_WORDS: dict[str, str] = {
-    "attention": "attention projections",
-    "linear_attention": "linear-attention projections",
-    "experts": "routed experts' tensors",
-    "shared_experts": "shared experts' matrices",
-    "dense_mlp": "dense layers' matrices",
-    "router": "routers' matrices",
-    "indexer": "indexer",
-    "norm": "norms",
-    "embedding": "embedding",
-    "head": "output head",
-}
 
 
 @dataclass(frozen=True)

@@ -11,27 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal[
-    "attention",
-    "linear_attention",
-    "experts",
-    "shared_experts",
-    "dense_mlp",
-    "router",
-    "indexer",
-    "norm",
-    "embedding",
-    "head",
-]
-# The groups whose matrices LoRA can adapt, in the order in which tables show them.
-TARGET_GROUPS: tuple[Group, ...] = (
-    "attention",
-    "linear_attention",
-    "experts",
-    "shared_experts",
-    "dense_mlp",
-    "router",
-)
+from models.groups import Group
+
 Stored = Literal["storage", "dense", "float32"]
 
 

@@ -18,7 +18,7 @@ from models.decoder import CausalLM
 from parallel.share import share_arrays
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
-from train.config.sections import Config, parse_config
+from train.config.load import Config, parse_config
 from train.data.batches import IGNORED, Batch
 from train.data.load import Data, load_data
 from train.evaluate import batch_loss, held_out_loss

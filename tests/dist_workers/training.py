@@ -15,7 +15,7 @@ from models.load import open_folder
 from parallel.mesh import make_meshes, mesh_sizes
 from parallel.shards import Shards, local_tensor
 from parallel.world import ALONE, World
-from train.config.sections import Config
+from train.config.load import Config
 from train.data.batches import StepBatches
 from train.data.examples import Examples
 from train.data.packing import pack

@@ -15,8 +15,8 @@ import pytest
 from quant.common.errors import NibbleError
 from tests.processes import free_port, rank_environment
 from train.__main__ import EXAMPLE, main
+from train.config.load import Config, config_schema, load_config, parse_config
 from train.config.schema import keys
-from train.config.sections import Config, config_schema, load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
 QLORA = "configs/glm47_qlora.yaml"

@@ -17,7 +17,7 @@ from models import load_model
 from tests.helpers import assert_close
 from tests.run_helpers import ROOT, World, curve, losses, make_world, settings
 from train.__main__ import main
-from train.config.sections import load_config
+from train.config.load import load_config
 from train.data.load import load_data
 from train.output.metrics import read_metrics
 from train.output.report import Report

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from models.groups import TARGET_GROUPS
 from train.config.schema import nearest
+from train.config.sections import FOUR_BIT, AdapterConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from train.data.rows import OPTIONAL, REQUIRED
 
-if TYPE_CHECKING:
-    from train.config.sections import AdapterConfig, Config
-
-# As models.checkpoint.keymap.TARGET_GROUPS, which can't be imported without torch.
-GROUPS = ("attention", "linear_attention", "experts", "shared_experts", "dense_mlp", "router")
-FOUR_BIT = ("nf4", "fp4")
 Found = list[tuple[tuple[str, ...], str]]
 
 
-def combination_problems(config: Config) -> Found:
+def combination_problems(
+    model: ModelConfig, adapter: AdapterConfig, data: DataConfig, train: TrainConfig, parallel: ParallelConfig
+) -> Found:
     """(keys concerned, message) for each pair of keys whose values can't stand together."""
-    model, adapter, data, train, parallel = config.model, config.adapter, config.data, config.train, config.parallel
     found: Found = []
 
     def problem(*keys: str, text: str) -> None:
@@ -130,14 +125,14 @@ def _adapter_problems(adapter: AdapterConfig) -> Found:
         found.append((("adapter.targets",), f"adapter.targets: '{name}' is listed twice."))
     if adapter.layers is not None and len(set(adapter.layers)) < len(adapter.layers):
         found.append((("adapter.layers",), "adapter.layers: a layer is listed twice."))
-    listed = [target for target in adapter.targets if target in GROUPS]
+    listed = [target for target in adapter.targets if target in TARGET_GROUPS]
     for key, value in (("adapter.rank", adapter.rank), ("adapter.alpha", adapter.alpha)):
         if not isinstance(value, dict):
             continue
         for group in value:
-            if group not in GROUPS:
-                near = nearest(group, GROUPS)
-                hint = f"Did you mean '{near}'?" if near else f"The groups are {', '.join(GROUPS)}."
+            if group not in TARGET_GROUPS:
+                near = nearest(group, TARGET_GROUPS)
+                hint = f"Did you mean '{near}'?" if near else f"The groups are {', '.join(TARGET_GROUPS)}."
                 found.append(((f"{key}.{group}",), f"{key}: '{group}' is not a group. {hint}"))
             # A target named in the hub's spelling belongs to a group that only the model knows.
             elif group not in listed and len(listed) == len(adapter.targets):

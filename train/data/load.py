@@ -9,7 +9,7 @@ from pathlib import Path
 from parallel.share import Array, share_arrays
 from parallel.world import ALONE, World
 from quant.common.progress import Bar
-from train.config.sections import Config
+from train.config.load import Config
 from train.data.batches import EvalBatches, StepBatches
 from train.data.chat import load_chat_template
 from train.data.examples import DataReport, Examples, build_examples, split_examples

@@ -16,7 +16,7 @@ from parallel.device import device_name
 from parallel.mesh import MeshSizes
 from parallel.shards import local_tensor
 from quant.common.words import counted, format_bytes, format_seconds, table
-from train.config.sections import Config
+from train.config.load import Config
 from train.data.load import Data
 from train.output.parameter_table import GroupRow, WholeTensor, parameter_table, whole_tensors
 from train.schedule import learns

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from models.adapters.lora import key_map_of
-from models.adapters.targets import GROUP_WORDS, module_name
+from models.adapters.targets import module_name
 from models.blocks.linear import LoRA
 from models.checkpoint.keymap import Key
 from models.decoder import CausalLM
+from models.groups import GROUP_WORDS
 from quant.storage import Storage, storage_tensors
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from train.config.sections import Config
+from train.config.load import Config
 
 # Files may have moved: what they hold counts, and is compared by train.resume.
 _FILES = ("model.path", "data.train", "data.eval")

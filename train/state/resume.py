@@ -14,7 +14,7 @@ from parallel.shards import Shards
 from parallel.texts import gather_texts
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
-from train.config.sections import Config
+from train.config.load import Config
 from train.data.load import Data
 from train.loop import Progress
 from train.model import trained_tensors

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from quant.common.errors import NibbleError
+from train.config.load import Config, config_schema, dump_config, parse_config
 from train.config.schema import help_text, keys
-from train.config.sections import Config, config_schema, dump_config, parse_config
 
 MINIMAL = "model: {path: some/model}\ndata: {train: rows.jsonl}\noutput: {dir: out}\n"
 

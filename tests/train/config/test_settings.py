@@ -25,7 +25,7 @@ from parallel.shards import Shards
 from quant.common.errors import NibbleError
 from tests.helpers import save_tiny_glm
 from tests.text_helpers import save_checkpoint_texts, say, write_lines
-from train.config.sections import Config, parse_config
+from train.config.load import Config, parse_config
 from train.data.load import Data, load_data
 from train.loop import training_step
 from train.model import load_trainable_model

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from train.config.load import Config, config_schema, parse_config
 from train.config.schema import keys
-from train.config.sections import Config, config_schema, parse_config
 from train.state.fingerprint import fingerprint_hash, resume_differences, resume_fingerprint, run_identity
 
 MINIMAL = "model: {path: some/model}\ndata: {train: rows.jsonl}\noutput: {dir: out}\n"
