@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_configs import PUBLISHED
 
 from models.adapters.lora import add_lora
 from models.adapters.targets import AdapterSpec
@@ -21,6 +20,7 @@ from parallel.parts import bounds
 from parallel.plan import cuts
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
+from tests.train.config.test_configs import PUBLISHED
 from train.config.load import config_schema
 from train.config.schema import keys
 

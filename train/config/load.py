@@ -54,36 +54,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     NibbleError with one line for each mistake: its file and line or its --set, the key, and what would be right.
     """
-    if not Path(path).exists():
+    try:
+        # utf-8-sig: editors on Windows put a byte order mark at the start.
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
         near = schema.nearest(str(path), sorted(str(found) for found in Path(path).parent.glob("*.yaml")))
-        raise NibbleError(f"{path}: no such file." + (f" Did you mean {near}?" if near else ""))
-    return _validated(yaml_text.read_file(path), overrides)
+        raise NibbleError(f"{path}: no such file." + (f" Did you mean {near}?" if near else "")) from error
+    except UnicodeDecodeError as error:
+        raise NibbleError(f"{path}: not a text file in UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise NibbleError(f"{path}: {error.strerror or error}") from error
+    return parse_config(text, overrides, str(path))
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config") -> Config:
     """Like `load_config`, from YAML text; `name` stands for the file in messages."""
-    return _validated(yaml_text.read_text(text, name), overrides)
-
-
-def dump_config(config: Config) -> str:
-    """The config as YAML with every key written out; `parse_config` gives the same config back."""
-    return yaml_text.write_text(config.model_dump(mode="json"))
-
-
-def _validated(document: Document, overrides: Sequence[str]) -> Config:
+    document = yaml_text.read_text(text, name)
     described = config_schema()
     if document.values is None:
         document.values = {}
     if not isinstance(document.values, dict):
         names = ", ".join(Config.model_fields)
-        raise NibbleError(f"{document.name}: got {schema.got(document.values)}, wanted sections: {names}")
-    for name in Config.model_fields:
+        raise NibbleError(f"{name}: got {schema.got(document.values)}, wanted sections: {names}")
+    for section in Config.model_fields:
         # A section whose keys are all commented out reads as null.
-        if name in document.values and document.values[name] is None:
-            document.values[name] = {}
+        if section in document.values and document.values[section] is None:
+            document.values[section] = {}
     found = list(document.problems)
-    for number, text in enumerate(overrides):
-        found += _override(document, text, number, described)
+    for number, override in enumerate(overrides):
+        found += _override(document, override, number, described)
     try:
         config = Config.model_validate(document.values)
         if not found:
@@ -91,6 +90,11 @@ def _validated(document: Document, overrides: Sequence[str]) -> Config:
     except ValidationError as error:
         found += problems_of(error, document, described)
     raise NibbleError("\n".join(str(problem) for problem in sorted(set(found))))
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML with every key written out; `parse_config` gives the same config back."""
+    return yaml_text.write_text(config.model_dump(mode="json"))
 
 
 def _override(document: Document, text: str, number: int, described: dict[str, Any]) -> list[Problem]:

@@ -1,13 +1,11 @@
 """YAML in and out: plain values that remember the line they came from, and `--set` overrides laid over them.
 
-PyYAML parses and quotes; what lies here is what no library does as a config needs it:
-- Every duplicate key and every tag is reported, with its line and that of the first one. ruamel.yaml stops at the first
-  duplicate and doesn't say where the key stood before.
-- Scalars follow the YAML 1.2 core schema. Under PyYAML's rules, those of YAML 1.1, `2e-4` is a string, `no` is false,
-  `010` is 8 and `1:30` is 90; under ruamel.yaml's `1_000` is a number and `2024-01-01` a date. Each of them is a way to
-  get another run than the one written down.
-- What is written is read back as it was by readers of YAML 1.1 and 1.2. Both libraries lose U+0085 in a plain text, and
-  each writes texts or numbers (`2e-4`; `no`, `1e-08`) that the other version takes for something else.
+PyYAML parses and quotes. Done here is what it would do worse for a user, and ruamel.yaml in its place too:
+- Places. ruamel.yaml stops at the first duplicate key and doesn't say where the key stood before.
+- Scalars, which follow the YAML 1.2 core schema. PyYAML reads `2e-4` as text, `no` as false, `010` as 8 and `1:30` as
+  90 (YAML 1.1); ruamel.yaml reads `1_000` as a number and `2024-01-01` as a date.
+- Writing, for readers of YAML 1.1 and 1.2 alike. Both turn U+0085 into a space; PyYAML writes the text `2e-4`, and
+  ruamel.yaml the text `no` and the number `1e-08`, such that the other version reads something else.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -104,21 +101,11 @@ def plain_scalar(text: str) -> str | int | float | bool | None:
     return text
 
 
-def read_file(path: str | Path) -> Document:
-    """Read one YAML file. Duplicate keys and the like are left in `problems`; what can't be read at all raises."""
-    name = str(path)
-    try:
-        # utf-8-sig: editors on Windows put a byte order mark at the start.
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise NibbleError(f"{name}: not a text file in UTF-8 (byte {error.start})") from error
-    except OSError as error:
-        raise NibbleError(f"{name}: {error.strerror or error}") from error
-    return read_text(text, name)
-
-
 def read_text(text: str, name: str) -> Document:
-    """Read YAML text; `name` stands for it in messages ("configs/my.yaml")."""
+    """Read YAML text; `name` stands for it in messages ("configs/my.yaml").
+
+    Duplicate keys and the like are left in `problems`; what can't be read at all raises NibbleError.
+    """
     document = Document(name)
     try:
         # BaseLoader resolves no scalar, so that every one arrives as it was written, with its mark.

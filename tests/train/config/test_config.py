@@ -417,6 +417,7 @@ def test_text_stays_text(text: str) -> None:
         ("model: *x\n", "my.yaml:1: not valid YAML: "),
         ("model: \x00\n", "my.yaml: not valid YAML: "),
         ("model: &m {path: *m}\n", "my.yaml:1: the YAML alias in 'model.path' contains itself"),
+        ("model: " + "[" * 3000, "my.yaml: not a config: lists or mappings are nested too deeply"),
     ],
 )
 def test_yaml_syntax_error_names_the_line(text: str, expected: str) -> None:
@@ -489,6 +490,8 @@ def test_overrides_are_yaml() -> None:
             "not valid YAML: while parsing a flow mapping; expected ',' or '}', but got '<stream end>'",
         ),
         ("data.fields={a: b, a: c}", "duplicate key 'a' (first on line 1)"),
+        ("data.fields={a: !b c}", "'a' has a YAML tag; plain values only"),
+        ("data.fields=&a {a: *a}", "the YAML alias in 'a' contains itself"),
     ],
 )
 def test_wrong_override(override: str, expected: str) -> None:
