@@ -37,7 +37,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
-        found = combination_problems(self.model, self.adapter, self.data, self.train, self.parallel)
+        found = list(combination_problems(self.model, self.adapter, self.data, self.train, self.parallel))
         if found:
             # The context takes the keys to `problems_of`, which knows the lines that they stand on.
             raise PydanticCustomError("combination", "{text}", {"text": "\n".join(t for _, t in found), "found": found})
