@@ -22,8 +22,8 @@ from train.__main__ import main as train
 from train.data.chat import load_chat_template
 from train.data.tokenizer import load_tokenizer
 from train.demo import __main__ as demo
-from train.demo.__main__ import checkpoint as demo_checkpoint
-from train.demo.__main__ import models as demo_models
+from train.demo import checkpoint as demo_checkpoint
+from train.demo import models as demo_models
 from train.demo.text import distinct_problems, in_prose, in_yaml, record_problem
 
 ROOT = Path(__file__).parents[3]
