@@ -1,6 +1,6 @@
-"""The groups that a model's tensors belong to, and those that LoRA can adapt.
+"""The groups of a model's weights, by which adapters target them and tables list them.
 
-Without torch, for a config is checked against these names before torch is imported.
+Without torch: a config is checked against these names before torch is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ Group = Literal[TargetGroup, "indexer", "norm", "embedding", "head"]
 # The groups whose matrices LoRA can adapt, in the order in which tables show them.
 TARGET_GROUPS: tuple[Group, ...] = get_args(TargetGroup)
 # All groups in the order of tables, as messages call what is in them.
-GROUP_WORDS: dict[str, str] = {
+GROUP_WORDS: dict[Group, str] = {
     "attention": "attention projections",
     "linear_attention": "linear-attention projections",
     "experts": "routed experts' tensors",

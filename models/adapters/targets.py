@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -73,7 +73,7 @@ def within_layer(name: str) -> str:
 
 def adaptable(key_map: KeyMap) -> list[Key]:
     """The matrices and stacks that LoRA can adapt, in the model's order."""
-    return [key for key in key_map.keys if key.is_storage and key.group in TARGET_GROUPS]
+    return [key for key in key_map.keys if key.spec is not None and key.group in TARGET_GROUPS]
 
 
 def groups_of(keys: Iterable[Key]) -> list[Group]:
@@ -178,7 +178,7 @@ def _no_match(target: str, key_map: KeyMap, model_type: str) -> NibbleError:
     groups = groups_of(keys)
     where = f"adapter.targets: {target!r}"
     present = {key.group for key in key_map.keys}
-    words = GROUP_WORDS.get(target)
+    words = GROUP_WORDS.get(cast(Group, target))
     if words is not None and target not in present and target != "head":  # a tied head has no key of its own
         return NibbleError(f"{where}: this {model_type} has no {words}.\nIts groups: {', '.join(groups)}.")
     others = {key.group for key in key_map.keys if target == key.group or _names(target, key)}
