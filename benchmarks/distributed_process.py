@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.distributed import Job
+from benchmarks.documents import one_document
+from benchmarks.measure import CPU, resident_bytes
+from benchmarks.setting import ALPHA, LEARNING_RATE, MAX_GRAD_NORM, RANK
+from benchmarks.traffic import Traffic, planned_gathers, record
 from models.checkpoint.keymap import key_map_of
 from models.checkpoint.tensorfile import MAPPED_BYTES
 from models.decoder import CausalLM
@@ -29,12 +34,6 @@ from train.loop import training_step
 from train.model import load_trainable_model
 from train.optim import build_optimizer
 from train.output.parameter_table import whole_tensors
-
-from .distributed import Job
-from .measure import CPU, resident_bytes
-from .setting import ALPHA, LEARNING_RATE, MAX_GRAD_NORM, RANK
-from .step_native import one_document
-from .traffic import Traffic, planned_gathers, record
 
 
 def config_of(job: Job, path: str) -> Config:

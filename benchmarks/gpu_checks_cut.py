@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.gpu_checks_models import LENGTHS, NF4, TINY, gradients, tiny_model
+from benchmarks.gpu_compare import CPU, Check, Group, compare
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec, adaptable, groups_of
 from models.blocks.documents import Documents
@@ -18,9 +20,6 @@ from models.decoder import CausalLM
 from models.registry import ARCHITECTURES
 from parallel.world import World, process_group
 from train.loss import linear_cross_entropy
-
-from .gpu_checks_models import LENGTHS, NF4, TINY, gradients, tiny_model
-from .gpu_compare import CPU, Check, Group, compare
 
 
 def groups() -> list[Group]:

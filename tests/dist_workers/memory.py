@@ -11,8 +11,8 @@ import torch
 
 import models.checkpoint.tensorfile
 from benchmarks.distributed_process import held_bytes, largest_tensor, living_bytes
+from benchmarks.documents import one_document
 from benchmarks.measure import resident_bytes
-from benchmarks.step_native import one_document
 from benchmarks.traffic import planned_gathers, record
 from models.load import open_folder
 from parallel.device import peak_memory_bytes, reset_peak_memory

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from quant.common.errors import NibbleError
-from tests.processes import free_port, rank_environment
+from tests.processes import LIMIT, free_port, rank_environment
 from train.__main__ import EXAMPLE, main
 from train.config.load import Config, config_schema, load_config, parse_config
 from train.config.schema import keys
@@ -24,7 +24,7 @@ QLORA = "configs/glm47_qlora.yaml"
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "train", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) -> list[tuple[Config, Path | None]]:
@@ -84,7 +84,7 @@ def test_a_reader_that_has_gone_away_is_no_error(arguments: list[str]) -> None:
     streams = (
         {"stdout": subprocess.PIPE, "stderr": writing} if failing else {"stdout": writing, "stderr": subprocess.PIPE}
     )
-    done = subprocess.run(command, cwd=ROOT, text=True, timeout=60, check=False, **streams)  # type: ignore[call-overload]
+    done = subprocess.run(command, cwd=ROOT, text=True, timeout=LIMIT, check=False, **streams)  # type: ignore[call-overload]
     os.close(writing)
     assert (done.returncode, done.stdout or "", done.stderr or "") == (2 if failing else 0, "", "")
 
@@ -180,7 +180,7 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
         "print('HEAVY', sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.stderr.splitlines()[-1] == "HEAVY []"
 
@@ -198,7 +198,7 @@ def test_of_several_processes_one_speaks(config_path: Path) -> None:
                     command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
                 )
             )
-        said = [process.communicate(timeout=60) for process in started]
+        said = [process.communicate(timeout=LIMIT) for process in started]
         return [(process.returncode, *streams) for process, streams in zip(started, said, strict=True)]
 
     assert run_two("--check") == [(0, f"{config_path}: ok\n", ""), (0, "", "")]

@@ -21,7 +21,7 @@ from parallel.checkpoint import load_parts, save_parts, saved_tensors
 from parallel.texts import gather_texts
 from quant.common.errors import NibbleError
 from tests.dist_workers.checkpoint import ALIGNED, LATER, TENSORS, whole_run, wipe
-from tests.processes import ROOT
+from tests.processes import LIMIT, ROOT
 from train.state.blocks import Layout, recut
 from train.state.checkpoint import read_checkpoint
 from train.state.saver import CheckpointSaver
@@ -41,7 +41,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(root: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.dist_workers.checkpoint_worlds", str(root)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=LIMIT, check=False
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     read: dict[str, Any] = json.loads((root / "results.json").read_text())
     return read

@@ -16,6 +16,7 @@ import torch
 from models.checkpoint.conversion import convert
 from quant.storage import StorageSpec
 from tests.helpers import save_tiny_glm
+from tests.processes import LIMIT
 from tests.run_helpers import ROOT, SIZES, World, curve, error_of, in_a_process, losses, make_world, settings
 from train.__main__ import main
 from train.output.metrics import read_metrics
@@ -96,7 +97,7 @@ def test_a_run_whose_reader_died_goes_on_to_its_end(world: World, tmp_path: Path
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "train", *settings(world, tmp_path / "run", train__max_steps=2)]
-    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=writing, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=writing, timeout=LIMIT, check=False)
     os.close(writing)
     assert done.returncode == 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
