@@ -16,7 +16,8 @@ from torch import Tensor
 
 from models.blocks.experts import Experts
 from models.blocks.linear import LoRA
-from quant.storage import DenseStorage, StorageSpec, new_storage
+from quant.kinds import new_storage
+from quant.storage import DenseStorage, StorageSpec
 from train.loss import linear_cross_entropy
 
 from . import gpu_checks_cut, gpu_checks_models, gpu_checks_sequence

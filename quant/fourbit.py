@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.common.errors import NibbleError
 from quant.storage import Storage, StorageSpec, TensorSpecs
 
 BLOCK = 64  # values that share a scale
@@ -52,6 +53,15 @@ class FourBitStorage(Storage):
     absmax: Tensor
     nested_absmax: Tensor
     nested_offset: Tensor
+
+    @classmethod
+    def check(cls, spec: StorageSpec, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
+        super().check(spec, shape, dtype, name)
+        if shape[-1] % BLOCK:
+            raise NibbleError(
+                f"{name}: {spec.kind} stores blocks of {BLOCK} values, but the rows of shape {list(shape)} have "
+                f"{shape[-1]}\nChoose storage int8 or none."
+            )
 
     @classmethod
     def tensor_specs(cls, spec: StorageSpec, shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpecs:

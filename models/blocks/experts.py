@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks.linear import ExpertWeights, trained
+from quant.kinds import new_storage
 from quant.products import (
     Groups,
     grouped_linear,
@@ -34,7 +35,7 @@ from quant.products import (
     product_dtype,
     row_padding,
 )
-from quant.storage import StorageSpec, new_storage
+from quant.storage import StorageSpec
 
 # Experts whose weights are dense at a time on an accelerator: 16 of GLM-4.7-Flash are 288 MiB in bfloat16, enough
 # to keep a grouped product busy. On CPU one expert fits the caches best.

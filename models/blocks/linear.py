@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.kinds import new_storage
 from quant.products import product_dtype
-from quant.storage import Storage, StorageSpec, new_storage
+from quant.storage import Storage, StorageSpec
 
 
 class LoRA(nn.Module):

@@ -22,7 +22,8 @@ from models.checkpoint.keymap import Key, KeyMap
 from models.checkpoint.layout import TEXT, WRAPPED, Layout
 from quant.common.errors import NibbleError
 from quant.common.words import gib, some
-from quant.storage import StorageSpec, all_finite, quantise, storage_tensors
+from quant.kinds import quantise, storage_tensors
+from quant.storage import StorageSpec, all_finite
 
 _READABLE = ("BF16", "F16", "F32", "F64")
 # Missing or unused keys named one by one; a checkpoint of another model has tens of thousands.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quant.fourbit import FourBitStorage, _cpu_kernel, import_bitsandbytes
-from quant.storage import Storage, StorageSpec, new_storage, quantise, storage_tensors
+from quant.kinds import new_storage, quantise, storage_tensors
+from quant.storage import Storage, StorageSpec
 
 KINDS = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -18,7 +18,8 @@ from models.adapters.targets import GROUP_WORDS, module_name
 from models.blocks.linear import LoRA
 from models.checkpoint.keymap import Key
 from models.decoder import CausalLM
-from quant.storage import Storage, storage_tensors
+from quant.kinds import storage_tensors
+from quant.storage import Storage
 
 
 @dataclass(frozen=True)
