@@ -17,6 +17,7 @@ from models.attention.rope import RopeConfig
 from models.blocks.balance import Balance
 from models.blocks.documents import Documents
 from models.blocks.linear import Linear
+from quant.products import without_autocast
 from quant.storage import DenseStorage, StorageSpec
 
 # run(layer, *inputs): the output of a layer, or of a part of one, perhaps to be computed again for its gradients.
@@ -117,6 +118,7 @@ class CausalLM(nn.Module):
     def vocabulary(self) -> int:
         return self.lm_head.out_features
 
+    @without_autocast
     def hidden(self, tokens: Tensor, documents: Documents) -> Tensor:
         """tokens int64 [N] of packed documents: the hidden states [N, H] after the final norm."""
         if self.balance is not None:

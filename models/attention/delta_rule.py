@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.blocks.documents import Documents
+from quant.products import without_autocast
 
 log = logging.getLogger("nibble")
 
@@ -151,6 +152,7 @@ def chunked_gated_delta_rule(
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, blocking: Blocking, *tensors: Tensor) -> Tensor:
         inputs = _Inputs(tensors, blocking)
         out = torch.empty_like(inputs.value)
@@ -171,6 +173,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, kept = ctx.saved_tensors
         inputs = _Inputs(tensors, ctx.blocking)

@@ -34,6 +34,7 @@ from quant.products import (
     grouped_linear_weight,
     product_dtype,
     row_padding,
+    without_autocast,
 )
 from quant.storage import StorageSpec
 
@@ -216,6 +217,7 @@ class _Remember(torch.autograd.Function):
         return x.new_empty(()).expand(x.shape)  # stands for the output, so that its gradient comes back here
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weights, slots, ends = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -225,6 +227,7 @@ class _Remember(torch.autograd.Function):
 
 class _Compute(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, remembered: Tensor, run: Callable[[], Tensor]) -> Tensor:
         return run()
 

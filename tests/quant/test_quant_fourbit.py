@@ -135,8 +135,8 @@ def test_the_compiled_functions_are_those_that_are_called_by_address(bnb, kind, 
     suffix = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     name, found = f"cdequantize_blockwise_cpu_{kind}_{suffix}", import_bitsandbytes().__version__
     changed = (
-        f"bitsandbytes {found}: {name} (or cdequantize_blockwise_cpu_fp32) is gone or works otherwise. Compare _dequantise "
-        "and _decode_scales in quant/fourbit.py with the calls in bitsandbytes/backends/cpu/ops.py."
+        f"bitsandbytes {found}: {name} (or cdequantize_blockwise_cpu_fp32) is gone or works otherwise. Compare "
+        "_dequantise and _decode_scales in quant/fourbit.py with the calls in bitsandbytes/backends/cpu/ops.py."
     )
     for symbol in (name, "cdequantize_blockwise_cpu_fp32"):
         kernel = _cpu_kernel(symbol)
