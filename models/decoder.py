@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from models.attention.rope import RopeConfig
 from models.blocks.balance import Balance
 from models.blocks.documents import Documents
 from models.blocks.linear import Linear
+from quant.common.errors import FLOAT16, NibbleError
 from quant.products import without_autocast
 from quant.storage import DenseStorage, StorageSpec
 
@@ -83,7 +84,8 @@ class CausalLM(nn.Module):
     """A decoder with a head, over documents packed into a flat batch.
 
     config: the architecture's parsed configuration. model_type: as in config.json. spec, dtype: how the frozen
-    matrices are stored, and the dtype of everything else and of activations.
+    matrices are stored, and the dtype of everything else and of activations, which follows a cast (`to`, `float` …).
+    NibbleError for float16.
     activation_checkpointing: in training, keep only every layer's input and compute the layer again for its gradients.
     balance: what watches how evenly the experts are chosen (models/blocks/balance.py); None: nothing does.
     """
@@ -100,7 +102,8 @@ class CausalLM(nn.Module):
         device: torch.device | str,
     ) -> None:
         super().__init__()
-        self.config, self.model_type, self.spec, self.dtype = config, model_type, spec, dtype
+        _refuse_float16(dtype)
+        self.config, self.model_type, self.spec = config, model_type, spec
         self.activation_checkpointing = False
         self.balance: Balance | None = None
         self.model = decoder
@@ -109,6 +112,14 @@ class CausalLM(nn.Module):
         self.lm_head = Head(hidden, vocabulary, spec=dense, dtype=dtype, device=device, name="lm_head")
         if tied:
             self.lm_head.weight.value = decoder.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        _refuse_float16(fn(torch.empty(0, dtype=self.dtype)).dtype)  # before anything is cast
+        return super()._apply(fn, recurse)
 
     @property
     def head(self) -> Head:
@@ -141,3 +152,8 @@ class CausalLM(nn.Module):
         """Around a layer's computation and its recomputation, which must not count the experts' choices again."""
         again = self.balance.paused() if self.balance is not None else contextlib.nullcontext()
         return contextlib.nullcontext(), again
+
+
+def _refuse_float16(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        raise NibbleError(f"{FLOAT16}.")

@@ -183,7 +183,7 @@ class Storage(nn.Module):
         """The tensor that `dense` fills: `out`, checked because it is written through a raw pointer, or a new one."""
         shape = self._picked_shape(which)
         if out is None:
-            dtype = self._dtype if dtype is None else dtype
+            dtype = self.dtype if dtype is None else dtype
             if dtype not in self.dtypes:
                 raise ValueError(f"{self.name}: can't give {dtype}")
             return torch.empty(shape, dtype=dtype, device=device)
