@@ -130,8 +130,8 @@ class HubCheckpoint:
         same = recorded == sampled_fingerprint(self.path, self.config_bytes, self._tensors())
         if same:
             log.warning(
-                "%s: taken for the same by samples of its data, all that an earlier version of nibble recorded; a small "
-                "change goes unseen. %s",
+                "%s: taken for the same by samples of its data, all that an earlier version of nibble recorded; a "
+                "small change goes unseen. %s",
                 self.path,
                 renew,
             )
