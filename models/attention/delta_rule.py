@@ -21,15 +21,9 @@ Shapes: N tokens, hk key heads of width dk, hv value heads of width dv, C tokens
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import logging
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -37,12 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.attention.fla import uses_fla
 from models.blocks.documents import Documents
 from quant.products import without_autocast
 
-log = logging.getLogger("nibble")
-
-FLA_NEEDED = (0, 5)  # flash-linear-attention, major and minor version
 NORM_EPS = 1e-6  # under the root when keys and queries are scaled to unit length
 
 
@@ -65,31 +57,6 @@ def gated_delta_rule(
         out: Tensor = chunk_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True, cu_seqlens=documents.offsets)[0]
         return out[0]
     return chunked_gated_delta_rule(query, key, value, decay, beta, documents)
-
-
-def uses_fla(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether values of this dtype on this device go through flash-linear-attention."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and find_spec("fla") is not None and _fla_is_right()
-
-
-@functools.cache
-def _fla_is_right() -> bool:
-    """Whether the flash-linear-attention that is installed computes the right values; says so, once, if it doesn't."""
-    found = "of unknown version"
-    for distribution in ("flash-linear-attention", "fla-core"):  # old versions have no fla-core, which has the kernels
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found = metadata.version(distribution)
-    numbers = re.match(r"(\d+)\.(\d+)", found)
-    if numbers is not None and tuple(map(int, numbers.groups())) >= FLA_NEEDED:
-        return True
-    log.warning(
-        "flash-linear-attention %s isn't used: before %d.%d.0 it computes wrong values where value heads outnumber key "
-        "heads. The gated delta rule runs in torch, slower. To mend it: pip install -U fla-core",
-        found,
-        *FLA_NEEDED,
-    )
-    return False
 
 
 def stepwise_gated_delta_rule(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.delta_rule import check_equal_results, report
-from models.attention import delta_rule
+from models.attention import delta_rule, fla
 from models.attention.delta_rule import Blocking, chunked_gated_delta_rule, gated_delta_rule, stepwise_gated_delta_rule
 from models.blocks.documents import Documents
 from models.registry import architecture_for
@@ -323,14 +323,14 @@ def test_an_old_flash_linear_attention_is_not_used(
         about = f"Metadata-Version: 2.1\nName: {distribution.replace('_', '-')}\nVersion: {version}\n"
         (tmp_path / f"{distribution}-{version}.dist-info" / "METADATA").write_text(about)
     monkeypatch.syspath_prepend(tmp_path)
-    delta_rule._fla_is_right.cache_clear()
+    fla._fla_is_right.cache_clear()
     try:
         for _ in range(2):
-            assert delta_rule.uses_fla(torch.device("cuda"), torch.bfloat16) == right
-        assert not delta_rule.uses_fla(torch.device("cpu"), torch.bfloat16)
-        assert not delta_rule.uses_fla(torch.device("cuda"), torch.float32)
+            assert fla.uses_fla(torch.device("cuda"), torch.bfloat16) == right
+        assert not fla.uses_fla(torch.device("cpu"), torch.bfloat16)
+        assert not fla.uses_fla(torch.device("cuda"), torch.float32)
     finally:
-        delta_rule._fla_is_right.cache_clear()
+        fla._fla_is_right.cache_clear()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (not right)
     assert right or f"flash-linear-attention {version} isn't used: before 0.5.0 it" in said[0]
