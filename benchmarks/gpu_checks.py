@@ -21,7 +21,8 @@ from models.blocks.factory import Factory
 from models.blocks.linear import LoRA
 from parallel.device import choose_device
 from quant.fourbit import BLOCK
-from quant.storage import DenseStorage, StorageSpec, new_storage
+from quant.kinds import new_storage
+from quant.storage import DenseStorage, StorageSpec
 from train.loss import linear_cross_entropy
 
 SPECS = (

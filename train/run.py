@@ -98,9 +98,10 @@ def _run(
     world.wait()
     source = open_folder(config.model.path)
     check_model(config, source, device, sizes)
-    base = {"name": source.name, "fingerprint": content_fingerprint(source)}
-    require_same_model(base["fingerprint"], config)
-    require_same_base(checkpoint, base, config)
+    # The first process of a machine reads all weights for this, unless they were hashed before.
+    fingerprint = content_fingerprint(source) if world.local_rank == 0 else ""
+    base = {"name": source.name, "fingerprint": require_same_model(fingerprint, config)}
+    require_same_base(checkpoint, base, config, source)
 
     torch.manual_seed(config.train.seed)
     started = datetime.fromisoformat(checkpoint.state["started"]) if checkpoint else datetime.now()

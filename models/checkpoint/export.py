@@ -193,7 +193,7 @@ def _origin(source: Path, manifest: Manifest | None) -> HubCheckpoint | None:
     if folder is not None:
         with contextlib.suppress(NibbleError):
             checkpoint = HubCheckpoint(folder)
-            if checkpoint.fingerprint() == manifest.fingerprint:
+            if checkpoint.has_fingerprint(manifest.fingerprint, f"To be sure, convert {source} again with --force."):
                 return checkpoint
     missed = [name for name in manifest.carried if name != HEAD]
     if missed:

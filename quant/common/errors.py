@@ -1,6 +1,8 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and a sentence that several places say."""
 
 from __future__ import annotations
+
+FLOAT16 = "float16 needs loss scaling, which is not supported; use bfloat16 or float32"
 
 
 class NibbleError(Exception):

@@ -6,11 +6,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from quant.common.errors import FLOAT16
 from train.config.schema import Schema, got, keys, nearest, required_keys, sections, suggest_key, wanted
 from train.config.yaml_text import Document, KeyPath, Place, Problem, dotted
 
 _HINTS: dict[tuple[KeyPath, Any], str] = {
-    (("model", "dtype"), "float16"): "float16 needs loss scaling, which is not supported; use bfloat16 or float32",
+    (("model", "dtype"), "float16"): FLOAT16,
 }
 
 

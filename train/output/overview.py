@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from models.adapters.targets import layer_of
-from models.attention.delta_rule import uses_fla
+from models.attention.fla import uses_fla
 from models.checkpoint.native import describe
 from models.decoder import CausalLM
 from parallel.device import device_name

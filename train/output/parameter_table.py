@@ -18,7 +18,8 @@ from models.blocks.linear import LoRA
 from models.checkpoint.keymap import Key, key_map_of
 from models.decoder import CausalLM
 from models.groups import GROUP_WORDS
-from quant.storage import Storage, storage_tensors
+from quant.kinds import storage_tensors
+from quant.storage import Storage
 
 
 @dataclass(frozen=True)

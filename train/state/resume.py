@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from models.checkpoint.fingerprint import is_sampled
+from models.checkpoint.hub import HubCheckpoint
+from models.load import ModelFolder
 from parallel.shards import Shards
 from parallel.texts import gather_texts
 from parallel.world import ALONE, World
@@ -75,25 +78,40 @@ def require_same_config(config: Config, device: torch.device) -> None:
             )
 
 
-def require_same_model(fingerprint: str, config: Config) -> None:
-    """Raises NibbleError where a machine has another model under the same name than the others."""
+def require_same_model(fingerprint: str, config: Config) -> str:
+    """Rank 0's fingerprint of the base model. fingerprint: this process's, "" for all but the first of each machine.
+
+    Raises NibbleError where a machine has another model under the same name than the others.
+    """
     found = gather_texts(fingerprint)
-    others = [str(rank) for rank, text in enumerate(found) if text != found[0]]
+    others = [str(rank) for rank, text in enumerate(found) if text not in ("", found[0])]
     if others:
         raise NibbleError(
             f"model.path: {config.model.path} is another model for rank {', '.join(others)} than for rank 0: its "
             "config.json or weights differ.\nCopy the same folder to every machine, or use one that all of them see."
         )
+    return found[0]
 
 
-def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], config: Config) -> None:
+def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], config: Config, source: ModelFolder) -> None:
     """Raises NibbleError when the checkpoint was trained on another base model, wherever that lay.
 
-    base: name and fingerprint (train.model.content_fingerprint) of this run's.
+    base: name and fingerprint (train.model.content_fingerprint) of this run's, which is in `source`.
     """
     if checkpoint is None or checkpoint.state["base"]["fingerprint"] == base["fingerprint"]:
         return
-    was = checkpoint.state["base"]["name"]
+    fingerprint, was = checkpoint.state["base"]["fingerprint"], checkpoint.state["base"]["name"]
+    if is_sampled(fingerprint) != is_sampled(base["fingerprint"]):  # one of them is of an earlier version of nibble
+        if source.manifest is None:
+            renew = "Checkpoints from now on hold a fingerprint of all its data."
+            if HubCheckpoint(source.path).has_fingerprint(fingerprint, renew):
+                return
+        else:
+            raise NibbleError(
+                f"whether {config.model.path} is the model that {checkpoint.path} was trained on ({was}) can't be\n"
+                "told: one of them was made by an earlier version of nibble, with another kind of fingerprint.\n"
+                f"Set model.path to the hub's folder ({source.manifest.source})."
+            )
     was = "what was there then" if was == base["name"] else was
     raise NibbleError(
         f"model.path: {config.model.path} is not the model that {checkpoint.path} was trained on ({was}):\n"
