@@ -15,6 +15,7 @@ from models.attention.indexer import Part, selected_attention
 from models.attention.short_conv import short_convolution
 from models.blocks.documents import Documents
 from models.blocks.experts import Experts, combine
+from models.blocks.factory import Factory
 from models.blocks.linear import Linear, LoRA
 from models.blocks.norm import RMSNorm
 from models.load import load_model
@@ -47,19 +48,19 @@ def adapted(owner: Linear | Experts, dtype: torch.dtype) -> list[Tensor]:
 
 
 def linear(kind: str, dtype: torch.dtype) -> Case:
-    layer = Linear(HIDDEN, 32, spec=StorageSpec(kind), dtype=dtype, device="cpu", name="layer")  # type: ignore[arg-type]
+    layer = Linear(HIDDEN, 32, Factory(StorageSpec(kind), dtype, "cpu", "layer"))  # type: ignore[arg-type]
     return lambda x, *_: layer(x), [random(TOKENS, HIDDEN, dtype=dtype), *adapted(layer, dtype)]
 
 
 def experts(kind: str, dtype: torch.dtype) -> Case:
-    block = Experts(4, HIDDEN, 128, spec=StorageSpec(kind), dtype=dtype, device="cpu", name="experts")  # type: ignore[arg-type]
+    block = Experts(4, HIDDEN, 128, Factory(StorageSpec(kind), dtype, "cpu", "experts"))  # type: ignore[arg-type]
     chosen = torch.arange(2 * TOKENS).view(TOKENS, 2) % 4
     inputs = [random(TOKENS, HIDDEN, dtype=dtype), random(TOKENS, 2, seed=3).softmax(-1)]
     return lambda x, weights, *_: block(x, chosen, weights), [*inputs, *adapted(block, dtype)]
 
 
 def norm(kind: str, dtype: torch.dtype) -> Case:
-    layer = RMSNorm(HIDDEN, 1e-6, dtype=torch.float32, device="cpu")
+    layer = RMSNorm(HIDDEN, 1e-6, Factory(StorageSpec(), torch.float32, "cpu"))
     return lambda x, *_: layer(x), [random(TOKENS, HIDDEN, dtype=dtype), layer.weight]
 
 
