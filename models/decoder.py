@@ -18,8 +18,8 @@ from models.attention.rope import RopeConfig
 from models.blocks.balance import Balance
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
-from models.groups import Group
 from quant.common.errors import FLOAT16, NibbleError
 from quant.products import without_autocast
 from quant.storage import DenseStorage

@@ -105,7 +105,7 @@ def _run(
 
     torch.manual_seed(config.train.seed)
     started = datetime.fromisoformat(checkpoint.state["started"]) if checkpoint else datetime.now()
-    data = load_data(config, source.path, folder.skipped_rows, report, now=started, world=world)
+    data = load_data(config, source.path, folder.skipped_rows, report.note, now=started, world=world)
     total_steps = config.train.max_steps or config.train.epochs * data.train.steps_per_epoch
     restore_data(checkpoint, data, total_steps)
     if world.first:

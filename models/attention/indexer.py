@@ -22,9 +22,9 @@ from models.attention.causal import causal_attention
 from models.attention.rope import rotate
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
-from models.groups import Group
 from quant.products import product_dtype, without_autocast
 
 # Scores that exist at a time, over all heads: 128 MiB in float32, whatever the length of a document.

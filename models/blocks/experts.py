@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import ExpertWeights, trained
-from models.groups import Group
 from quant.kinds import new_storage
 from quant.products import (
     Groups,

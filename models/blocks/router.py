@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
-from models.groups import Group
 
 # Takes the chosen experts int64 [N, K] and all scores float32 [N, E], differentiable.
 Observer = Callable[[Tensor, Tensor], None]

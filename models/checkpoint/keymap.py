@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from models.blocks.groups import Group
 from models.blocks.linear import ExpertWeights, LoRA
 from models.checkpoint.layout import Layout, respell
 from models.decoder import CausalLM
-from models.groups import Group
 from quant.kinds import storage_tensors
 from quant.storage import Storage, StorageSpec
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from models.groups import TARGET_GROUPS
+from models.blocks.groups import TARGET_GROUPS
 from train.config.schema import nearest
-from train.config.sections import FOUR_BIT, AdapterConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from train.data.rows import OPTIONAL, REQUIRED
+from train.config.sections import (
+    FOUR_BIT,
+    OPTIONAL,
+    REQUIRED,
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 
 Found = Iterator[tuple[tuple[str, ...], str]]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, WithJsonSchema, model_validator
 
-from models.groups import TARGET_GROUPS
+from models.blocks.groups import TARGET_GROUPS
 
 FOUR_BIT = ("nf4", "fp4")
 
@@ -27,6 +27,16 @@ Tuple = Strict(False)
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+Format = Literal["messages", "prompt_completion", "text"]
+
+# Names that `data.fields` can map, per format; the first ones must be there in a row.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {"messages": ("tools", "role", "content")}
 
 
 class Section(BaseModel):
@@ -104,7 +114,7 @@ class DataConfig(Section):
         description="Share of the training rows that is held out for evaluation; null: none. Left out beside data.eval "
         "it is null.",
     )
-    format: Literal["messages", "prompt_completion", "text"] = Field(
+    format: Format = Field(
         default="messages",
         description="What a row holds: messages (a chat: list of {role, content}; loss on the assistant's turns), "
         "prompt_completion (two texts; loss on the completion), text (loss on everything).",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from models.adapters.targets import module_name
+from models.blocks.groups import GROUP_WORDS
 from models.blocks.linear import LoRA
 from models.checkpoint.keymap import Key, key_map_of
 from models.decoder import CausalLM
-from models.groups import GROUP_WORDS
 from quant.kinds import storage_tensors
 from quant.storage import Storage
 

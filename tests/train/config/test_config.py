@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from quant.common.errors import NibbleError
 from train.config.load import Config, check_files, config_schema, dump_config, load_config, parse_config
 from train.config.schema import help_text, keys, required_keys
-from train.config.sections import OutputConfig
-from train.data.rows import OPTIONAL, REQUIRED
+from train.config.sections import OPTIONAL, REQUIRED, OutputConfig
 from train.optim import NAMES
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
