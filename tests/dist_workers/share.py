@@ -52,7 +52,9 @@ def configured(model: str, rows: str, out: Path, *overrides: str) -> Config:
 def read(config: Config, folder: Path, world: World = ALONE) -> Data:
     folder.mkdir(exist_ok=True)
     with Report(folder / "log") as report:
-        return load_data(config, Path(config.model.path), folder / "skipped.jsonl", report, datetime(2025, 1, 1), world)
+        return load_data(
+            config, Path(config.model.path), folder / "skipped.jsonl", report.note, datetime(2025, 1, 1), world
+        )
 
 
 def described(data: Data, steps: int) -> dict[str, Any]:

@@ -126,7 +126,9 @@ def held_out_mean(model: Any, arguments: list[str]) -> float:
     config = load_config(arguments[1])
     folder = Path(config.output.dir)
     with Report(folder / "other.log") as report:
-        data = load_data(config, Path(config.model.path), folder / "skipped.jsonl", report, now=datetime(2025, 1, 1))
+        data = load_data(
+            config, Path(config.model.path), folder / "skipped.jsonl", report.note, now=datetime(2025, 1, 1)
+        )
     assert data.held_out is not None
     total, count = 0.0, 0
     with torch.no_grad():

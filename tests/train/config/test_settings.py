@@ -81,7 +81,7 @@ def configured(folder: Path, out: Path, *overrides: str) -> Config:
 def data_of(config: Config, out: Path) -> Data:
     out.mkdir(exist_ok=True)
     with Report(out / "log") as report:
-        return load_data(config, Path(config.model.path), out / "skipped.jsonl", report, datetime(2025, 1, 1))
+        return load_data(config, Path(config.model.path), out / "skipped.jsonl", report.note, datetime(2025, 1, 1))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
