@@ -23,7 +23,6 @@ from quant.common.errors import NibbleError
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _START = timedelta(minutes=10)  # machines don't start at the same time
 _POLL = 0.02  # seconds
-_NEWS = 60.0  # seconds between two lines about a long wait
 # Before and after the training a process may be busy for long: with a download, its rows, its part of a checkpoint.
 NO_LIMIT = timedelta(days=365)
 _GLOO = ("gloo/", "pair closure")  # in the messages of its errors, which are plain RuntimeErrors
@@ -56,17 +55,19 @@ class World:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
-    def wait(self, note: Callable[[str], None] = lambda text: None, busy_with: str = "") -> None:
-        """Until every process is here, with news of a long wait for `note`: the others are `busy_with` something."""
+    def wait(
+        self, note: Callable[[str], None] = lambda text: None, busy_with: str = "come here", news_after: float = 60.0
+    ) -> None:
+        """Until every process is here. Every `news_after` seconds `note` hears that others are `busy_with` something."""
         if self.size == 1:
             return
         arrived = dist.all_reduce(torch.zeros(1), async_op=True)
         started = told = time.monotonic()
         while not arrived.is_completed():
             time.sleep(_POLL)
-            if time.monotonic() - told > _NEWS:
+            if time.monotonic() - told > news_after:
                 told = time.monotonic()
-                note(f"waiting for other processes to {busy_with or 'come here'} ({(told - started) / 60:.0f} min)")
+                note(f"waiting for other processes to {busy_with} ({(told - started) / 60:.0f} min)")
         arrived.wait()
 
 

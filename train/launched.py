@@ -2,7 +2,7 @@
 
 When one has failed torchrun ends the others, and reports the first failure with its rank. What a process meets when
 another one has gone is a consequence, and an error in a config is met by all: neither is worth a second message. So a
-process that may not be the first to fail gives torchrun some seconds to end it.
+process gives torchrun some seconds to end it where its error may not be the first.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ def run_launched(world: World, body: Callable[[], int], describe: Describe) -> i
 
 
 def _say(world: World, error: BaseException, text: str) -> None:
-    """Print it, unless this process is ended before its turn: after rank 0, and after the first one of a machine."""
-    lost = isinstance(error, ProcessLostError)
+    """Print it: at once as the first process of a machine, otherwise where torchrun doesn't end this one before."""
     if isinstance(error, KeyboardInterrupt) and not world.first:
         return
-    at_once = world.first or (lost and world.local_rank == 0)
-    if at_once:
+    if not world.first:
+        text = f"rank {world.rank} on {platform.node()}: {text}"
+    if world.local_rank == 0:
         say(text, sys.stderr)
-    if world.first and not lost:
-        return
-    time.sleep(_GRACE if world.local_rank == 0 else 2 * _GRACE)
-    if not at_once:
-        say(f"rank {world.rank} on {platform.node()}: {text}", sys.stderr)
+        if not isinstance(error, ProcessLostError):
+            return
+    time.sleep(_GRACE)
+    if world.local_rank > 0:
+        say(text, sys.stderr)
 
 
 class _ErrorFile(ErrorHandler):

@@ -114,7 +114,7 @@ def explained_errors(folder: Path) -> Iterator[None]:
     except RuntimeError as error:
         if not lost_contact(error):
             raise
-        reason = str(error).strip().partition("\n")[0].rpartition("] ")[2]
+        reason = str(error).partition("\n")[0].partition("] ")[2].partition(". ")[0] or str(error)
         raise ProcessLostError(
             f"another process doesn't answer any more: {reason}\n"
             "It has ended, failed with an error of its own, hangs, or takes longer than parallel.lost_after.\n"
