@@ -136,7 +136,7 @@ def collectives_within(seconds: float, groups: Iterable[dist.ProcessGroup] = ())
     """While this is open a collective of all processes, or of `groups`, fails when one is waited for any longer."""
     everyone = [group for group in (dist.group.WORLD, *groups) if group is not None]
     for group in everyone:
-        group.set_timeout(timedelta(seconds=seconds))
+        group.set_timeout(min(timedelta(seconds=min(seconds, 1e9)), NO_LIMIT))
     yield
     for group in everyone:
         group.set_timeout(NO_LIMIT)
