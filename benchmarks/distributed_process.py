@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.adapters.lora import key_map_of
+from models.checkpoint.keymap import key_map_of
 from models.checkpoint.tensorfile import MAPPED_BYTES
 from models.decoder import CausalLM
 from models.load import open_folder

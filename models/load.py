@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoint.hub import HubCheckpoint, hub_id_of, read_config, resolve_model
-from models.checkpoint.keymap import KeyMap
+from models.checkpoint.keymap import KeyMap, key_map_of
 from models.checkpoint.native import (
     MANIFEST,
     Manifest,
@@ -110,8 +110,8 @@ def prepare_model(
     where = str(folder.path / "config.json")
     architecture = architecture_for(folder.config, where)
     config = architecture.parse_config(folder.config, where)
-    keys = architecture.key_map(config)
     model = architecture.build(config, spec, dtype, "meta")
+    keys = key_map_of(model)
     if folder.manifest is not None:
         return model, _converted(folder.path, spec, dtype).bind(keys.keys)
     checkpoint = HubCheckpoint(folder.path)
@@ -119,13 +119,11 @@ def prepare_model(
     if copy is not None:
         log.info("%s: using the converted copy %s", folder.path, copy.path)
         return model, copy.bind(keys.keys)
-    return model, _hub_reader(checkpoint, keys, spec, dtype, device)
+    return model, _hub_reader(checkpoint, keys, device)
 
 
-def _hub_reader(
-    checkpoint: HubCheckpoint, keys: KeyMap, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str
-) -> HubReader:
-    reader = HubReader(checkpoint, keys, spec, dtype, device)
+def _hub_reader(checkpoint: HubCheckpoint, keys: KeyMap, device: torch.device | str) -> HubReader:
+    reader = HubReader(checkpoint, keys, device)
     if reader.carried:
         log.info("%s: %s: %s", checkpoint.path, LEFT_OUT, reader.left_out())
     return reader

@@ -21,12 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from models.adapters.lora import Put, adapted, attach_lora, copy_whole, key_map_of
+from models.adapters.lora import Put, adapted, attach_lora, copy_whole
 from models.adapters.peft_config import CONFIG, WEIGHTS, config_targets, describe, peft_config, read_config
 from models.adapters.targets import AdapterSpec, Target, module_name, resolve
 from models.blocks.linear import LoRA
-from models.checkpoint.keymap import Key
-from models.checkpoint.spelling import Spelling, respelled, spellings
+from models.checkpoint.keymap import Key, KeyMap, key_map_of
+from models.checkpoint.layout import Layout, Spelling, spellings
 from models.checkpoint.tensorfile import DTYPES, TensorInfo, TensorWriter, read_header
 from models.decoder import CausalLM
 from quant.common.errors import NibbleError
@@ -48,6 +48,10 @@ def as_it_is(parameter: Tensor) -> Tensor:
 
 
 # --- names
+
+
+def _respelled(key_map: KeyMap, to: Spelling) -> KeyMap:
+    return key_map.laid_out(Layout(wrapped=to == "vision-language", fused=True))
 
 
 def _tensor_names(keys: Sequence[Key]) -> dict[str, str]:
@@ -96,7 +100,7 @@ def save_adapter(
     """
     key_map = key_map_of(model)
     if names != "checkpoint":
-        key_map = respelled(key_map, names)
+        key_map = _respelled(key_map, names)
     found = adapted(model, key_map)
     if not found:
         raise NibbleError("this model has no adapter to save; add_lora or load_adapter gives it one.")
@@ -164,7 +168,7 @@ def load_adapter(
     header = read_header(directory / WEIGHTS)
     spelt = spellings(header)
     if len(spelt) == 1:
-        key_map = respelled(key_map, *spelt)
+        key_map = _respelled(key_map, *spelt)
     targets = config_targets(config, key_map, where, model.model_type)
     _check_tensors(targets, header, config, where)
     rslora = bool(config.get("use_rslora"))
@@ -186,7 +190,7 @@ def read_adapter_weights(model: CausalLM, directory: str | Path, put: Put = copy
 
     path, key_map = Path(directory) / WEIGHTS, key_map_of(model)
     spelt = spellings(read_header(path))
-    found = adapted(model, respelled(key_map, *spelt) if len(spelt) == 1 else key_map)
+    found = adapted(model, _respelled(key_map, *spelt) if len(spelt) == 1 else key_map)
     prefixes = _tensor_names([key for key, _ in found])
     with safe_open(path, framework="pt") as file:
         for key, lora in found:

@@ -14,15 +14,9 @@ from torch import Tensor, nn
 
 from models.adapters.targets import AdapterSpec, Target, adaptable, module_name, resolve
 from models.blocks.linear import ExpertWeights, Linear, LoRA
-from models.checkpoint.keymap import Key, KeyMap
+from models.checkpoint.keymap import Key, KeyMap, key_map_of
 from models.decoder import CausalLM
-from models.registry import ARCHITECTURES
 from quant.common.errors import NibbleError
-
-
-def key_map_of(model: CausalLM) -> KeyMap:
-    return ARCHITECTURES[model.model_type].key_map(model.config)
-
 
 # Puts a whole tensor into a parameter of the model. Where the model lies in parts, it keeps the part that is here.
 Put = Callable[[Tensor, Tensor], None]

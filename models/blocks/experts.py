@@ -19,13 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks.factory import Factory
 from models.blocks.linear import ExpertWeights, trained
+from models.groups import Group
 from quant.products import (
     Groups,
     grouped_linear,
@@ -34,7 +36,7 @@ from quant.products import (
     product_dtype,
     row_padding,
 )
-from quant.storage import StorageSpec, new_storage
+from quant.storage import new_storage
 
 # Experts whose weights are dense at a time on an accelerator: 16 of GLM-4.7-Flash are 288 MiB in bfloat16, enough
 # to keep a grouped product busy. On CPU one expert fits the caches best.
@@ -120,27 +122,17 @@ class Experts(nn.Module):
     exchange: how tokens reach the others; None: all are here.
     """
 
-    def __init__(
-        self,
-        experts: int,
-        hidden: int,
-        width: int,
-        *,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        name: str,
-    ) -> None:
+    group: ClassVar[Group] = "experts"
+
+    def __init__(self, experts: int, hidden: int, width: int, factory: Factory) -> None:
         super().__init__()
         self.experts = experts
         self.owned = range(experts)
         self.exchange: Exchange | None = None
 
-        def weights(shape: tuple[int, int, int], part: str) -> ExpertWeights:
-            return ExpertWeights(shape, spec=spec, dtype=dtype, device=device, name=f"{name}.{part}")
-
-        self.gate_up_proj = weights((experts, 2 * width, hidden), "gate_up_proj")
-        self.down_proj = weights((experts, hidden, width), "down_proj")
+        shape = (experts, 2 * width, hidden)
+        self.gate_up_proj = ExpertWeights(shape, ("gate_proj", "up_proj"), factory.at("gate_up_proj"))
+        self.down_proj = ExpertWeights((experts, hidden, width), ("down_proj",), factory.at("down_proj"))
         self.experts_at_a_time: int | None = None  # None: what suits the device
 
     def own(self, owned: range) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.blocks.factory import Factory
 from quant.products import product_dtype
-from quant.storage import Storage, StorageSpec, new_storage
+from quant.storage import Storage
 
 
 class LoRA(nn.Module):
@@ -59,17 +60,14 @@ class Linear(nn.Module):
         self,
         in_features: int,
         out_features: int,
+        factory: Factory,
         *,
         bias: bool = False,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        name: str,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight: Storage = new_storage(spec, (out_features, in_features), dtype, device, f"{name}.weight")
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.weight: Storage = factory.storage(out_features, in_features)
+        self.bias = factory.full(0.0, out_features) if bias else None
         self.lora = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,21 +77,18 @@ class Linear(nn.Module):
 
 
 class ExpertWeights(nn.Module):
-    """The weights of one projection of all experts, a stack [E, out, in], and their LoRA. Computes nothing itself."""
+    """The weights of one projection of all experts, a stack [E, out, in], and their LoRA. Computes nothing itself.
+
+    shape: with all experts of the layer, however many are here. parts: what lies one above the other in each matrix, by
+    the hub's names.
+    """
 
     lora: LoRA | None
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        *,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        name: str,
-    ) -> None:
+    def __init__(self, shape: tuple[int, int, int], parts: tuple[str, ...], factory: Factory) -> None:
         super().__init__()
-        self.weight: Storage = new_storage(spec, shape, dtype, device, f"{name}.weight")
+        self.shape, self.parts = shape, parts
+        self.weight: Storage = factory.storage(*shape)
         self.lora = None
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from models.checkpoint.hub import SIDE_FILES, HubCheckpoint, resolve_model
-from models.checkpoint.keymap import Key
+from models.checkpoint.keymap import Key, key_map_of
 from models.checkpoint.native import (
     MANIFEST,
     FileRecord,
@@ -29,7 +29,7 @@ from models.checkpoint.native import (
     is_converted,
     sha256_file,
 )
-from models.checkpoint.stream import HubReader, native_tensors
+from models.checkpoint.stream import HubReader
 from models.checkpoint.tensorfile import TensorWriter, tensor_bytes
 from models.registry import architecture_for
 from quant.common.errors import NibbleError
@@ -88,8 +88,8 @@ def convert(
     with HubCheckpoint(folder) as checkpoint:
         where = str(folder / "config.json")
         architecture = architecture_for(checkpoint.config, where)
-        key_map = architecture.key_map(architecture.parse_config(checkpoint.config, where))
-        reader = HubReader(checkpoint, key_map, spec, dtype, device)
+        model = architecture.build(architecture.parse_config(checkpoint.config, where), spec, dtype, "meta")
+        reader = HubReader(checkpoint, key_map_of(model), device)
         files = group_by_file(reader.keys)
         _refuse_overlap(folder, target)
         with _locked(target):
@@ -105,7 +105,7 @@ def convert(
             )
             manifest = _prepare(target, manifest, force)
             kept = len(files.keys() & manifest.files.keys())
-            _check_space(target, [key for name in files if name not in manifest.files for key in files[name]], manifest)
+            _check_space(target, [key for name in files if name not in manifest.files for key in files[name]])
             try:
                 _write_files(reader, files, target, manifest, progress)
                 _copy_side_files(folder, target, manifest)
@@ -149,11 +149,7 @@ def _write_files(
             progress(done, total, name)
             continue
         progress(done, total, name)
-        tensors = {
-            tensor: entry
-            for key in keys
-            for tensor, entry in native_tensors(key, manifest.spec, manifest.dtype).items()
-        }
+        tensors = {tensor: entry for key in keys for tensor, entry in key.tensors().items()}
         writer = TensorWriter(target / name, tensors)
         try:
             for key in keys:
@@ -242,10 +238,8 @@ def _refuse_overlap(folder: Path, target: Path) -> None:
         raise NibbleError(f"source and destination are the same folder: {folder}. Name another destination.")
 
 
-def _check_space(target: Path, keys: list[Key], manifest: Manifest) -> None:
-    needed = sum(
-        tensor_bytes(*entry) for key in keys for entry in native_tensors(key, manifest.spec, manifest.dtype).values()
-    )
+def _check_space(target: Path, keys: list[Key]) -> None:
+    needed = sum(tensor_bytes(*entry) for key in keys for entry in key.tensors().values())
     free = shutil.disk_usage(target).free
     if needed > free:
         raise NibbleError(

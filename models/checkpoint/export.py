@@ -18,13 +18,11 @@ from models.adapters.files import Whole, as_it_is
 from models.adapters.lora import adapted
 from models.blocks.configjson import text_section
 from models.checkpoint.hub import CONFIG, INDEX, SIDE_FILES, SINGLE, HubCheckpoint, local_folder, read_config
-from models.checkpoint.keymap import Key, KeyMap
-from models.checkpoint.layout import Layout
+from models.checkpoint.keymap import HEAD, Key, KeyMap, key_map_of
 from models.checkpoint.native import Manifest, dtype_name, is_converted
-from models.checkpoint.stream import HEAD, sum_up
+from models.checkpoint.stream import layout_of, sum_up
 from models.checkpoint.tensorfile import DTYPES, TensorWriter, tensor_bytes
 from models.decoder import CausalLM
-from models.registry import ARCHITECTURES
 from quant.common.errors import NibbleError
 from quant.common.files import write_atomically
 from quant.storage import DenseStorage, Storage
@@ -97,7 +95,7 @@ def export_hub(
     try:
         manifest = Manifest.load(source) if is_converted(source) else None
         with _origin(source, manifest) or contextlib.nullcontext() as origin:
-            key_map = _layout(ARCHITECTURES[model.model_type].key_map(model.config), origin, manifest)
+            key_map = _layout(key_map_of(model), origin, manifest)
             items = list(_items(model, key_map, origin, whole))
             if origin is not None:
                 items += _carried(key_map, origin)
@@ -117,7 +115,7 @@ def _take_part(model: CausalLM, source: Path, whole: Whole) -> None:
     """What a process does while another one writes: give its parts, in the order in which they are written."""
     manifest = Manifest.load(source) if is_converted(source) else None
     with _origin(source, manifest) or contextlib.nullcontext() as origin:
-        key_map = _layout(ARCHITECTURES[model.model_type].key_map(model.config), origin, manifest)
+        key_map = _layout(key_map_of(model), origin, manifest)
         for item in list(_items(model, key_map, origin, whole)):
             item.read()
 
@@ -175,7 +173,7 @@ def _written(key: Key, value: _Once, dtype: torch.dtype, origin: HubCheckpoint |
 
 
 def _value(model: CausalLM, key: Key) -> Tensor:
-    if not key.is_storage:
+    if key.spec is None:
         owner, _, name = key.native.rpartition(".")
         value = getattr(model.get_submodule(owner), name)
     else:
@@ -211,8 +209,8 @@ def _origin(source: Path, manifest: Manifest | None) -> HubCheckpoint | None:
 def _layout(key_map: KeyMap, origin: HubCheckpoint | None, manifest: Manifest | None) -> KeyMap:
     """The key map with the hub's keys as the source has them; where that isn't known, as the architecture says."""
     if origin is not None:
-        return Layout.of(key_map, origin).apply(key_map)
-    return manifest.layout.apply(key_map) if manifest is not None and manifest.layout is not None else key_map
+        return key_map.laid_out(layout_of(key_map, origin))
+    return key_map.laid_out(manifest.layout) if manifest is not None and manifest.layout is not None else key_map
 
 
 def _carried(key_map: KeyMap, checkpoint: HubCheckpoint) -> Iterator[_Item]:

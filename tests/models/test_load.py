@@ -15,6 +15,7 @@ from torch import Tensor
 from models import load_model
 from models.checkpoint.conversion import convert
 from models.checkpoint.hub import HubCheckpoint
+from models.checkpoint.keymap import key_map_of
 from models.checkpoint.native import NativeCheckpoint
 from models.checkpoint.stream import HubReader, Piece, Reader
 from models.load import ModelFolder, allocate, fill, open_folder
@@ -233,7 +234,7 @@ def empty(hub: Path, spec: StorageSpec) -> tuple[Any, HubReader]:
     architecture = architecture_for(checkpoint.config, "config.json")
     config = architecture.parse_config(checkpoint.config, "config.json")
     model = architecture.build(config, spec, torch.float32, "meta")
-    return model, HubReader(checkpoint, architecture.key_map(config), spec, torch.float32)
+    return model, HubReader(checkpoint, key_map_of(model))
 
 
 def test_allocate_leaves_nothing_on_the_meta_device(hub: Path) -> None:

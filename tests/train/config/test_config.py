@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from models.checkpoint.keymap import TARGET_GROUPS
+from models.groups import TARGET_GROUPS
 from quant.common.errors import NibbleError
 from train.config.rules import GROUPS
 from train.config.schema import help_text, keys, required_keys
