@@ -58,7 +58,7 @@ class World:
     def wait(
         self, note: Callable[[str], None] = lambda text: None, busy_with: str = "come here", news_after: float = 60.0
     ) -> None:
-        """Until every process is here. Every `news_after` seconds `note` hears that others are `busy_with` something."""
+        """Until every process is here. Every `news_after` seconds `note` hears what the others are `busy_with`."""
         if self.size == 1:
             return
         arrived = dist.all_reduce(torch.zeros(1), async_op=True)
