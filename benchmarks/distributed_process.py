@@ -26,7 +26,6 @@ from models.load import open_folder
 from parallel.device import peak_memory_bytes, reset_peak_memory
 from parallel.mesh import Meshes, MeshSizes, make_meshes, mesh_sizes
 from parallel.shards import Shards, local_tensor
-from parallel.store import launch_store
 from parallel.world import World, launched_world, process_group
 from quant.fourbit import import_bitsandbytes
 from train.config.load import Config
@@ -132,7 +131,7 @@ def main(job: Job, result: Path) -> None:
     torch.set_num_threads(job.threads)
     import_bitsandbytes()
     world = launched_world()
-    with process_group(world, CPU, launch_store(world)):
+    with process_group(world, CPU):
         meshes = make_meshes(mesh_sizes(world, expert=job.expert), CPU) if world.size > 1 else None
         found: dict[str, Any] = {}
         if job.kind != "train":

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.gpu_checks_models import LENGTHS, NF4, TINY, gradients, tiny_model
@@ -39,7 +38,7 @@ def cut_model(model_type: str, name: str, offload: bool, exchanged: bool, device
 
     reference = tiny_model(model_type, NF4, torch.float32, CPU)
     expected = sum(_loss(reference, CPU, seed) for seed in (60, 61))
-    with process_group(World(), device, dist.HashStore()):
+    with process_group(World(), device):
         architecture = ARCHITECTURES[model_type]
         config = architecture.parse_config(TINY[model_type], "config.json")
         model = architecture.build(config, NF4, torch.float32, "meta")

@@ -11,3 +11,5 @@ class NibbleError(Exception):
     The message is one to three lines: what is wrong, where, and what to do about it. Commands print it
     as `error: …` on standard error and exit with code 2; no traceback is shown.
     """
+
+    exit_code = 2

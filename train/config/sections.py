@@ -274,9 +274,9 @@ class ParallelConfig(Section):
         "layer by layer. Slower; for a model that is larger than the memory of the GPUs, with one process too.",
     )
     lost_after: Annotated[float, Field(gt=0)] = Field(
-        default=30.0,
-        description="Seconds after which a process that gave no sign of life is taken for dead; the others then end "
-        "with a message that names it.",
+        default=20.0,
+        description="Seconds that a process waits in a training step or an evaluation for another one before it takes "
+        "it for lost and ends with an error. Raise it where processes differ that much in speed.",
     )
 
 

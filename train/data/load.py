@@ -59,6 +59,7 @@ def load_data(
         skipped_path.unlink(missing_ok=True)
         if skipped:
             write_skipped_rows(skipped_path, skipped)
+    world.wait(note, "read the rows")
     shared = share_arrays(world, arrays)
     number = len(fields(Examples))
     examples, *others = (Examples(*shared[start : start + number]) for start in range(0, len(shared), number))
