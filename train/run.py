@@ -102,7 +102,6 @@ def _run(
     require_same_model(base["fingerprint"], config)
     require_same_base(checkpoint, base, config)
 
-    torch.manual_seed(config.train.seed)
     started = datetime.fromisoformat(checkpoint.state["started"]) if checkpoint else datetime.now()
     data = load_data(config, source.path, folder.skipped_rows, report, now=started, world=world)
     total_steps = config.train.max_steps or config.train.epochs * data.train.steps_per_epoch
