@@ -98,7 +98,6 @@ def _run(
     base = {"name": source.name, "fingerprint": require_same_model(fingerprint, config)}
     require_same_base(checkpoint, base, config, source)
 
-    torch.manual_seed(config.train.seed)
     started = datetime.fromisoformat(checkpoint.state["started"]) if checkpoint else datetime.now()
     data = load_data(config, source.path, folder.skipped_rows, report.note, now=started, world=world)
     total_steps = config.train.max_steps or config.train.epochs * data.train.steps_per_epoch

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -30,6 +32,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 # --- the main job
+
+
+def test_a_run_draws_from_no_global_generator(world: World, tmp_path: Path) -> None:
+    """So that their states need no place in a checkpoint: what is random has generators of its own, with seeds."""
+
+    def states() -> list[Any]:
+        _, numbers, *rest = np.random.get_state()
+        return [random.getstate(), np.asarray(numbers).tolist(), rest, torch.get_rng_state().tolist()]
+
+    changes = {"train__save_every": 1, "train__schedule": "constant", "train__warmup_ratio": 0.0}
+    # The first run imports: rich draws the first of its ids then.
+    assert main(settings(world, tmp_path / "first", **changes, train__max_steps=1)) == 0
+    before = states()
+    for steps in (2, 3):
+        assert main(settings(world, tmp_path / "run", **changes, train__max_steps=steps)) == 0
+    assert states() == before
 
 
 def test_qlora_from_checkpoint_to_adapter(

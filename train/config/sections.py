@@ -205,7 +205,14 @@ class TrainConfig(Section):
         description="Steps between two evaluations; null: only before the first step and after the last one.",
     )
     save_every: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Steps between two checkpoints; null: only at the end, or when interrupted."
+        default=None,
+        description="Steps between two checkpoints; null: by the clock alone (save_minutes), at the end and when "
+        "interrupted.",
+    )
+    save_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=10.0,
+        description="Minutes after the last checkpoint at which the next one is written, at the end of a step; null: "
+        "never by the clock.",
     )
     save_async: bool = Field(
         default=False,

@@ -20,6 +20,7 @@ _FREE_ON_RESUME = (
     "train.log_every",
     "train.eval_every",
     "train.save_every",
+    "train.save_minutes",
     "train.save_async",
     "train.keep_checkpoints",
     "train.resume",

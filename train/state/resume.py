@@ -17,19 +17,21 @@ from parallel.shards import Shards
 from parallel.texts import gather_texts
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
+from quant.common.words import counted
 from train.config.load import Config
 from train.data.load import Data
 from train.loop import Progress
 from train.model import trained_tensors
 from train.output.report import Report
 from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
+from train.state.checkpoint_folder import folders
 from train.state.fingerprint import flat_config, resume_fingerprint, run_identity
 from train.state.run_folder import RunFolder
 
 
 def find_checkpoint(config: Config, folder: RunFolder, report: Report, world: World = ALONE) -> Checkpoint | None:
     """The checkpoint that `train.resume` says to go on from. Raises NibbleError rather than overwrite another run's."""
-    wanted, here = config.train.resume, sorted(folder.checkpoints.glob("step-*"))
+    wanted, here = config.train.resume, folders(folder.checkpoints)
     if wanted == "auto":
         checkpoint = latest_checkpoint(folder.checkpoints, report.note, world)
     else:
@@ -37,7 +39,7 @@ def find_checkpoint(config: Config, folder: RunFolder, report: Report, world: Wo
         foreign = checkpoint is None or checkpoint.path.resolve().parent != folder.checkpoints.resolve()
         if here and foreign:
             raise NibbleError(
-                f"train.resume: {wanted}, but {folder.checkpoints} holds checkpoints (the newest: {here[-1].name}).\n"
+                f"train.resume: {wanted}, but {folder.checkpoints} holds checkpoints (the newest: {here[0].name}).\n"
                 f"Name another output.dir, or delete them first (rm -r {folder.checkpoints}); "
                 "train.resume: auto goes on from them."
             )
@@ -152,10 +154,14 @@ def restore(
     if checkpoint is None:
         return Progress()
     checkpoint.load_tensors(trained_tensors(shards).items(), shards.parts)
-    checkpoint.load_optimizer(optimizer, shards.parts)
-    checkpoint.restore_rng()
+    anew = checkpoint.load_optimizer(optimizer, shards.parts)
     elsewhere = checkpoint.path.parent.parent / folder.metrics.name
     if world.first and not folder.metrics.exists() and elsewhere.exists():
         shutil.copyfile(elsewhere, folder.metrics)  # the checkpoint of another folder brings its history with it
     report.note(f"resuming from {checkpoint.path}, after step {checkpoint.step} of {total_steps}")
+    if anew:
+        report.note(
+            f"the 8-bit optimiser state of {counted(len(anew), 'tensor')} starts anew: here it is cut into other parts "
+            "than in the checkpoint, and blocks of 8-bit values can't be cut again"
+        )
     return Progress(**checkpoint.state["progress"])

@@ -25,6 +25,7 @@ from parallel.texts import gather_texts
 from parallel.world import ProcessLostError, World, lost_contact
 from quant.common.errors import NibbleError
 from quant.common.files import disk_error, write_atomically
+from train.state.checkpoint_folder import folders
 
 
 class RunFolder:
@@ -88,10 +89,10 @@ def require_shared(folder: Path, world: World) -> None:
 
 
 def last_checkpoint(folder: RunFolder) -> str:
-    found = sorted(folder.checkpoints.glob("step-*"))
+    found = folders(folder.checkpoints)
     if not found:
-        return "No checkpoint was written yet (train.save_every)."
-    return f"The last checkpoint is {found[-1]}."
+        return "No checkpoint was written yet (train.save_minutes, train.save_every)."
+    return f"The last checkpoint is {found[0]}."
 
 
 @contextlib.contextmanager

@@ -61,6 +61,7 @@ FREE = {
     "train.log_every": "7",
     "train.eval_every": "7",
     "train.save_every": "7",
+    "train.save_minutes": "7",
     "train.save_async": "true",
     "train.keep_checkpoints": "7",
     "train.resume": "never",

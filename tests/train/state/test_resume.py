@@ -25,7 +25,7 @@ from tests.helpers import save_tiny_glm
 from tests.processes import LIMIT
 from tests.run_helpers import ROOT, SIZES, World, curve, error_of, in_a_process, losses, make_world, settings
 from train.__main__ import main
-from train.config.sections import load_config
+from train.config.load import load_config
 from train.model import content_fingerprint
 from train.output.metrics import read_metrics
 from train.state.checkpoint import Checkpoint
