@@ -7,22 +7,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.decoder import CausalLM
 
 STAMP = "benchmark.json"  # written last: a folder without it is unfinished
 
 
 def parameters_of(config: dict[str, Any]) -> int:
     """The model's parameters; GLM's routers' correction biases are buffers."""
-    from models.registry import architecture_for
+    from models.checkpoint.conversion import count_parameters
+    from models.checkpoint.keymap import key_map_of
 
-    architecture = architecture_for(config, "config.json")
-    keys = architecture.key_map(architecture.parse_config(config, "config.json")).keys
-    return sum(math.prod(key.shape) for key in keys if key.counted)
+    return count_parameters(key_map_of(_empty(config, "config.json")).keys)
+
+
+def _empty(config: dict[str, Any], where: str) -> CausalLM:
+    """The model without values."""
+    import torch
+
+    from models.registry import architecture_for
+    from quant.storage import StorageSpec
+
+    architecture = architecture_for(config, where)
+    return architecture.build(architecture.parse_config(config, where), StorageSpec("none"), torch.bfloat16, "meta")
 
 
 def ensure_checkpoint(config: dict[str, Any], root: Path) -> Path:
@@ -45,16 +57,13 @@ def write(folder: Path, seed: int = 0) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from models.registry import architecture_for
-    from quant.storage import StorageSpec
+    from models.checkpoint.keymap import key_map_of
     from train.demo.checkpoint import initial_value
 
-    architecture = architecture_for(config, str(folder))
-    parsed = architecture.parse_config(config, str(folder))
-    model = architecture.build(parsed, StorageSpec("none"), torch.bfloat16, "meta")
+    model = _empty(config, str(folder))
     spread, generator = config["initializer_range"], torch.Generator().manual_seed(seed)
     tensors = {}
-    for key in architecture.key_map(parsed).keys:
+    for key in key_map_of(model).keys:
         value = initial_value(model, key, spread, generator)
         if key.native.endswith("e_score_correction_bias"):
             tensors[key.hub] = torch.randn(key.shape, generator=generator).mul_(0.1 * spread)

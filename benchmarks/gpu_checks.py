@@ -17,10 +17,12 @@ from torch import Tensor
 from benchmarks import gpu_checks_cut, gpu_checks_models, gpu_checks_optim, gpu_checks_sequence
 from benchmarks.gpu_compare import CPU, DTYPES, Check, Group, compare, random, short
 from models.blocks.experts import Experts
+from models.blocks.factory import Factory
 from models.blocks.linear import LoRA
 from parallel.device import choose_device
 from quant.fourbit import BLOCK
-from quant.storage import DenseStorage, StorageSpec, new_storage
+from quant.kinds import new_storage
+from quant.storage import DenseStorage, StorageSpec
 from train.loss import linear_cross_entropy
 
 SPECS = (
@@ -131,7 +133,7 @@ def _meanings(kind: str, packed: Tensor) -> Tensor:
 def experts(device: torch.device) -> Iterator[Check]:
     count, hidden, width, tokens, chosen = 24, 128, 64, 80, 3
     for spec in (SPECS[0], SPECS[4], SPECS[5]):
-        reference = Experts(count, hidden, width, spec=spec, dtype=torch.float32, device=CPU, name="experts")
+        reference = Experts(count, hidden, width, Factory(spec, torch.float32, CPU, "experts"))
         _fill_block(reference, spec)
         x, upstream = random((tokens, hidden), 3), random((tokens, hidden), 4)
         scores = random((tokens, count), 5)
@@ -140,7 +142,7 @@ def experts(device: torch.device) -> Iterator[Check]:
         weights = picked.values.softmax(-1)
         expected = _run_block(reference, x, picked.indices, weights, upstream)
         for dtype, tolerance in DTYPES:
-            block = Experts(count, hidden, width, spec=spec, dtype=dtype, device=CPU, name="experts")
+            block = Experts(count, hidden, width, Factory(spec, dtype, CPU, "experts"))
             _fill_block(block, spec)
             block.to(device)
             actual = _run_block(

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.gpu_checks_models import LENGTHS, NF4, TINY, gradients, tiny_model
@@ -15,6 +14,7 @@ from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec, adaptable, groups_of
 from models.blocks.documents import Documents
 from models.blocks.experts import Experts
+from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
 from models.registry import ARCHITECTURES
 from parallel.world import World, process_group
@@ -38,12 +38,12 @@ def cut_model(model_type: str, name: str, offload: bool, exchanged: bool, device
 
     reference = tiny_model(model_type, NF4, torch.float32, CPU)
     expected = sum(_loss(reference, CPU, seed) for seed in (60, 61))
-    with process_group(World(), device, dist.HashStore()):
+    with process_group(World(), device):
         architecture = ARCHITECTURES[model_type]
         config = architecture.parse_config(TINY[model_type], "config.json")
         model = architecture.build(config, NF4, torch.float32, "meta")
         model.requires_grad_(False)
-        add_lora(model, AdapterSpec(tuple(groups_of(adaptable(architecture.key_map(config)))), rank=8, alpha=16))
+        add_lora(model, AdapterSpec(tuple(groups_of(adaptable(key_map_of(model)))), rank=8, alpha=16))
         meshes = make_meshes(MeshSizes(), device)
         if exchanged:
             for module in model.modules():

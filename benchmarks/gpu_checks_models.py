@@ -17,7 +17,7 @@ from models.blocks.balance import AuxiliaryLoss, Balance, BiasUpdate
 from models.blocks.documents import Documents
 from models.blocks.norm import ZeroCentredRMSNorm
 from models.blocks.router import Router, SigmoidRouter
-from models.checkpoint.keymap import Key
+from models.checkpoint.keymap import Key, key_map_of
 from models.decoder import CausalLM
 from models.registry import ARCHITECTURES
 from quant.storage import DenseStorage, Storage, StorageSpec
@@ -122,7 +122,7 @@ def tiny_model(
     config = architecture.parse_config(TINY[model_type] | changes, "config.json")
     model = architecture.build(config, spec, dtype, CPU)
     model.requires_grad_(False)
-    keys = architecture.key_map(config)
+    keys = key_map_of(model)
     for number, key in enumerate(keys.keys):
         owner, _, leaf = key.native.rpartition(".")
         target, value = getattr(model.get_submodule(owner), leaf), _value(model, key, 100 + number)

@@ -28,7 +28,8 @@ from models.attention.delta_rule import chunked_gated_delta_rule, gated_delta_ru
 from models.attention.indexer import Indexer, IndexerConfig, parts_by_length, selected_attention
 from models.attention.short_conv import short_convolution
 from models.blocks.documents import Documents
-from quant.storage import Storage
+from models.blocks.factory import Factory
+from quant.storage import Storage, StorageSpec
 
 LENGTHS = (37, 5, 86)
 LONG = (300, 7, 40)  # the first one takes several blocks of queries or of the window
@@ -157,7 +158,7 @@ def indexer(device: torch.device) -> Iterator[Check]:
     """
     topk, hidden, rank, rope, tokens = 24, 128, 64, 32, sum(LONG)
     config = IndexerConfig(hidden=hidden, query_rank=rank, heads=16, dim=64, rope_dim=rope, topk=topk)
-    reference = Indexer(config, dtype=torch.float32, device=CPU, name="indexer")
+    reference = Indexer(config, Factory(StorageSpec("none"), torch.float32, CPU, "indexer"))
     for number, module in enumerate(reference.modules()):
         if isinstance(module, Storage):
             module.load_dense(random(module.shape, 70 + number).mul_(module.shape[-1] ** -0.5))

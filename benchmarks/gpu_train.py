@@ -22,6 +22,7 @@ from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
 from models.blocks.documents import Documents
 from models.blocks.router import Router
+from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
 from models.load import allocate
 from models.registry import ARCHITECTURES
@@ -45,7 +46,7 @@ def build_random(case: Case, device: torch.device) -> CausalLM:
     generator = torch.Generator(device).manual_seed(0)
     on_host = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for key in architecture.key_map(config).keys:
+        for key in key_map_of(model).keys:
             owner, _, leaf = key.native.rpartition(".")
             target = getattr(model.get_submodule(owner), leaf)
             if isinstance(target, Storage):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quant.common.errors import NibbleError
 
 if TYPE_CHECKING:
-    from models.checkpoint.spelling import Spelling
+    from models.checkpoint.layout import Spelling
 
 _DESCRIPTION = """\
 Rename what an adapter's files name, for the other of the two classes that have the same text model:
@@ -66,7 +66,7 @@ def rename_adapter(source: Path, destination: Path, to: Spelling) -> int:
     from safetensors import safe_open
 
     from models.adapters.peft_config import CONFIG, WEIGHTS, read_config
-    from models.checkpoint.spelling import respell
+    from models.checkpoint.layout import respell
     from models.checkpoint.tensorfile import DTYPES, TensorWriter, read_header
     from quant.common.files import disk_error, write_atomically
 
@@ -99,7 +99,7 @@ def rename_adapter(source: Path, destination: Path, to: Spelling) -> int:
 
 
 def _check_names(source: Path, names: list[str], to: Spelling) -> None:
-    from models.checkpoint.spelling import spelling_of, spellings
+    from models.checkpoint.layout import spelling_of, spellings
 
     if not names:
         raise NibbleError(f"{source} has no tensors.")
@@ -118,7 +118,7 @@ def _check_names(source: Path, names: list[str], to: Spelling) -> None:
 
 
 def _renamed_config(config: dict[str, Any], to: Spelling) -> dict[str, Any]:
-    from models.checkpoint.spelling import respell
+    from models.checkpoint.layout import respell
 
     renamed = dict(config)
     for field in _NAME_LISTS:

@@ -10,29 +10,31 @@ width 256 of which 8 are chosen, one shared expert; 6.1 billion parameters, 1 bi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from models.attention.gqa import (
-    GroupedQueryAttention,
-    GroupedQueryAttentionConfig,
-    grouped_query_attention_keys,
-    kv_heads,
-)
+from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope
 from models.blocks.configjson import choices, flag, integer, number, refuse_dropout, refuse_unknown_activation
 from models.blocks.documents import Documents
+from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
 from models.blocks.moe import SharedExpertsMoE
 from models.blocks.norm import RMSNorm
 from models.blocks.router import RoutingRule
-from models.checkpoint.keymap import KeyMap, KeyMapBuilder
-from models.decoder import CausalLM, Decoder, Run
+from models.decoder import CausalLM, Decoder, HubForm, Run
 from quant.common.errors import NibbleError
-from quant.storage import StorageSpec
+
+HUB = HubForm(
+    renamed={
+        "mlp.gate.weight": "mlp.router.gate.weight",
+        "mlp.gate.e_score_correction_bias": "mlp.expert_bias",
+    },
+    counted_buffers=("mlp.gate.e_score_correction_bias",),
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class AfmoeConfig:
     experts: int
     shared_experts: int
     routing: RoutingRule
-    embedding_scale: float
+    embedding_scale: float  # √H under maximal update parametrisation (mup_enabled), else 1
     eps: float
     tied: bool
     attention: GroupedQueryAttentionConfig
@@ -125,42 +127,26 @@ def _refuse_other_routing(config: dict[str, Any], where: str) -> None:
 class DecoderLayer(nn.Module):
     """Norms before and behind the attention, and before and behind the feed-forward half, all kept in float32."""
 
-    def __init__(
-        self, config: AfmoeConfig, index: int, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, config: AfmoeConfig, index: int, factory: Factory) -> None:
         super().__init__()
-        c, name = config, f"model.layers.{index}"
+        c = config
 
         def norm(size: int) -> RMSNorm:
-            return RMSNorm(size, c.eps, dtype=torch.float32, device=device)
+            return RMSNorm(size, c.eps, factory.float32)
 
         self.sliding = c.sliding[index]
         self.input_layernorm = norm(c.hidden)
         self.self_attn = GroupedQueryAttention(
-            c.attention,
-            norm=norm,
-            window=c.window if self.sliding else None,
-            spec=spec,
-            dtype=dtype,
-            device=device,
-            name=f"{name}.self_attn",
+            c.attention, factory.at("self_attn"), norm=norm, window=c.window if self.sliding else None
         )
         self.post_attention_layernorm = norm(c.hidden)
         self.pre_mlp_layernorm = norm(c.hidden)
         self.mlp: SwiGLU | SharedExpertsMoE
         if index < c.dense_layers:
-            self.mlp = SwiGLU(c.hidden, c.dense_width, spec=spec, dtype=dtype, device=device, name=f"{name}.mlp")
+            self.mlp = SwiGLU(c.hidden, c.dense_width, "dense_mlp", factory.at("mlp"))
         else:
             self.mlp = SharedExpertsMoE(
-                c.experts,
-                c.hidden,
-                c.expert_width,
-                c.shared_width,
-                c.routing,
-                spec=spec,
-                dtype=dtype,
-                device=device,
-                name=f"{name}.mlp",
+                c.experts, c.hidden, c.expert_width, c.shared_width, c.routing, factory.at("mlp")
             )
         self.post_mlp_layernorm = norm(c.hidden)
 
@@ -178,9 +164,11 @@ class DecoderLayer(nn.Module):
 
 
 class AfmoeDecoder(Decoder):
-    """embedding_scale: √H under maximal update parametrisation (mup_enabled), else 1."""
+    """Scales embeddings, and lets a layer say which part of it may be computed again."""
 
-    embedding_scale: float = 1.0
+    def __init__(self, config: AfmoeConfig, layers: Sequence[nn.Module], norm: nn.Module, factory: Factory) -> None:
+        super().__init__(config, layers, norm, factory)
+        self.embedding_scale = config.embedding_scale
 
     def forward(self, tokens: Tensor, documents: Documents, run: Run) -> Tensor:
         tables = self.rope.tables(documents.positions)
@@ -190,44 +178,9 @@ class AfmoeDecoder(Decoder):
         return self.norm(x)
 
 
-def build(config: AfmoeConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
-    """The model with empty tensors; `device` may be "meta"."""
+def build(config: AfmoeConfig, factory: Factory) -> CausalLM:
+    """The model with empty tensors."""
     c = config
-    layers = [DecoderLayer(c, index, spec=spec, dtype=dtype, device=device) for index in range(c.layers)]
-    norm = RMSNorm(c.hidden, c.eps, dtype=torch.float32, device=device)
-    decoder = AfmoeDecoder(c.vocabulary, c.hidden, layers, norm, c.rope, dtype=dtype, device=device)
-    decoder.embedding_scale = c.embedding_scale
-    return CausalLM(c, decoder, model_type="afmoe", tied=c.tied, spec=spec, dtype=dtype, device=device)
-
-
-def key_map(config: AfmoeConfig) -> KeyMap:
-    c, keys = config, KeyMapBuilder()
-
-    def norm(name: str) -> None:
-        keys.plain(f"{name}.weight", "norm", (c.hidden,), float32=True)
-
-    keys.plain("model.embed_tokens.weight", "embedding", (c.vocabulary, c.hidden))
-    for index in range(c.layers):
-        layer = f"model.layers.{index}"
-        norm(f"{layer}.input_layernorm")
-        grouped_query_attention_keys(keys, f"{layer}.self_attn", c.attention, float32_norms=True)
-        norm(f"{layer}.post_attention_layernorm")
-        norm(f"{layer}.pre_mlp_layernorm")
-        if index < c.dense_layers:
-            keys.swiglu(f"{layer}.mlp", "dense_mlp", c.hidden, c.dense_width)
-        else:
-            router = f"{layer}.mlp.gate"
-            keys.matrix(router, "router", (c.experts, c.hidden), stored="float32", hub=f"{layer}.mlp.router.gate")
-            keys.plain(
-                f"{router}.e_score_correction_bias",
-                "router",
-                (c.experts,),
-                float32=True,
-                hub=f"{layer}.mlp.expert_bias",
-            )
-            keys.swiglu(f"{layer}.mlp.shared_experts", "shared_experts", c.hidden, c.shared_width)
-            keys.experts(f"{layer}.mlp.experts", c.experts, c.hidden, c.expert_width)
-        norm(f"{layer}.post_mlp_layernorm")
-    norm("model.norm")
-    keys.head("lm_head", (c.vocabulary, c.hidden), tied=c.tied)
-    return keys.build()
+    layers = [DecoderLayer(c, index, factory.at(f"model.layers.{index}")) for index in range(c.layers)]
+    decoder = AfmoeDecoder(c, layers, RMSNorm(c.hidden, c.eps, factory.float32), factory)
+    return CausalLM(c, decoder, factory, model_type="afmoe", hub=HUB)

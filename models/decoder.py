@@ -6,8 +6,9 @@ Shapes: N tokens of a flat batch, B batch, T sequence, H hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,59 @@ from torch.utils.checkpoint import checkpoint
 from models.attention.rope import RopeConfig
 from models.blocks.balance import Balance
 from models.blocks.documents import Documents
+from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
-from quant.storage import DenseStorage, StorageSpec
+from quant.common.errors import FLOAT16, NibbleError
+from quant.products import without_autocast
+from quant.storage import DenseStorage
 
 # run(layer, *inputs): the output of a layer, or of a part of one, perhaps to be computed again for its gradients.
 Run = Callable[..., Any]
 
 
+class DecoderConfig(Protocol):
+    """What the frame reads of an architecture's config. tied: the head is the embedding."""
+
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def rope(self) -> RopeConfig: ...
+
+
+@dataclass(frozen=True)
+class HubForm:
+    """What an architecture's checkpoints on the hub have that its modules don't tell. Names follow the modules' else.
+
+    renamed: the end of a native name, and what the hub has in its place.
+    carried: patterns (full match) of keys that nothing here computes with (prediction layers, vision towers).
+    counted_buffers: ends of the names of buffers that are parameters in transformers.
+    vision_language: the model is the text model of one, under `model.language_model`, and experts are fused stacks.
+    """
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
+    counted_buffers: tuple[str, ...] = ()
+    vision_language: bool = False
+
+
+def prediction_layers(layers: int, extra: int) -> tuple[str, ...]:
+    """Patterns for the keys of `extra` layers for multi-token prediction behind `layers`."""
+    return tuple(rf"model\.layers\.{layers + index}\..*" for index in range(extra))
+
+
 class Embedding(nn.Module):
     """Rows of `weight` [V, H], in its dtype, for tokens int64 [N]."""
 
-    def __init__(self, vocabulary: int, hidden: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    group: ClassVar[Group] = "embedding"
+
+    def __init__(self, vocabulary: int, hidden: int, factory: Factory) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocabulary, hidden, dtype=dtype, device=device))
+        self.weight = factory.empty(vocabulary, hidden)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return nn.functional.embedding(tokens, self.weight)
@@ -37,22 +78,12 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """`model.*` of a hub checkpoint: everything but the head. norm: the final one."""
 
-    def __init__(
-        self,
-        vocabulary: int,
-        hidden: int,
-        layers: Sequence[nn.Module],
-        norm: nn.Module,
-        rope: RopeConfig,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, config: DecoderConfig, layers: Sequence[nn.Module], norm: nn.Module, factory: Factory) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(vocabulary, hidden, dtype=dtype, device=device)
+        self.embed_tokens = Embedding(config.vocabulary, config.hidden, factory)
         self.layers = nn.ModuleList(layers)
         self.norm = norm
-        self.rope = rope
+        self.rope = config.rope
 
     def forward(self, tokens: Tensor, documents: Documents, run: Run) -> Tensor:
         """tokens int64 [N] of packed documents: the hidden states [N, H] after the final norm.
@@ -69,6 +100,8 @@ class Decoder(nn.Module):
 class Head(Linear):
     """The projection to the vocabulary, a Linear whose weight [V, H] is never quantised."""
 
+    group: ClassVar[Group] = "head"
+
     def reduce(self, hidden: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """function(hidden, weight): for what is computed of the logits without their ever being there all at once.
 
@@ -82,32 +115,38 @@ class CausalLM(nn.Module):
     """A decoder with a head, over documents packed into a flat batch.
 
     config: the architecture's parsed configuration. model_type: as in config.json. spec, dtype: how the frozen
-    matrices are stored, and the dtype of everything else and of activations.
+    matrices are stored, and the dtype of everything else and of activations, which follows a cast (`to`, `float` …).
+    NibbleError for float16. hub: see HubForm.
     activation_checkpointing: in training, keep only every layer's input and compute the layer again for its gradients.
     balance: what watches how evenly the experts are chosen (models/blocks/balance.py); None: nothing does.
     """
 
     def __init__(
         self,
-        config: Any,
+        config: DecoderConfig,
         decoder: Decoder,
+        factory: Factory,
         *,
         model_type: str,
-        tied: bool,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        hub: HubForm | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.model_type, self.spec, self.dtype = config, model_type, spec, dtype
+        _refuse_float16(factory.dtype)
+        self.config, self.model_type, self.spec, self.hub = config, model_type, factory.spec, hub or HubForm()
         self.activation_checkpointing = False
         self.balance: Balance | None = None
         self.model = decoder
-        vocabulary, hidden = decoder.embed_tokens.weight.shape
-        dense = StorageSpec("none")
-        self.lm_head = Head(hidden, vocabulary, spec=dense, dtype=dtype, device=device, name="lm_head")
-        if tied:
+        self.lm_head = Head(config.hidden, config.vocabulary, factory.at("lm_head").dense)
+        if config.tied:
             self.lm_head.weight.value = decoder.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        _refuse_float16(fn(torch.empty(0, dtype=self.dtype)).dtype)  # before anything is cast
+        return super()._apply(fn, recurse)
 
     @property
     def head(self) -> Head:
@@ -117,6 +156,7 @@ class CausalLM(nn.Module):
     def vocabulary(self) -> int:
         return self.lm_head.out_features
 
+    @without_autocast
     def hidden(self, tokens: Tensor, documents: Documents) -> Tensor:
         """tokens int64 [N] of packed documents: the hidden states [N, H] after the final norm."""
         if self.balance is not None:
@@ -139,3 +179,8 @@ class CausalLM(nn.Module):
         """Around a layer's computation and its recomputation, which must not count the experts' choices again."""
         again = self.balance.paused() if self.balance is not None else contextlib.nullcontext()
         return contextlib.nullcontext(), again
+
+
+def _refuse_float16(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        raise NibbleError(f"{FLOAT16}.")

@@ -9,23 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from models.attention.gqa import (
-    GroupedQueryAttention,
-    GroupedQueryAttentionConfig,
-    grouped_query_attention_keys,
-    kv_heads,
-)
+from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
 from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
 from models.blocks.documents import Documents
+from models.blocks.factory import Factory
 from models.blocks.norm import RMSNorm
-from models.checkpoint.keymap import KeyMap, KeyMapBuilder
-from models.decoder import CausalLM, Decoder
-from models.glm_moe import GlmMoEConfig, glm_mlp, glm_mlp_keys
-from quant.storage import StorageSpec
+from models.decoder import CausalLM, Decoder, HubForm, prediction_layers
+from models.glm_moe import GlmMoEConfig, glm_mlp
 
 DEFAULTS = {
     "hidden_size": 4096,
@@ -80,45 +73,27 @@ class Glm4MoeConfig:
 
 
 class DecoderLayer(nn.Module):
-    def __init__(
-        self, config: Glm4MoeConfig, index: int, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, config: Glm4MoeConfig, index: int, factory: Factory) -> None:
         super().__init__()
-        c, name = config, f"model.layers.{index}"
+        c = config
 
         def norm(size: int) -> RMSNorm:
-            return RMSNorm(size, c.eps, dtype=dtype, device=device)
+            return RMSNorm(size, c.eps, factory)
 
         self.input_layernorm = norm(c.hidden)
-        self.self_attn = GroupedQueryAttention(
-            c.attention, norm=norm, spec=spec, dtype=dtype, device=device, name=f"{name}.self_attn"
-        )
+        self.self_attn = GroupedQueryAttention(c.attention, factory.at("self_attn"), norm=norm)
         self.post_attention_layernorm = norm(c.hidden)
-        self.mlp = glm_mlp(c.moe, index, spec=spec, dtype=dtype, device=device, name=f"{name}.mlp")
+        self.mlp = glm_mlp(c.moe, index, factory.at("mlp"))
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), documents, tables)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def build(config: Glm4MoeConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
-    """The model with empty tensors; `device` may be "meta"."""
+def build(config: Glm4MoeConfig, factory: Factory) -> CausalLM:
+    """The model with empty tensors."""
     c = config
-    layers = [DecoderLayer(c, index, spec=spec, dtype=dtype, device=device) for index in range(c.layers)]
-    norm = RMSNorm(c.hidden, c.eps, dtype=dtype, device=device)
-    decoder = Decoder(c.vocabulary, c.hidden, layers, norm, c.rope, dtype=dtype, device=device)
-    return CausalLM(c, decoder, model_type="glm4_moe", tied=c.tied, spec=spec, dtype=dtype, device=device)
-
-
-def key_map(config: Glm4MoeConfig) -> KeyMap:
-    c, keys = config, KeyMapBuilder()
-    keys.plain("model.embed_tokens.weight", "embedding", (c.vocabulary, c.hidden))
-    for index in range(c.layers):
-        layer = f"model.layers.{index}"
-        keys.plain(f"{layer}.input_layernorm.weight", "norm", (c.hidden,))
-        grouped_query_attention_keys(keys, f"{layer}.self_attn", c.attention)
-        keys.plain(f"{layer}.post_attention_layernorm.weight", "norm", (c.hidden,))
-        glm_mlp_keys(keys, f"{layer}.mlp", c.moe, index)
-    keys.plain("model.norm.weight", "norm", (c.hidden,))
-    keys.head("lm_head", (c.vocabulary, c.hidden), tied=c.tied)
-    return keys.build(carried=[rf"model\.layers\.{c.layers + extra}\..*" for extra in range(c.predicting_layers)])
+    layers = [DecoderLayer(c, index, factory.at(f"model.layers.{index}")) for index in range(c.layers)]
+    decoder = Decoder(c, layers, RMSNorm(c.hidden, c.eps, factory), factory)
+    hub = HubForm(carried=prediction_layers(c.layers, c.predicting_layers))
+    return CausalLM(c, decoder, factory, model_type="glm4_moe", hub=hub)

@@ -1,4 +1,4 @@
-"""The feed-forward half of GLM's layers: how config.json describes it, and its keys.
+"""The feed-forward half of GLM's layers, and how config.json describes it.
 
 GLM-4.5 to GLM-5 share it; their attention differs.
 """
@@ -8,15 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from models.blocks.configjson import flag, integer, number
+from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
 from models.blocks.moe import SharedExpertsMoE
 from models.blocks.router import RoutingRule
-from models.checkpoint.keymap import KeyMapBuilder
 from quant.common.errors import NibbleError
-from quant.storage import StorageSpec
 
 
 @dataclass(frozen=True)
@@ -97,23 +94,9 @@ def _check_rule(rule: RoutingRule, experts: int, where: str) -> None:
         )
 
 
-def glm_mlp(
-    config: GlmMoEConfig, layer: int, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str, name: str
-) -> SwiGLU | SharedExpertsMoE:
+def glm_mlp(config: GlmMoEConfig, layer: int, factory: Factory) -> SwiGLU | SharedExpertsMoE:
     """What layer number `layer` has: a dense MLP in the leading layers, experts in the others."""
-    if config.dense[layer]:
-        return SwiGLU(config.hidden, config.dense_width, spec=spec, dtype=dtype, device=device, name=name)
     c = config
-    return SharedExpertsMoE(
-        c.experts, c.hidden, c.expert_width, c.shared_width, c.routing, spec=spec, dtype=dtype, device=device, name=name
-    )
-
-
-def glm_mlp_keys(keys: KeyMapBuilder, name: str, c: GlmMoEConfig, layer: int) -> None:
     if c.dense[layer]:
-        keys.swiglu(name, "dense_mlp", c.hidden, c.dense_width)
-        return
-    keys.matrix(f"{name}.gate", "router", (c.experts, c.hidden), stored="float32")
-    keys.plain(f"{name}.gate.e_score_correction_bias", "router", (c.experts,), float32=True, counted=False)
-    keys.swiglu(f"{name}.shared_experts", "shared_experts", c.hidden, c.shared_width)
-    keys.experts(f"{name}.experts", c.experts, c.hidden, c.expert_width)
+        return SwiGLU(c.hidden, c.dense_width, "dense_mlp", factory)
+    return SharedExpertsMoE(c.experts, c.hidden, c.expert_width, c.shared_width, c.routing, factory)

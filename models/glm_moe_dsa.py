@@ -6,25 +6,22 @@ expert, 2048 selected keys; 744 billion parameters, 40 billion of them active fo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from models.attention.indexer import Indexer, IndexerConfig, Part, indexer_keys, parts_by_length, selected_attention
-from models.attention.mla import LatentAttention, LatentAttentionConfig, latent_attention_keys
+from models.attention.indexer import Indexer, IndexerConfig, Part, parts_by_length, selected_attention
+from models.attention.mla import LatentAttention, LatentAttentionConfig
 from models.attention.rope import RopeConfig, parse_rope
 from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
 from models.blocks.documents import Documents
+from models.blocks.factory import Factory
 from models.blocks.norm import RMSNorm
-from models.checkpoint.keymap import KeyMap, KeyMapBuilder
-from models.decoder import CausalLM, Decoder, Run
-from models.glm_moe import GlmMoEConfig, glm_mlp, glm_mlp_keys
+from models.decoder import CausalLM, Decoder, HubForm, Run, prediction_layers
+from models.glm_moe import GlmMoEConfig, glm_mlp
 from quant.common.errors import NibbleError
-from quant.storage import StorageSpec
 
 DEFAULTS = {
     "hidden_size": 6144,
@@ -135,20 +132,11 @@ def _shared_layers(config: dict[str, Any], layers: int, where: str) -> tuple[boo
 class SelectingAttention(LatentAttention):
     """Latent attention to selected keys; has an indexer unless it shares the selection of a layer before."""
 
-    def __init__(
-        self,
-        config: GlmMoeDsaConfig,
-        index: int,
-        *,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        name: str,
-    ) -> None:
-        super().__init__(config.attention, spec=spec, dtype=dtype, device=device, name=name)
+    def __init__(self, config: GlmMoeDsaConfig, index: int, factory: Factory) -> None:
+        super().__init__(config.attention, factory)
         self.indexer: Indexer | None = None
         if not config.shared[index]:
-            self.indexer = Indexer(config.indexer, dtype=dtype, device=device, name=f"{name}.indexer")
+            self.indexer = Indexer(config.indexer, factory.at("indexer"))
 
     def forward(  # type: ignore[override]
         self, x: Tensor, parts: tuple[Part, ...], tables: tuple[Tensor, Tensor], selected: Tensor | None
@@ -163,21 +151,13 @@ class SelectingAttention(LatentAttention):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(
-        self,
-        config: GlmMoeDsaConfig,
-        index: int,
-        *,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, config: GlmMoeDsaConfig, index: int, factory: Factory) -> None:
         super().__init__()
-        c, name = config, f"model.layers.{index}"
-        self.input_layernorm = RMSNorm(c.hidden, c.eps, dtype=dtype, device=device)
-        self.self_attn = SelectingAttention(c, index, spec=spec, dtype=dtype, device=device, name=f"{name}.self_attn")
-        self.post_attention_layernorm = RMSNorm(c.hidden, c.eps, dtype=dtype, device=device)
-        self.mlp = glm_mlp(c.moe, index, spec=spec, dtype=dtype, device=device, name=f"{name}.mlp")
+        c = config
+        self.input_layernorm = RMSNorm(c.hidden, c.eps, factory)
+        self.self_attn = SelectingAttention(c, index, factory.at("self_attn"))
+        self.post_attention_layernorm = RMSNorm(c.hidden, c.eps, factory)
+        self.mlp = glm_mlp(c.moe, index, factory.at("mlp"))
 
     def forward(
         self, x: Tensor, parts: tuple[Part, ...], tables: tuple[Tensor, Tensor], selected: Tensor | None
@@ -190,21 +170,9 @@ class DecoderLayer(nn.Module):
 class SelectingDecoder(Decoder):
     """Layers hand on their selection of keys. shared: which layers use the one before instead of making one."""
 
-    def __init__(
-        self,
-        vocabulary: int,
-        hidden: int,
-        layers: Sequence[nn.Module],
-        norm: nn.Module,
-        rope: RopeConfig,
-        *,
-        shared: tuple[bool, ...],
-        topk: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__(vocabulary, hidden, layers, norm, rope, dtype=dtype, device=device)
-        self.shared, self.topk = shared, topk
+    def __init__(self, config: GlmMoeDsaConfig, layers: Sequence[nn.Module], norm: nn.Module, factory: Factory) -> None:
+        super().__init__(config, layers, norm, factory)
+        self.shared, self.topk = config.shared, config.indexer.topk
 
     def forward(self, tokens: Tensor, documents: Documents, run: Run) -> Tensor:
         x = self.embed_tokens(tokens)
@@ -217,32 +185,12 @@ class SelectingDecoder(Decoder):
         return self.norm(x)
 
 
-def build(config: GlmMoeDsaConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
-    """The model with empty tensors; `device` may be "meta"."""
+def build(config: GlmMoeDsaConfig, factory: Factory) -> CausalLM:
+    """The model with empty tensors."""
     c = config
-    layers = [DecoderLayer(c, index, spec=spec, dtype=dtype, device=device) for index in range(c.layers)]
-    norm = RMSNorm(c.hidden, c.eps, dtype=dtype, device=device)
-    decoder = SelectingDecoder(
-        c.vocabulary, c.hidden, layers, norm, c.rope, shared=c.shared, topk=c.indexer.topk, dtype=dtype, device=device
-    )
-    return CausalLM(c, decoder, model_type="glm_moe_dsa", tied=c.tied, spec=spec, dtype=dtype, device=device)
-
-
-def key_map(config: GlmMoeDsaConfig) -> KeyMap:
-    c, keys = config, KeyMapBuilder()
-    carried = [rf"model\.layers\.{c.layers + extra}\..*" for extra in range(c.predicting_layers)]
-    keys.plain("model.embed_tokens.weight", "embedding", (c.vocabulary, c.hidden))
-    for index in range(c.layers):
-        layer = f"model.layers.{index}"
-        keys.plain(f"{layer}.input_layernorm.weight", "norm", (c.hidden,))
-        latent_attention_keys(keys, f"{layer}.self_attn", c.attention)
-        if c.shared[index]:
-            # Sharing is set in config.json alone, so a checkpoint may still hold the indexer that is not used.
-            carried.append(re.escape(f"{layer}.self_attn.indexer.") + ".*")
-        else:
-            indexer_keys(keys, f"{layer}.self_attn.indexer", c.indexer)
-        keys.plain(f"{layer}.post_attention_layernorm.weight", "norm", (c.hidden,))
-        glm_mlp_keys(keys, f"{layer}.mlp", c.moe, index)
-    keys.plain("model.norm.weight", "norm", (c.hidden,))
-    keys.head("lm_head", (c.vocabulary, c.hidden), tied=c.tied)
-    return keys.build(carried=carried)
+    layers = [DecoderLayer(c, index, factory.at(f"model.layers.{index}")) for index in range(c.layers)]
+    decoder = SelectingDecoder(c, layers, RMSNorm(c.hidden, c.eps, factory), factory)
+    # Sharing is set in config.json alone, so a checkpoint may still hold the indexer that is not used.
+    unused = (rf"model\.layers\.{index}\.self_attn\.indexer\..*" for index in range(c.layers) if c.shared[index])
+    hub = HubForm(carried=(*prediction_layers(c.layers, c.predicting_layers), *unused))
+    return CausalLM(c, decoder, factory, model_type="glm_moe_dsa", hub=hub)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoint.hub import HubCheckpoint, hub_id_of, read_config, resolve_model
-from models.checkpoint.keymap import KeyMap
+from models.checkpoint.keymap import KeyMap, key_map_of
 from models.checkpoint.native import (
     MANIFEST,
     Manifest,
@@ -110,8 +110,8 @@ def prepare_model(
     where = str(folder.path / "config.json")
     architecture = architecture_for(folder.config, where)
     config = architecture.parse_config(folder.config, where)
-    keys = architecture.key_map(config)
     model = architecture.build(config, spec, dtype, "meta")
+    keys = key_map_of(model)
     if folder.manifest is not None:
         return model, _converted(folder.path, spec, dtype).bind(keys.keys)
     checkpoint = HubCheckpoint(folder.path)
@@ -119,13 +119,11 @@ def prepare_model(
     if copy is not None:
         log.info("%s: using the converted copy %s", folder.path, copy.path)
         return model, copy.bind(keys.keys)
-    return model, _hub_reader(checkpoint, keys, spec, dtype, device)
+    return model, _hub_reader(checkpoint, keys, device)
 
 
-def _hub_reader(
-    checkpoint: HubCheckpoint, keys: KeyMap, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str
-) -> HubReader:
-    reader = HubReader(checkpoint, keys, spec, dtype, device)
+def _hub_reader(checkpoint: HubCheckpoint, keys: KeyMap, device: torch.device | str) -> HubReader:
+    reader = HubReader(checkpoint, keys, device)
     if reader.carried:
         log.info("%s: %s: %s", checkpoint.path, LEFT_OUT, reader.left_out())
     return reader
@@ -133,7 +131,6 @@ def _hub_reader(
 
 def find_converted(checkpoint: HubCheckpoint, spec: StorageSpec, dtype: torch.dtype) -> NativeCheckpoint | None:
     """A whole converted copy, beside the hub folder, of just this content, storage and dtype; None if there is none."""
-    fingerprint: str | None = None
     beside = checkpoint.path.absolute().parent
     for manifest_path in sorted(beside.glob(f"*/{MANIFEST}")):
         try:
@@ -143,8 +140,8 @@ def find_converted(checkpoint: HubCheckpoint, spec: StorageSpec, dtype: torch.dt
             continue
         if not manifest.complete or (manifest.spec, manifest.dtype) != (spec, dtype):
             continue
-        fingerprint = fingerprint or checkpoint.fingerprint()
-        if manifest.fingerprint != fingerprint:
+        renew = f"To be sure, convert {manifest_path.parent} again with --force."
+        if not checkpoint.has_fingerprint(manifest.fingerprint, renew):
             continue
         if wrong := wrong_sizes(manifest_path.parent, manifest):
             log.warning("%s is a converted copy but not used: %s", manifest_path.parent, some(wrong))

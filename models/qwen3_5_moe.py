@@ -15,32 +15,27 @@ Shapes: N tokens, H hidden, k and v heads of keys and of values, d dimensions of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.delta_rule import gated_delta_rule
-from models.attention.gqa import (
-    GroupedQueryAttention,
-    GroupedQueryAttentionConfig,
-    grouped_query_attention_keys,
-    kv_heads,
-)
+from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
 from models.attention.short_conv import short_convolution
 from models.blocks.configjson import choices, flag, integer, number, refuse_dropout, refuse_unknown_activation
 from models.blocks.documents import Documents
 from models.blocks.experts import Experts
+from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.mlp import SwiGLU
 from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
 from models.blocks.router import SoftmaxRouter
-from models.checkpoint.keymap import Group, KeyMap, KeyMapBuilder
-from models.decoder import CausalLM, Decoder
+from models.decoder import CausalLM, Decoder, HubForm
 from quant.common.errors import NibbleError
-from quant.storage import StorageSpec
 
 
 @dataclass(frozen=True)
@@ -176,9 +171,9 @@ def _refuse_other_layers(config: dict[str, Any], where: str) -> None:
 class Filters(nn.Module):
     """The short convolution's `weight` [C, 1, width], in the shape of a depthwise Conv1d's."""
 
-    def __init__(self, channels: int, width: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(self, channels: int, width: int, factory: Factory) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, width, dtype=dtype, device=device))
+        self.weight = factory.empty(channels, 1, width)
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """x [N, C]: [N, C]."""
@@ -188,33 +183,20 @@ class Filters(nn.Module):
 class GatedDeltaNet(nn.Module):
     """Linear attention whose state forgets (decay) and overwrites (beta) by what the token says."""
 
-    def __init__(
-        self,
-        config: GatedDeltaNetConfig,
-        *,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        name: str,
-    ) -> None:
+    group: ClassVar[Group] = "linear_attention"
+
+    def __init__(self, config: GatedDeltaNetConfig, factory: Factory) -> None:
         super().__init__()
         self.config = c = config
-
-        def linear(inputs: int, outputs: int, part: str, spec: StorageSpec) -> Linear:
-            return Linear(inputs, outputs, spec=spec, dtype=dtype, device=device, name=f"{name}.{part}")
-
-        def per_head() -> nn.Parameter:
-            return nn.Parameter(torch.zeros(c.value_heads, dtype=torch.float32, device=device))
-
-        self.in_proj_qkv = linear(c.hidden, 2 * c.keys + c.values, "in_proj_qkv", spec)
-        self.in_proj_z = linear(c.hidden, c.values, "in_proj_z", spec)
+        self.in_proj_qkv = Linear(c.hidden, 2 * c.keys + c.values, factory.at("in_proj_qkv"))
+        self.in_proj_z = Linear(c.hidden, c.values, factory.at("in_proj_z"))
         # A few numbers a token, which steer the whole state: too small to be worth quantising.
-        self.in_proj_b = linear(c.hidden, c.value_heads, "in_proj_b", StorageSpec("none"))
-        self.in_proj_a = linear(c.hidden, c.value_heads, "in_proj_a", StorageSpec("none"))
-        self.conv1d = Filters(2 * c.keys + c.values, c.convolution, dtype=dtype, device=device)
-        self.A_log, self.dt_bias = per_head(), per_head()
-        self.norm = RMSNorm(c.value_dim, c.eps, dtype=torch.float32, device=device)
-        self.out_proj = linear(c.values, c.hidden, "out_proj", spec)
+        self.in_proj_b = Linear(c.hidden, c.value_heads, factory.at("in_proj_b").dense)
+        self.in_proj_a = Linear(c.hidden, c.value_heads, factory.at("in_proj_a").dense)
+        self.conv1d = Filters(2 * c.keys + c.values, c.convolution, factory)
+        self.A_log, self.dt_bias = factory.float32.full(0.0, c.value_heads), factory.float32.full(0.0, c.value_heads)
+        self.norm = RMSNorm(c.value_dim, c.eps, factory.float32)
+        self.out_proj = Linear(c.values, c.hidden, factory.at("out_proj"))
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """x [N, H]: [N, H]."""
@@ -233,20 +215,15 @@ class GatedDeltaNet(nn.Module):
 class MoE(nn.Module):
     """Routed experts plus a shared one, which sees every token as much as its gate lets it."""
 
-    def __init__(
-        self, config: Qwen3_5MoeConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str, name: str
-    ) -> None:
+    group: ClassVar[Group] = "shared_experts"  # of what has no group of its own: the gate
+
+    def __init__(self, config: Qwen3_5MoeConfig, factory: Factory) -> None:
         super().__init__()
         c = config
-        self.gate = SoftmaxRouter(c.hidden, c.experts, c.chosen, device=device, name=f"{name}.gate")
-        self.shared_expert = SwiGLU(
-            c.hidden, c.shared_width, spec=spec, dtype=dtype, device=device, name=f"{name}.shared_expert"
-        )
-        gate = f"{name}.shared_expert_gate"
-        self.shared_expert_gate = Linear(c.hidden, 1, spec=StorageSpec("none"), dtype=dtype, device=device, name=gate)
-        self.experts = Experts(
-            c.experts, c.hidden, c.expert_width, spec=spec, dtype=dtype, device=device, name=f"{name}.experts"
-        )
+        self.gate = SoftmaxRouter(c.hidden, c.experts, c.chosen, factory.at("gate"))
+        self.shared_expert = SwiGLU(c.hidden, c.shared_width, "shared_experts", factory.at("shared_expert"))
+        self.shared_expert_gate = Linear(c.hidden, 1, factory.at("shared_expert_gate").dense)
+        self.experts = Experts(c.experts, c.hidden, c.expert_width, factory.at("experts"))
 
     def forward(self, x: Tensor) -> Tensor:
         chosen, weights = self.gate(x)
@@ -256,33 +233,21 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(
-        self,
-        config: Qwen3_5MoeConfig,
-        index: int,
-        *,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, config: Qwen3_5MoeConfig, index: int, factory: Factory) -> None:
         super().__init__()
-        c, name = config, f"model.layers.{index}"
+        c = config
 
         def norm(size: int) -> ZeroCentredRMSNorm:
-            return ZeroCentredRMSNorm(size, c.eps, dtype=dtype, device=device)
+            return ZeroCentredRMSNorm(size, c.eps, factory)
 
         self.linear = c.linear[index]
         self.input_layernorm = norm(c.hidden)
         if self.linear:
-            self.linear_attn = GatedDeltaNet(
-                c.delta_net, spec=spec, dtype=dtype, device=device, name=f"{name}.linear_attn"
-            )
+            self.linear_attn = GatedDeltaNet(c.delta_net, factory.at("linear_attn"))
         else:
-            self.self_attn = GroupedQueryAttention(
-                c.attention, norm=norm, spec=spec, dtype=dtype, device=device, name=f"{name}.self_attn"
-            )
+            self.self_attn = GroupedQueryAttention(c.attention, factory.at("self_attn"), norm=norm)
         self.post_attention_layernorm = norm(c.hidden)
-        self.mlp = MoE(c, spec=spec, dtype=dtype, device=device, name=f"{name}.mlp")
+        self.mlp = MoE(c, factory.at("mlp"))
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         normed = self.input_layernorm(x)
@@ -293,46 +258,11 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def build(config: Qwen3_5MoeConfig, *, spec: StorageSpec, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
-    """The text model with empty tensors; `device` may be "meta"."""
+def build(config: Qwen3_5MoeConfig, factory: Factory) -> CausalLM:
+    """The text model with empty tensors."""
     c = config
-    layers = [DecoderLayer(c, index, spec=spec, dtype=dtype, device=device) for index in range(c.layers)]
-    norm = ZeroCentredRMSNorm(c.hidden, c.eps, dtype=dtype, device=device)
-    decoder = Decoder(c.vocabulary, c.hidden, layers, norm, c.rope, dtype=dtype, device=device)
+    layers = [DecoderLayer(c, index, factory.at(f"model.layers.{index}")) for index in range(c.layers)]
+    decoder = Decoder(c, layers, ZeroCentredRMSNorm(c.hidden, c.eps, factory), factory)
     model_type = "qwen3_5_moe" if c.vision_language else "qwen3_5_moe_text"
-    return CausalLM(c, decoder, model_type=model_type, tied=c.tied, spec=spec, dtype=dtype, device=device)
-
-
-def _delta_net_keys(keys: KeyMapBuilder, name: str, c: GatedDeltaNetConfig) -> None:
-    group: Group = "linear_attention"
-    channels = 2 * c.keys + c.values
-    keys.linear(f"{name}.in_proj_qkv", group, (channels, c.hidden))
-    keys.linear(f"{name}.in_proj_z", group, (c.values, c.hidden))
-    keys.linear(f"{name}.in_proj_b", group, (c.value_heads, c.hidden), stored="dense")
-    keys.linear(f"{name}.in_proj_a", group, (c.value_heads, c.hidden), stored="dense")
-    keys.plain(f"{name}.conv1d.weight", group, (channels, 1, c.convolution))
-    keys.plain(f"{name}.A_log", group, (c.value_heads,), float32=True)
-    keys.plain(f"{name}.dt_bias", group, (c.value_heads,), float32=True)
-    keys.plain(f"{name}.norm.weight", "norm", (c.value_dim,), float32=True)
-    keys.linear(f"{name}.out_proj", group, (c.hidden, c.values))
-
-
-def key_map(config: Qwen3_5MoeConfig) -> KeyMap:
-    c = config
-    keys = KeyMapBuilder(hub_model="model.language_model" if c.vision_language else "model")
-    keys.plain("model.embed_tokens.weight", "embedding", (c.vocabulary, c.hidden))
-    for index in range(c.layers):
-        layer = f"model.layers.{index}"
-        keys.plain(f"{layer}.input_layernorm.weight", "norm", (c.hidden,))
-        if c.linear[index]:
-            _delta_net_keys(keys, f"{layer}.linear_attn", c.delta_net)
-        else:
-            grouped_query_attention_keys(keys, f"{layer}.self_attn", c.attention)
-        keys.plain(f"{layer}.post_attention_layernorm.weight", "norm", (c.hidden,))
-        keys.matrix(f"{layer}.mlp.gate", "router", (c.experts, c.hidden), stored="float32")
-        keys.swiglu(f"{layer}.mlp.shared_expert", "shared_experts", c.hidden, c.shared_width)
-        keys.linear(f"{layer}.mlp.shared_expert_gate", "shared_experts", (1, c.hidden), stored="dense")
-        keys.experts(f"{layer}.mlp.experts", c.experts, c.hidden, c.expert_width, fused=c.vision_language)
-    keys.plain("model.norm.weight", "norm", (c.hidden,))
-    keys.head("lm_head", (c.vocabulary, c.hidden), tied=c.tied)
-    return keys.build(carried=[r"model\.visual\..*", r"mtp\..*"])
+    hub = HubForm(carried=(r"model\.visual\..*", r"mtp\..*"), vision_language=c.vision_language)
+    return CausalLM(c, decoder, factory, model_type=model_type, hub=hub)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 import models.blocks.experts as experts
 from models import load_model
-from models.adapters.lora import add_lora, key_map_of, trainable_parameters
+from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
 from models.blocks.documents import Documents
 from models.blocks.router import Router
+from models.checkpoint.keymap import key_map_of
 from models.registry import architecture_for
 from quant.common.errors import NibbleError
 from quant.storage import Storage
@@ -99,7 +100,7 @@ def check_quantised(folder: Path, reference: Any, storage: str, double_quant: bo
     quantised = 0
     with torch.no_grad():
         for key in key_map_of(model).keys:
-            if key.stored != "storage":
+            if key.spec is None or key.spec.kind == "none":
                 continue
             quantised += 1
             stack = parameters[key.hub].data

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.blocks.factory import Factory
+from models.checkpoint.keymap import KeyMap, key_map_of
+from quant.storage import StorageSpec
+
 # Every matrix that may be quantised has an input dimension that is a multiple of the block size, 64.
 TINY_GLM: dict[str, Any] = {
     "vocab_size": 128,
@@ -69,3 +73,8 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5, what
 
 def random_tokens(shape: tuple[int, ...], vocabulary: int = 128, seed: int = 0) -> Tensor:
     return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def key_map_for(build: Any, config: Any, storage: Any = "none", dtype: torch.dtype = torch.bfloat16) -> KeyMap:
+    """The key map of an architecture's parsed config; build: of its model file."""
+    return key_map_of(build(config, Factory(StorageSpec(storage), dtype, "meta")))

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from models import load_model
 from models.checkpoint.conversion import convert
-from models.glm4_moe_lite import Glm4MoeLiteConfig, key_map
+from models.glm4_moe_lite import Glm4MoeLiteConfig, build
 from quant.storage import StorageSpec
-from tests.helpers import TINY_GLM
+from tests.helpers import TINY_GLM, key_map_for
 
 SHARD = 4 * 2**20
 
@@ -38,7 +38,7 @@ def write(folder: Path, layers: int, experts: int) -> int:
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    for key in key_map(Glm4MoeLiteConfig.parse(config, "")).keys:
+    for key in key_map_for(build, Glm4MoeLiteConfig.parse(config, "")).keys:
         shape = (key.shape[1] // len(key.parts), key.shape[2]) if key.parts else key.shape
         for name in key.hub_keys():
             shard[name] = torch.randn(shape).bfloat16()

@@ -141,7 +141,9 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def torchrun(arguments: list[str], processes: int, *options: str) -> list[str]:
     """The command that runs `python -m train ARGUMENTS` in so many processes of this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return [*launcher, *(options or ("--standalone",)), "-m", "train", *arguments]
+    # No process of a busy machine is to be taken for lost.
+    patient = ["--set", "parallel.lost_after=600"]
+    return [*launcher, *(options or ("--standalone",)), "-m", "train", *patient, *arguments]
 
 
 def in_processes(arguments: list[str], processes: int, *options: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_configs import PUBLISHED
 
 from models.adapters.lora import add_lora
 from models.adapters.targets import AdapterSpec
@@ -21,8 +20,9 @@ from parallel.parts import bounds
 from parallel.plan import cuts
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
+from tests.train.config.test_configs import PUBLISHED
+from train.config.load import config_schema
 from train.config.schema import keys
-from train.config.sections import config_schema
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")

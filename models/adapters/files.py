@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from models.adapters.lora import Put, adapted, attach_lora, copy_whole, key_map_of
+from models.adapters.lora import Assign, adapted, assign_whole, attach_lora
 from models.adapters.peft_config import CONFIG, WEIGHTS, config_targets, describe, peft_config, read_config
 from models.adapters.targets import AdapterSpec, Target, module_name, resolve
 from models.blocks.linear import LoRA
-from models.checkpoint.keymap import Key
-from models.checkpoint.spelling import Spelling, respelled, spellings
+from models.checkpoint.export import Gather, local_value
+from models.checkpoint.keymap import Key, KeyMap, key_map_of
+from models.checkpoint.layout import Layout, Spelling, spellings
 from models.checkpoint.tensorfile import DTYPES, TensorInfo, TensorWriter, read_header
 from models.decoder import CausalLM
 from quant.common.errors import NibbleError
@@ -39,15 +40,11 @@ _OLD_LAYOUT = (
     "Merge it into its base with the PEFT that made it, and train from the merged weights."
 )
 
-# Makes one tensor of a parameter.
-Whole = Callable[[Tensor], Tensor]
-
-
-def as_it_is(parameter: Tensor) -> Tensor:
-    return parameter.detach()
-
-
 # --- names
+
+
+def _respelled(key_map: KeyMap, to: Spelling) -> KeyMap:
+    return key_map.laid_out(Layout(wrapped=to == "vision-language", fused=True))
 
 
 def _tensor_names(keys: Sequence[Key]) -> dict[str, str]:
@@ -80,7 +77,7 @@ def save_adapter(
     base_model_name_or_path: str,
     *,
     names: Literal["checkpoint"] | Spelling = "checkpoint",
-    whole: Whole = as_it_is,
+    gather: Gather = local_value,
     writes: bool = True,
 ) -> None:
     """Write the LoRA of `model` to `directory` so that PEFT and `load_adapter` read it.
@@ -88,7 +85,7 @@ def save_adapter(
     base_model_name_or_path: hub id or folder of the base checkpoint, for PEFT to find it.
     names: `checkpoint` names matrices as the base checkpoint does. PEFT applies an adapter to the class whose names it
         has: `text` is for AutoModelForCausalLM, also of a vision-language checkpoint; `vision-language` for the whole.
-    whole, writes: where the model lies in parts on several processes, all of them call this: `whole` makes one tensor
+    gather, writes: where the model lies in parts on several processes, all of them call this: `gather` makes one tensor
         of the parts of a parameter, one at a time, and only the process that `writes` touches the disk.
     The tensors keep their dtype. The same adapter always gives the same bytes. A save that fails or is interrupted
     leaves the old adapter or, for a moment at the end, none; never a mixture. Raises NibbleError when the model has no
@@ -96,13 +93,13 @@ def save_adapter(
     """
     key_map = key_map_of(model)
     if names != "checkpoint":
-        key_map = respelled(key_map, names)
+        key_map = _respelled(key_map, names)
     found = adapted(model, key_map)
     if not found:
         raise NibbleError("this model has no adapter to save; add_lora or load_adapter gives it one.")
     prefixes = _tensor_names([key for key, _ in found])
     if not writes:
-        for _ in _file_tensors(found, prefixes, whole):
+        for _ in _file_tensors(found, prefixes, gather):
             pass
         return
     directory = Path(directory)
@@ -119,7 +116,7 @@ def save_adapter(
             tensors[f"{prefixes[key.native]}.lora_{letter}.weight"] = (shape, lora.A.dtype)
     writer = TensorWriter(directory / WEIGHTS, tensors)
     try:
-        for name, tensor in _file_tensors(found, prefixes, whole):
+        for name, tensor in _file_tensors(found, prefixes, gather):
             writer.write(name, tensor)
     except BaseException:
         writer.abandon()
@@ -131,10 +128,10 @@ def save_adapter(
 
 
 def _file_tensors(
-    found: Sequence[tuple[Key, LoRA]], prefixes: Mapping[str, str], whole: Whole
+    found: Sequence[tuple[Key, LoRA]], prefixes: Mapping[str, str], gather: Gather
 ) -> Iterator[tuple[str, Tensor]]:
     for key, lora in found:
-        a, b = whole(lora.A), whole(lora.B)
+        a, b = gather(lora.A), gather(lora.B)
         if b.ndim == 3:
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         yield f"{prefixes[key.native]}.lora_A.weight", a
@@ -164,7 +161,7 @@ def load_adapter(
     header = read_header(directory / WEIGHTS)
     spelt = spellings(header)
     if len(spelt) == 1:
-        key_map = respelled(key_map, *spelt)
+        key_map = _respelled(key_map, *spelt)
     targets = config_targets(config, key_map, where, model.model_type)
     _check_tensors(targets, header, config, where)
     rslora = bool(config.get("use_rslora"))
@@ -178,7 +175,7 @@ def load_adapter(
     return adapter_spec(model)
 
 
-def read_adapter_weights(model: CausalLM, directory: str | Path, put: Put = copy_whole) -> None:
+def read_adapter_weights(model: CausalLM, directory: str | Path, assign: Assign = assign_whole) -> None:
     """Read the tensors of the adapter that `load_adapter` gave to `model`, once more: for a model that was on the meta
     device then. One tensor at a time is in memory.
     """
@@ -186,7 +183,7 @@ def read_adapter_weights(model: CausalLM, directory: str | Path, put: Put = copy
 
     path, key_map = Path(directory) / WEIGHTS, key_map_of(model)
     spelt = spellings(read_header(path))
-    found = adapted(model, respelled(key_map, *spelt) if len(spelt) == 1 else key_map)
+    found = adapted(model, _respelled(key_map, *spelt) if len(spelt) == 1 else key_map)
     prefixes = _tensor_names([key for key, _ in found])
     with safe_open(path, framework="pt") as file:
         for key, lora in found:
@@ -195,8 +192,8 @@ def read_adapter_weights(model: CausalLM, directory: str | Path, put: Put = copy
             if len(key.shape) == 3:
                 experts = key.shape[0]
                 a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-            put(lora.A, a)
-            put(lora.B, b)
+            assign(lora.A, a)
+            assign(lora.B, b)
 
 
 def adapter_spec(model: CausalLM) -> AdapterSpec:

@@ -11,26 +11,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from models.checkpoint.keymap import TARGET_GROUPS, Group, Key, KeyMap
+from models.blocks.groups import GROUP_WORDS, TARGET_GROUPS, Group
+from models.checkpoint.keymap import Key, KeyMap
 from quant.common.errors import NibbleError
-
-# The groups of a key map in the order of tables, as messages call what is in them.
-GROUP_WORDS: dict[str, str] = {
-    "attention": "attention projections",
-    "linear_attention": "linear-attention projections",
-    "experts": "routed experts' tensors",
-    "shared_experts": "shared experts' matrices",
-    "dense_mlp": "dense layers' matrices",
-    "router": "routers' matrices",
-    "indexer": "indexer",
-    "norm": "norms",
-    "embedding": "embedding",
-    "head": "output head",
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,7 @@ def within_layer(name: str) -> str:
 
 def adaptable(key_map: KeyMap) -> list[Key]:
     """The matrices and stacks that LoRA can adapt, in the model's order."""
-    return [key for key in key_map.keys if key.is_storage and key.group in TARGET_GROUPS]
+    return [key for key in key_map.keys if key.spec is not None and key.group in TARGET_GROUPS]
 
 
 def groups_of(keys: Iterable[Key]) -> list[Group]:
@@ -191,7 +178,7 @@ def _no_match(target: str, key_map: KeyMap, model_type: str) -> NibbleError:
     groups = groups_of(keys)
     where = f"adapter.targets: {target!r}"
     present = {key.group for key in key_map.keys}
-    words = GROUP_WORDS.get(target)
+    words = GROUP_WORDS.get(cast(Group, target))
     if words is not None and target not in present and target != "head":  # a tied head has no key of its own
         return NibbleError(f"{where}: this {model_type} has no {words}.\nIts groups: {', '.join(groups)}.")
     others = {key.group for key in key_map.keys if target == key.group or _names(target, key)}

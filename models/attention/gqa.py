@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from models.attention.causal import causal_attention
 from models.attention.rope import rotate_first
 from models.blocks.configjson import optional_integer
 from models.blocks.documents import Documents
+from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
-from models.checkpoint.keymap import KeyMapBuilder
 from quant.common.errors import NibbleError
-from quant.storage import StorageSpec
 
 Tables = tuple[Tensor, Tensor]
 
@@ -69,31 +68,25 @@ def kv_heads(config: dict[str, Any], heads: int, default: int, where: str) -> in
 class GroupedQueryAttention(nn.Module):
     """norm: makes the norm of queries, and of keys, where the config has norms. window: see `causal_attention`."""
 
+    group: ClassVar[Group] = "attention"
+
     def __init__(
         self,
         config: GroupedQueryAttentionConfig,
+        factory: Factory,
         *,
         norm: Callable[[int], nn.Module] | None = None,
         window: int | None = None,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        name: str,
     ) -> None:
         super().__init__()
         self.config = c = config
         self.window = window
-
-        def linear(inputs: int, outputs: int, part: str, bias: bool = False) -> Linear:
-            full = f"{name}.{part}"
-            return Linear(inputs, outputs, bias=bias, spec=spec, dtype=dtype, device=device, name=full)
-
-        self.q_proj = linear(c.hidden, c.query_width, "q_proj", c.bias)
-        self.k_proj = linear(c.hidden, c.kv_width, "k_proj", c.bias)
-        self.v_proj = linear(c.hidden, c.kv_width, "v_proj", c.bias)
+        self.q_proj = Linear(c.hidden, c.query_width, factory.at("q_proj"), bias=c.bias)
+        self.k_proj = Linear(c.hidden, c.kv_width, factory.at("k_proj"), bias=c.bias)
+        self.v_proj = Linear(c.hidden, c.kv_width, factory.at("v_proj"), bias=c.bias)
         if c.gate == "gate_proj":
-            self.gate_proj = linear(c.hidden, c.width, "gate_proj")
-        self.o_proj = linear(c.width, c.hidden, "o_proj", c.output_bias)
+            self.gate_proj = Linear(c.hidden, c.width, factory.at("gate_proj"))
+        self.o_proj = Linear(c.width, c.hidden, factory.at("o_proj"), bias=c.output_bias)
         if c.norms:
             assert norm is not None
             self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)
@@ -117,17 +110,3 @@ class GroupedQueryAttention(nn.Module):
         if gate is not None:
             out = out * gate.sigmoid()
         return self.o_proj(out)
-
-
-def grouped_query_attention_keys(
-    keys: KeyMapBuilder, name: str, c: GroupedQueryAttentionConfig, *, float32_norms: bool = False
-) -> None:
-    keys.linear(f"{name}.q_proj", "attention", (c.query_width, c.hidden), bias=c.bias)
-    keys.linear(f"{name}.k_proj", "attention", (c.kv_width, c.hidden), bias=c.bias)
-    keys.linear(f"{name}.v_proj", "attention", (c.kv_width, c.hidden), bias=c.bias)
-    if c.gate == "gate_proj":
-        keys.linear(f"{name}.gate_proj", "attention", (c.width, c.hidden))
-    if c.norms:
-        keys.plain(f"{name}.q_norm.weight", "norm", (c.head_dim,), float32=float32_norms)
-        keys.plain(f"{name}.k_norm.weight", "norm", (c.head_dim,), float32=float32_norms)
-    keys.linear(f"{name}.o_proj", "attention", (c.hidden, c.width), bias=c.output_bias)

@@ -21,11 +21,11 @@ from torch.autograd.function import once_differentiable
 from models.attention.causal import causal_attention
 from models.attention.rope import rotate
 from models.blocks.documents import Documents
+from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
-from models.checkpoint.keymap import KeyMapBuilder
-from quant.products import product_dtype
-from quant.storage import StorageSpec
+from quant.products import product_dtype, without_autocast
 
 # Scores that exist at a time, over all heads: 128 MiB in float32, whatever the length of a document.
 SCORES_IN_MEMORY = 2**25
@@ -85,10 +85,9 @@ class IndexerConfig:
 class _KeyNorm(KeptInFloat32):
     """LayerNorm in float32; the result has the dtype of x."""
 
-    def __init__(self, size: int, *, device: torch.device | str) -> None:
+    def __init__(self, size: int, factory: Factory) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32, device=device))
-        self.bias = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
+        self.weight, self.bias = factory.float32.full(1.0, size), factory.float32.full(0.0, size)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.to(torch.float32), self.weight.shape, self.weight, self.bias, KEY_NORM_EPS).to(x.dtype)
@@ -104,18 +103,16 @@ class _HeadWeights(KeptInFloat32, Linear):
 class Indexer(nn.Module):
     """Chooses keys. The choice has no gradient, so nothing trains an indexer, and it is never quantised."""
 
+    group: ClassVar[Group] = "indexer"
     never_trained: ClassVar[bool] = True
 
-    def __init__(self, config: IndexerConfig, *, dtype: torch.dtype, device: torch.device | str, name: str) -> None:
+    def __init__(self, config: IndexerConfig, factory: Factory) -> None:
         super().__init__()
-        c, dense = config, StorageSpec("none")
-        self.config = config
-        self.wq_b = Linear(c.query_rank, c.heads * c.dim, spec=dense, dtype=dtype, device=device, name=f"{name}.wq_b")
-        self.wk = Linear(c.hidden, c.dim, spec=dense, dtype=dtype, device=device, name=f"{name}.wk")
-        self.k_norm = _KeyNorm(c.dim, device=device)
-        self.weights_proj = _HeadWeights(
-            c.hidden, c.heads, spec=dense, dtype=torch.float32, device=device, name=f"{name}.weights_proj"
-        )
+        self.config = c = config
+        self.wq_b = Linear(c.query_rank, c.heads * c.dim, factory.at("wq_b").dense)
+        self.wk = Linear(c.hidden, c.dim, factory.at("wk").dense)
+        self.k_norm = _KeyNorm(c.dim, factory)
+        self.weights_proj = _HeadWeights(c.hidden, c.heads, factory.at("weights_proj").float32)
 
     @torch.no_grad()
     def forward(
@@ -154,14 +151,6 @@ class Indexer(nn.Module):
         return torch.cat((rotate(rope, tables, interleaved=True), rest), dim=-1)
 
 
-def indexer_keys(keys: KeyMapBuilder, name: str, c: IndexerConfig) -> None:
-    keys.matrix(f"{name}.wq_b", "indexer", (c.heads * c.dim, c.query_rank), stored="dense")
-    keys.matrix(f"{name}.wk", "indexer", (c.dim, c.hidden), stored="dense")
-    keys.plain(f"{name}.k_norm.weight", "indexer", (c.dim,), float32=True)
-    keys.plain(f"{name}.k_norm.bias", "indexer", (c.dim,), float32=True)
-    keys.matrix(f"{name}.weights_proj", "indexer", (c.heads, c.hidden), stored="float32")
-
-
 def selected_attention(
     query: Tensor, key: Tensor, value: Tensor, parts: tuple[Part, ...], selected: Tensor | None, scale: float
 ) -> Tensor:
@@ -188,6 +177,7 @@ class _SelectedAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value, selected)
         ctx.scale = scale
@@ -200,6 +190,7 @@ class _SelectedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, selected = ctx.saved_tensors
         q, k, v, dy = _heads_first(query, key, value, grad)

@@ -8,7 +8,7 @@ Shapes: N tokens, H hidden, h heads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from models.attention.causal import causal_attention
 from models.attention.rope import RopeConfig, partial_rotary_factor, rotate
 from models.blocks.configjson import flag, integer, optional_integer
 from models.blocks.documents import Documents
+from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.norm import RMSNorm
-from models.checkpoint.keymap import KeyMapBuilder
 from quant.common.errors import NibbleError
-from quant.storage import StorageSpec
 
 # The norms inside the attention keep the reference's default instead of following rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -69,24 +69,17 @@ class LatentAttentionConfig:
 
 
 class LatentAttention(nn.Module):
-    def __init__(
-        self,
-        config: LatentAttentionConfig,
-        *,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        name: str,
-    ) -> None:
+    group: ClassVar[Group] = "attention"
+
+    def __init__(self, config: LatentAttentionConfig, factory: Factory) -> None:
         super().__init__()
         c = self.config = config
 
         def linear(inputs: int, outputs: int, part: str, bias: bool = False) -> Linear:
-            full = f"{name}.{part}"
-            return Linear(inputs, outputs, bias=bias, spec=spec, dtype=dtype, device=device, name=full)
+            return Linear(inputs, outputs, factory.at(part), bias=bias)
 
         def norm(size: int) -> RMSNorm:
-            return RMSNorm(size, LATENT_NORM_EPS, dtype=dtype, device=device)
+            return RMSNorm(size, LATENT_NORM_EPS, factory)
 
         if c.query_rank is None:
             self.q_proj = linear(c.hidden, c.heads * c.key_dim, "q_proj")
@@ -124,16 +117,3 @@ class LatentAttention(nn.Module):
         key, value = expanded.split((c.nope_dim, c.value_dim), dim=-1)
         rotated = rotate(shared_key[:, None], tables, interleaved=c.interleaved).expand(-1, c.heads, -1)
         return torch.cat((key, rotated), dim=-1), value
-
-
-def latent_attention_keys(keys: KeyMapBuilder, name: str, c: LatentAttentionConfig) -> None:
-    if c.query_rank is None:
-        keys.linear(f"{name}.q_proj", "attention", (c.heads * c.key_dim, c.hidden))
-    else:
-        keys.linear(f"{name}.q_a_proj", "attention", (c.query_rank, c.hidden), bias=c.bias)
-        keys.plain(f"{name}.q_a_layernorm.weight", "norm", (c.query_rank,))
-        keys.linear(f"{name}.q_b_proj", "attention", (c.heads * c.key_dim, c.query_rank))
-    keys.linear(f"{name}.kv_a_proj_with_mqa", "attention", (c.latent_rank + c.rope_dim, c.hidden), bias=c.bias)
-    keys.plain(f"{name}.kv_a_layernorm.weight", "norm", (c.latent_rank,))
-    keys.linear(f"{name}.kv_b_proj", "attention", (c.heads * (c.nope_dim + c.value_dim), c.latent_rank))
-    keys.linear(f"{name}.o_proj", "attention", (c.hidden, c.heads * c.value_dim), bias=c.bias)

@@ -5,13 +5,12 @@ Shapes: N tokens, E experts, H hidden, I expert width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from models.blocks.experts import Experts
+from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
 from models.blocks.router import RoutingRule, SigmoidRouter
-from quant.storage import StorageSpec
 
 
 class SharedExpertsMoE(nn.Module):
@@ -24,18 +23,12 @@ class SharedExpertsMoE(nn.Module):
         width: int,
         shared_width: int,
         rule: RoutingRule,
-        *,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        name: str,
+        factory: Factory,
     ) -> None:
         super().__init__()
-        self.gate = SigmoidRouter(hidden, experts, rule, device=device, name=f"{name}.gate")
-        self.shared_experts = SwiGLU(
-            hidden, shared_width, spec=spec, dtype=dtype, device=device, name=f"{name}.shared_experts"
-        )
-        self.experts = Experts(experts, hidden, width, spec=spec, dtype=dtype, device=device, name=f"{name}.experts")
+        self.gate = SigmoidRouter(hidden, experts, rule, factory.at("gate"))
+        self.shared_experts = SwiGLU(hidden, shared_width, "shared_experts", factory.at("shared_experts"))
+        self.experts = Experts(experts, hidden, width, factory.at("experts"))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, H]: [N, H]."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from models.blocks.factory import Factory
+from models.blocks.groups import Group
 
 
 class RMSNorm(nn.Module):
@@ -16,9 +19,11 @@ class RMSNorm(nn.Module):
     Computed in float32 whatever the dtype of x, as is the product with a float32 weight; the result has the dtype of x.
     """
 
-    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    group: ClassVar[Group] = "norm"
+
+    def __init__(self, size: int, eps: float, factory: Factory) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
+        self.weight = factory.full(1.0, size)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

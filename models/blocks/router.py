@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
-from quant.storage import StorageSpec
 
 # Takes the chosen experts int64 [N, K] and all scores float32 [N, E], differentiable.
 Observer = Callable[[Tensor, Tensor], None]
@@ -37,8 +39,10 @@ class Router(KeptInFloat32, Linear):
     differentiable in x. `observer` is told of every choice that is made with gradients (models/blocks/balance.py).
     """
 
-    def __init__(self, hidden: int, experts: int, *, device: torch.device | str, name: str) -> None:
-        super().__init__(hidden, experts, spec=StorageSpec("none"), dtype=torch.float32, device=device, name=name)
+    group: ClassVar[Group] = "router"
+
+    def __init__(self, hidden: int, experts: int, factory: Factory) -> None:
+        super().__init__(hidden, experts, factory.float32)
         self.observer: Observer | None = None
 
     def logits(self, x: Tensor) -> Tensor:
@@ -58,10 +62,10 @@ class SigmoidRouter(Router):
 
     e_score_correction_bias: Tensor
 
-    def __init__(self, hidden: int, experts: int, rule: RoutingRule, *, device: torch.device | str, name: str) -> None:
-        super().__init__(hidden, experts, device=device, name=name)
+    def __init__(self, hidden: int, experts: int, rule: RoutingRule, factory: Factory) -> None:
+        super().__init__(hidden, experts, factory)
         self.rule = rule
-        self.e_score_correction_bias = nn.Buffer(torch.zeros(experts, dtype=torch.float32, device=device))
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(experts, dtype=torch.float32, device=factory.device))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         rule = self.rule
@@ -85,8 +89,8 @@ class SigmoidRouter(Router):
 class SoftmaxRouter(Router):
     """The K most probable experts, with their probabilities scaled to sum to one (Qwen3's)."""
 
-    def __init__(self, hidden: int, experts: int, chosen: int, *, device: torch.device | str, name: str) -> None:
-        super().__init__(hidden, experts, device=device, name=name)
+    def __init__(self, hidden: int, experts: int, chosen: int, factory: Factory) -> None:
+        super().__init__(hidden, experts, factory)
         self.chosen = chosen
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

@@ -14,22 +14,26 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from models.adapters.files import Whole, as_it_is
-from models.adapters.lora import adapted
 from models.blocks.configjson import text_section
+from models.blocks.linear import LoRA
 from models.checkpoint.hub import CONFIG, INDEX, SIDE_FILES, SINGLE, HubCheckpoint, local_folder, read_config
-from models.checkpoint.keymap import Key, KeyMap
-from models.checkpoint.layout import Layout
+from models.checkpoint.keymap import HEAD, Key, KeyMap, key_map_of
 from models.checkpoint.native import Manifest, dtype_name, is_converted
-from models.checkpoint.stream import HEAD, sum_up
+from models.checkpoint.stream import layout_of, sum_up
 from models.checkpoint.tensorfile import DTYPES, TensorWriter, tensor_bytes
 from models.decoder import CausalLM
-from models.registry import ARCHITECTURES
 from quant.common.errors import NibbleError
 from quant.common.files import write_atomically
 from quant.storage import DenseStorage, Storage
 
 log = logging.getLogger("nibble")
+
+# Makes one tensor of a parameter that may lie in parts.
+Gather = Callable[[Tensor], Tensor]
+
+
+def local_value(parameter: Tensor) -> Tensor:
+    return parameter.detach()
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def export_hub(
     *,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
-    whole: Whole = as_it_is,
+    gather: Gather = local_value,
     writes: bool = True,
 ) -> Path:
     """Write `model`, whose storage is none, to `directory`: weights in shards, index, config, tokenizer.
@@ -65,7 +69,7 @@ def export_hub(
         converted from; where that is gone, a warning says what is left out. A copy of a tied head is not written.
     max_shard_bytes: a tensor larger than that gets a shard of its own.
     overwrite: replace a checkpoint that is there already.
-    whole, writes: as for `models.adapters.files.save_adapter`, where the model lies in parts on several processes.
+    gather, writes: as for `models.adapters.files.save_adapter`, where the model lies in parts on several processes.
 
     Everything is written in the model's dtype, except what the model keeps in float32 all the same (routers, their
     biases, Trinity's norms, DeltaNet's decay): that is float32, unless the source has it in the model's dtype and
@@ -80,13 +84,13 @@ def export_hub(
             f"a checkpoint in the hub's format is dense, and this model's storage is {model.spec.kind}.\n"
             "Load it with storage none; an adapter alone is saved as it is, without the model."
         )
-    if adapted(model):
+    if any(isinstance(module, LoRA) for module in model.modules()):
         raise NibbleError(
             "this model has an adapter, and an export writes the base weights alone.\nSave the adapter: save_adapter."
         )
     config = _config(source, model.dtype)
     if not writes:
-        _take_part(model, source, whole)
+        _take_part(model, source, gather)
         return directory
     if directory.exists() and not (overwrite and (directory / CONFIG).is_file()):
         raise NibbleError(f"{directory} exists already. Name a folder that doesn't.")
@@ -97,8 +101,8 @@ def export_hub(
     try:
         manifest = Manifest.load(source) if is_converted(source) else None
         with _origin(source, manifest) or contextlib.nullcontext() as origin:
-            key_map = _layout(ARCHITECTURES[model.model_type].key_map(model.config), origin, manifest)
-            items = list(_items(model, key_map, origin, whole))
+            key_map = _layout(key_map_of(model), origin, manifest)
+            items = list(_items(model, key_map, origin, gather))
             if origin is not None:
                 items += _carried(key_map, origin)
             _write_shards(items, partial, max_shard_bytes)
@@ -113,19 +117,19 @@ def export_hub(
     return directory
 
 
-def _take_part(model: CausalLM, source: Path, whole: Whole) -> None:
+def _take_part(model: CausalLM, source: Path, gather: Gather) -> None:
     """What a process does while another one writes: give its parts, in the order in which they are written."""
     manifest = Manifest.load(source) if is_converted(source) else None
     with _origin(source, manifest) or contextlib.nullcontext() as origin:
-        key_map = _layout(ARCHITECTURES[model.model_type].key_map(model.config), origin, manifest)
-        for item in list(_items(model, key_map, origin, whole)):
+        key_map = _layout(key_map_of(model), origin, manifest)
+        for item in list(_items(model, key_map, origin, gather)):
             item.read()
 
 
-def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None, whole: Whole) -> Iterator[_Item]:
+def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None, gather: Gather) -> Iterator[_Item]:
     """Hub tensors in the key map's order; stacks are split into experts and their parts where the hub has them so."""
     for key in key_map.keys:
-        value = _Once(_value(model, key), whole)
+        value = _Gathered(_value(model, key), gather)
         dtype = _written(key, value, model.dtype, origin)
         if not key.parts or key.fused:
             yield _Item(key.hub, key.shape, dtype, lambda value=value, dtype=dtype: value.take().to(dtype))  # type: ignore[misc]
@@ -136,7 +140,7 @@ def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None, whole
             for index, part in enumerate(key.parts):
 
                 def block(
-                    value: _Once = value, expert: int = expert, index: int = index, height: int = height,
+                    value: _Gathered = value, expert: int = expert, index: int = index, height: int = height,
                     last: tuple[int, int] = last,
                 ) -> Tensor:  # fmt: skip
                     stack = value.take() if (expert, index) == last else value.get()
@@ -145,16 +149,16 @@ def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None, whole
                 yield _Item(part.format(e=expert), (height, columns), dtype, block)
 
 
-class _Once:
-    """A parameter made whole when it is first asked for, for as long as it is needed."""
+class _Gathered:
+    """A parameter, gathered when it is first asked for and kept until its last use."""
 
-    def __init__(self, parameter: Tensor, whole: Whole) -> None:
-        self.parameter, self._whole = parameter, whole
+    def __init__(self, parameter: Tensor, gather: Gather) -> None:
+        self.parameter, self._gather = parameter, gather
         self._made: Tensor | None = None
 
     def get(self) -> Tensor:
         if self._made is None:
-            self._made = self._whole(self.parameter)
+            self._made = self._gather(self.parameter)
         return self._made
 
     def take(self) -> Tensor:
@@ -163,7 +167,7 @@ class _Once:
         return made
 
 
-def _written(key: Key, value: _Once, dtype: torch.dtype, origin: HubCheckpoint | None) -> torch.dtype:
+def _written(key: Key, value: _Gathered, dtype: torch.dtype, origin: HubCheckpoint | None) -> torch.dtype:
     """The dtype to write a tensor in: see `export_hub` for those that are float32 in a model of another dtype."""
     has = value.parameter.dtype
     if has == dtype:
@@ -175,7 +179,7 @@ def _written(key: Key, value: _Once, dtype: torch.dtype, origin: HubCheckpoint |
 
 
 def _value(model: CausalLM, key: Key) -> Tensor:
-    if not key.is_storage:
+    if key.spec is None:
         owner, _, name = key.native.rpartition(".")
         value = getattr(model.get_submodule(owner), name)
     else:
@@ -195,7 +199,7 @@ def _origin(source: Path, manifest: Manifest | None) -> HubCheckpoint | None:
     if folder is not None:
         with contextlib.suppress(NibbleError):
             checkpoint = HubCheckpoint(folder)
-            if checkpoint.fingerprint() == manifest.fingerprint:
+            if checkpoint.has_fingerprint(manifest.fingerprint, f"To be sure, convert {source} again with --force."):
                 return checkpoint
     missed = [name for name in manifest.carried if name != HEAD]
     if missed:
@@ -211,8 +215,8 @@ def _origin(source: Path, manifest: Manifest | None) -> HubCheckpoint | None:
 def _layout(key_map: KeyMap, origin: HubCheckpoint | None, manifest: Manifest | None) -> KeyMap:
     """The key map with the hub's keys as the source has them; where that isn't known, as the architecture says."""
     if origin is not None:
-        return Layout.of(key_map, origin).apply(key_map)
-    return manifest.layout.apply(key_map) if manifest is not None and manifest.layout is not None else key_map
+        return key_map.laid_out(layout_of(key_map, origin))
+    return key_map.laid_out(manifest.layout) if manifest is not None and manifest.layout is not None else key_map
 
 
 def _carried(key_map: KeyMap, checkpoint: HubCheckpoint) -> Iterator[_Item]:

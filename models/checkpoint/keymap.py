@@ -1,48 +1,38 @@
-"""The table between a hub checkpoint's keys and the native model's tensors.
+"""The table between a hub checkpoint's keys and the tensors of a model, read off the model's modules.
 
-One table per architecture serves every direction: loading, converting, exporting, and naming the
-groups that LoRA can target. A hub key that the table neither names nor declares as carried is an error.
+Shapes, dtypes, storages and groups are the modules' own. Names are alike on both sides but for the exceptions that an
+architecture declares (models.decoder.HubForm) and for stacks of experts. The same table loads, converts and exports,
+and names what LoRA can adapt. A hub key that it neither names nor knows as carried is an error.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-Group = Literal[
-    "attention",
-    "linear_attention",
-    "experts",
-    "shared_experts",
-    "dense_mlp",
-    "router",
-    "indexer",
-    "norm",
-    "embedding",
-    "head",
-]
-# The groups whose matrices LoRA can adapt, in the order in which tables show them.
-TARGET_GROUPS: tuple[Group, ...] = (
-    "attention",
-    "linear_attention",
-    "experts",
-    "shared_experts",
-    "dense_mlp",
-    "router",
-)
-Stored = Literal["storage", "dense", "float32"]
+import torch
+from torch import nn
+
+from models.blocks.groups import Group
+from models.blocks.linear import ExpertWeights, LoRA
+from models.checkpoint.layout import Layout, respell
+from models.decoder import CausalLM
+from quant.kinds import storage_tensors
+from quant.storage import Storage, StorageSpec
+
+# Of a model with tied embeddings only some files have it, as a copy of the embedding, by which it is implied.
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Key:
     """One native tensor, and the hub's key or keys for it.
 
-    native: dotted name in the native model of a Parameter or buffer, or of a Storage module (`is_storage`).
+    native: dotted name in the model of a Parameter or buffer, or of a Storage module.
     hub: the hub's key. For stacked experts, the fused key.
-    shape: the dense shape, the same on both sides; stacked experts are [E, out, in].
-    stored: `storage` follows the model's storage, `dense` has the model's dtype, `float32` is always float32.
+    shape: the dense shape, the same on both sides; stacked experts are [E, out, in], E all experts of the layer.
+    dtype: of the tensor, or of what the storage gives. spec: of a Storage; None for a plain tensor.
     parts: stacked experts only: the per-expert keys with `{e}` for the expert, whose matrices are concatenated
         along their first dimension (gate above up).
     fused: stacked experts only: an export writes the fused key rather than the parts. Both can be read.
@@ -53,8 +43,8 @@ class Key:
     hub: str
     group: Group
     shape: tuple[int, ...]
-    stored: Stored
-    is_storage: bool
+    dtype: torch.dtype
+    spec: StorageSpec | None = None
     parts: tuple[str, ...] = ()
     fused: bool = False
     counted: bool = True
@@ -75,10 +65,17 @@ class Key:
         else:
             yield from self.part_keys()
 
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Names, shapes and dtypes of the native tensors."""
+        if self.spec is None:
+            return {self.native: (self.shape, self.dtype)}
+        kept = storage_tensors(self.spec, self.shape, self.dtype, self.native)
+        return {f"{self.native}.{name}": entry for name, entry in kept.items()}
+
 
 @dataclass(frozen=True)
 class KeyMap:
-    """All native tensors in the order in which they are computed with.
+    """All tensors of a model in the order of its modules.
 
     carried: patterns (full match) of hub keys that this model does not compute with (multi-token prediction layers,
         vision towers). They are named when a checkpoint is read, and an export can carry them through.
@@ -90,73 +87,71 @@ class KeyMap:
     def is_carried(self, hub_key: str) -> bool:
         return any(re.fullmatch(pattern, hub_key) for pattern in self.carried)
 
+    def laid_out(self, layout: Layout) -> KeyMap:
+        """The same table, with the hub's keys as `layout` has them."""
+        return KeyMap(tuple(_laid_out(key, layout) for key in self.keys), self.carried)
 
-class KeyMapBuilder:
-    """Collects keys layer by layer. Native names are the hub's, but for the fused experts' `.weight`.
 
-    hub_model: what the hub has in the place of the leading `model` of native names.
-    Where a single name differs, `hub` gives the hub's.
-    """
+def key_map_of(model: CausalLM) -> KeyMap:
+    """The table of `model`, which may be on the meta device or lie in parts: sizes are those of the whole tensors."""
+    keys = tuple(_keys(model, "", None, model, set()))
+    tied = not any(key.native == HEAD for key in keys)
+    key_map = KeyMap(keys, (*model.hub.carried, *([re.escape(HEAD)] if tied else ())))
+    form = model.hub.vision_language
+    return key_map.laid_out(Layout(wrapped=form, fused=form))
 
-    def __init__(self, hub_model: str = "model") -> None:
-        self._keys: list[Key] = []
-        self._carried: list[str] = []
-        self._hub_model = hub_model
 
-    def _hub(self, name: str) -> str:
-        return f"{self._hub_model}.{name.removeprefix('model.')}" if name.startswith("model.") else name
-
-    def plain(
-        self,
-        name: str,
-        group: Group,
-        shape: tuple[int, ...],
-        *,
-        float32: bool = False,
-        counted: bool = True,
-        hub: str | None = None,
-    ) -> None:
-        """A norm, an embedding, a bias or a buffer."""
-        stored: Stored = "float32" if float32 else "dense"
-        self._keys.append(Key(name, self._hub(hub or name), group, shape, stored, is_storage=False, counted=counted))
-
-    def matrix(
-        self, name: str, group: Group, shape: tuple[int, int], *, stored: Stored = "storage", hub: str | None = None
-    ) -> None:
-        """The weight [out, in] of a linear layer."""
-        hub_name = self._hub(hub or name)
-        self._keys.append(Key(f"{name}.weight", f"{hub_name}.weight", group, shape, stored, is_storage=True))
-
-    def linear(
-        self, name: str, group: Group, shape: tuple[int, int], *, bias: bool = False, stored: Stored = "storage"
-    ) -> None:
-        self.matrix(name, group, shape, stored=stored)
-        if bias:
-            self.plain(f"{name}.bias", group, shape[:1])
-
-    def swiglu(self, name: str, group: Group, hidden: int, width: int) -> None:
-        """The three matrices of a gated MLP."""
-        self.linear(f"{name}.gate_proj", group, (width, hidden))
-        self.linear(f"{name}.up_proj", group, (width, hidden))
-        self.linear(f"{name}.down_proj", group, (hidden, width))
-
-    def experts(self, name: str, experts: int, hidden: int, width: int, *, fused: bool = False) -> None:
-        """Routed experts: gate and up fused into [E, 2I, H], down [E, H, I]."""
-        hub = self._hub(name)
-        gate, up, down = (f"{hub}.{{e}}.{part}_proj.weight" for part in ("gate", "up", "down"))
-        for stack, shape, parts in (
-            ("gate_up_proj", (experts, 2 * width, hidden), (gate, up)),
-            ("down_proj", (experts, hidden, width), (down,)),
-        ):
-            native, key = f"{name}.{stack}.weight", f"{hub}.{stack}"
-            self._keys.append(Key(native, key, "experts", shape, "storage", is_storage=True, parts=parts, fused=fused))
-
-    def head(self, name: str, shape: tuple[int, int], *, tied: bool) -> None:
-        """The output head; a tied one is the embedding, of which some files hold a copy all the same."""
-        if tied:
-            self._carried.append(re.escape(f"{name}.weight"))
+def _keys(module: nn.Module, name: str, group: Group | None, model: CausalLM, seen: set[int]) -> Iterator[Key]:
+    """seen: the id() of parameters that have a key already; a tied head is the embedding."""
+    if isinstance(module, LoRA):
+        return
+    group = getattr(module, "group", group)
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}" if name else child_name
+        if isinstance(child, Storage):
+            if not seen.intersection(map(id, child.parameters())):
+                yield _storage_key(full, child, module, _known(group, full), model)
         else:
-            self.matrix(name, "head", shape, stored="dense")
+            yield from _keys(child, full, group, model, seen)
+    for tensor_name, tensor in (*module.named_parameters(name, recurse=False), *module.named_buffers(name, False)):
+        seen.add(id(tensor))
+        counted = isinstance(tensor, nn.Parameter) or tensor_name.endswith(model.hub.counted_buffers)
+        hub = _hub_name(tensor_name, model)
+        yield Key(tensor_name, hub, _known(group, tensor_name), tuple(tensor.shape), tensor.dtype, counted=counted)
 
-    def build(self, carried: Iterable[str] = ()) -> KeyMap:
-        return KeyMap(tuple(self._keys), (*carried, *self._carried))
+
+def _storage_key(name: str, storage: Storage, owner: nn.Module, group: Group, model: CausalLM) -> Key:
+    if not isinstance(owner, ExpertWeights):
+        return Key(name, _hub_name(name, model), group, storage.shape, storage.dtype, storage.spec)
+    fused = _hub_name(name.removesuffix(".weight"), model)
+    experts = fused.rpartition(".")[0]
+    parts = tuple(f"{experts}.{{e}}.{part}.weight" for part in owner.parts)
+    return Key(name, fused, group, owner.shape, storage.dtype, storage.spec, parts)
+
+
+def _hub_name(name: str, model: CausalLM) -> str:
+    for ending, hub in model.hub.renamed.items():
+        if name.endswith(f".{ending}"):
+            return name.removesuffix(ending) + hub
+    return name
+
+
+def _known(group: Group | None, name: str) -> Group:
+    if group is None:
+        raise TypeError(f"{name} belongs to no group: its module, or one around it, needs a `group`")
+    return group
+
+
+def _laid_out(key: Key, layout: Layout) -> Key:
+    spelling = layout.spelling
+    return Key(
+        key.native,
+        respell(key.hub, spelling),
+        key.group,
+        key.shape,
+        key.dtype,
+        key.spec,
+        tuple(respell(part, spelling) for part in key.parts),
+        layout.fused and bool(key.parts),
+        key.counted,
+    )

@@ -1,18 +1,47 @@
-"""The forms in which hub files hold the same tensors, beyond what config.json says.
+"""The forms in which hub files hold the same tensors.
 
-Routed experts lie there as one fused stack or as matrices per expert: transformers writes either, whichever it has
-read. And where it saves the text model taken out of a vision-language one, it writes a text model's config.json beside
-keys that keep the other's prefix. All of these are read, and an export writes the form that its source has.
+transformers has the same layers at `model.layers` in a text model and at `model.language_model.layers` in the
+vision-language model around it, and writes either prefix beside either config.json. Routed experts lie in files as one
+fused stack or as matrices per expert. All of these are read, and an export writes the form that its source has.
+
+PEFT gives an adapter to the class that has its names; in the other it computes without, after a warning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from models.checkpoint.keymap import Key, KeyMap
+Spelling = Literal["text", "vision-language"]
+SPELLINGS: tuple[Spelling, ...] = get_args(Spelling)
+# How the names of what both models have begin.
+PREFIXES: dict[Spelling, str] = {"text": "model", "vision-language": "model.language_model"}
+# What stands before these, in a name or, with its dot escaped, in a regular expression that fits names. A name that is
+# an ending may lack the leading `model.`.
+_SEPARATOR = r"(?=(\\?\.)(?:layers|embed_tokens|norm)\b)"
+_PATTERNS: dict[Spelling, re.Pattern[str]] = {
+    "text": re.compile(rf"(?<!\w)model{_SEPARATOR}"),
+    "vision-language": re.compile(rf"(?<!\w)(?:model\\?\.)?language_model{_SEPARATOR}"),
+}
 
-TEXT, WRAPPED = "model.", "model.language_model."  # how the keys of decoder layers begin
+
+def spelling_of(name: str) -> Spelling | None:
+    """The spelling of a full name of something in the decoder; None for any other name, which both spell alike."""
+    return next((spelling for spelling in SPELLINGS if _PATTERNS[spelling].search(name)), None)
+
+
+def spellings(names: Iterable[str]) -> set[Spelling]:
+    return {spelling for name in names if (spelling := spelling_of(name)) is not None}
+
+
+def respell(name: str, to: Spelling) -> str:
+    """A name, or a regular expression that fits names, in the spelling `to`."""
+    found = spelling_of(name)
+    if found is None or found == to:
+        return name
+    return _PATTERNS[found].sub(lambda match: PREFIXES[to].replace(".", match[1]), name)
 
 
 @dataclass(frozen=True)
@@ -22,27 +51,6 @@ class Layout:
     wrapped: bool
     fused: bool
 
-    @staticmethod
-    def of(key_map: KeyMap, names: Collection[str]) -> Layout:
-        """The layout of a checkpoint with these keys. Where only some stacks are fused, it counts as not fused."""
-        wrapped = any(name.startswith(WRAPPED) for name in names)
-        stacks = [key.hub for key in Layout(wrapped, False).apply(key_map).keys if key.parts]
-        return Layout(wrapped, bool(stacks) and all(stack in names for stack in stacks))
-
-    def apply(self, key_map: KeyMap) -> KeyMap:
-        """The same table, with the hub's keys as this layout has them."""
-        return replace(key_map, keys=tuple(map(self._key, key_map.keys)))
-
-    def _key(self, key: Key) -> Key:
-        return replace(
-            key,
-            hub=self._name(key.hub),
-            parts=tuple(map(self._name, key.parts)),
-            fused=self.fused and bool(key.parts),
-        )
-
-    def _name(self, name: str) -> str:
-        if not name.startswith(TEXT):
-            return name
-        rest = name.removeprefix(WRAPPED if name.startswith(WRAPPED) else TEXT)
-        return f"{WRAPPED if self.wrapped else TEXT}{rest}"
+    @property
+    def spelling(self) -> Spelling:
+        return "vision-language" if self.wrapped else "text"

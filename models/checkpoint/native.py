@@ -23,7 +23,7 @@ from torch import Tensor
 
 from models.checkpoint.keymap import Key
 from models.checkpoint.layout import Layout
-from models.checkpoint.stream import Piece, native_tensors
+from models.checkpoint.stream import Piece
 from models.checkpoint.tensorfile import DTYPES, MappedFolder, TensorInfo, read_header
 from quant.common.errors import NibbleError
 from quant.common.files import sha256_file, write_atomically
@@ -185,7 +185,7 @@ class NativeCheckpoint:
                 self._files.update(dict.fromkeys(header, name))
         wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for key in keys:
-            wanted.update(native_tensors(key, self.manifest.spec, self.manifest.dtype))
+            wanted.update(key.tensors())
         wrong = sorted(
             name
             for name in wanted.keys() | self._infos.keys()
@@ -205,8 +205,8 @@ class NativeCheckpoint:
         if experts is not None and experts.step != 1:
             raise ValueError(f"experts must be consecutive, got {experts}")
         start = experts.start if key.parts and experts is not None else 0 if key.parts else None
-        names = native_tensors(key, self.manifest.spec, self.manifest.dtype)
-        yield Piece(key, start, {name: self._tensor(name, experts if key.parts else None) for name in names})
+        rows = experts if key.parts else None
+        yield Piece(key, start, {name: self._tensor(name, rows) for name in key.tensors()})
 
     def _tensor(self, name: str, rows: range | None) -> Tensor:
         file, info = self._files[name], self._infos[name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from models.checkpoint.hub import HubCheckpoint
-from models.checkpoint.keymap import Key, KeyMap
-from models.checkpoint.layout import TEXT, WRAPPED, Layout
+from models.checkpoint.keymap import HEAD, Key, KeyMap
+from models.checkpoint.layout import PREFIXES, Layout
 from quant.common.errors import NibbleError
 from quant.common.words import gib, some
-from quant.storage import StorageSpec, all_finite, quantise, storage_tensors
+from quant.kinds import quantise
+from quant.storage import all_finite
 
 _READABLE = ("BF16", "F16", "F32", "F64")
 # Missing or unused keys named one by one; a checkpoint of another model has tens of thousands.
 LISTED = 50
 LEFT_OUT = "left out, as nothing here computes with them"
-# Of a model with tied embeddings only some files have it, as a copy of the embedding, by which it is implied.
-HEAD = "lm_head.weight"
+_TEXT, _WRAPPED = (f"{prefix}." for prefix in PREFIXES.values())
 # What counts as one part of a model when carried tensors are summed up.
 _PART = re.compile(r"model\.layers\.\d+|model\.\w+|\w+")
 
@@ -55,22 +55,6 @@ class Reader(Protocol):
         """The pieces of one key; for a stack, those of the given experts (None: all)."""
 
 
-def key_spec(key: Key, spec: StorageSpec, dtype: torch.dtype) -> tuple[StorageSpec, torch.dtype]:
-    """How one key is stored in a model of that spec and dtype: only the frozen matrices are quantised."""
-    if key.stored == "storage":
-        return spec, dtype
-    return StorageSpec("none"), torch.float32 if key.stored == "float32" else dtype
-
-
-def native_tensors(key: Key, spec: StorageSpec, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names, shapes and dtypes of one key's native tensors. Raises NibbleError for a shape that can't be blocked."""
-    spec, dtype = key_spec(key, spec, dtype)
-    if not key.is_storage:
-        return {key.native: (key.shape, dtype)}
-    tensors = storage_tensors(spec, key.shape, dtype, key.native)
-    return {f"{key.native}.{name}": entry for name, entry in tensors.items()}
-
-
 class HubReader:
     """Reads a hub checkpoint as native tensors, quantising one matrix at a time.
 
@@ -78,20 +62,11 @@ class HubReader:
     architecture declares as not computed with. They are left where they are.
     """
 
-    def __init__(
-        self,
-        checkpoint: HubCheckpoint,
-        key_map: KeyMap,
-        spec: StorageSpec,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, checkpoint: HubCheckpoint, key_map: KeyMap, device: torch.device | str = "cpu") -> None:
         """device: where matrices are quantised and pieces are. Raises NibbleError where keys or shapes don't fit."""
-        self.checkpoint, self.spec, self.dtype, self.device = checkpoint, spec, dtype, torch.device(device)
+        self.checkpoint, self.device = checkpoint, torch.device(device)
         self.layout, key_map = _laid_out(key_map, checkpoint)
         self.keys = key_map.keys
-        for key in self.keys:
-            native_tensors(key, spec, dtype)
         self._fused = {key.hub for key in self.keys if key.parts and key.hub in checkpoint}
         self.carried = self._check_keys(key_map)
         self._check_tensors()
@@ -123,14 +98,14 @@ class HubReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _stored(self, key: Key, dense: Tensor, name: str) -> dict[str, Tensor]:
-        spec, dtype = key_spec(key, self.spec, self.dtype)
         dense = dense.to(self.device)
         name = f"{self.checkpoint.path}: {name}"
-        if key.is_storage:
-            return {f"{key.native}.{suffix}": part for suffix, part in quantise(spec, dense, dtype, name=name).items()}
+        if key.spec is not None:
+            kept = quantise(key.spec, dense, key.dtype, name=name)
+            return {f"{key.native}.{suffix}": part for suffix, part in kept.items()}
         if not all_finite(dense):
             raise NibbleError(f"{name}: some of its values are inf or NaN.\nThe checkpoint is damaged: get it again.")
-        return {key.native: dense.to(dtype)}
+        return {key.native: dense.to(key.dtype)}
 
     def _check_tied(self, key: Key, embedding: Tensor) -> None:
         head = self.checkpoint.tensor(HEAD)
@@ -194,17 +169,24 @@ class HubReader:
             yield hub, (rows // len(key.parts), columns)
 
 
+def layout_of(key_map: KeyMap, names: Collection[str]) -> Layout:
+    """The layout of a checkpoint with these keys. Where only some stacks are fused, it counts as not fused."""
+    wrapped = any(name.startswith(_WRAPPED) for name in names)
+    stacks = [key.hub for key in key_map.laid_out(Layout(wrapped, False)).keys if key.parts]
+    return Layout(wrapped, bool(stacks) and all(stack in names for stack in stacks))
+
+
 def _laid_out(key_map: KeyMap, checkpoint: HubCheckpoint) -> tuple[Layout, KeyMap]:
     """The layout of a checkpoint, and the key map in it."""
-    layout = Layout.of(key_map, checkpoint)
-    laid_out = layout.apply(key_map)
-    if layout.wrapped or not any(key.hub.startswith(WRAPPED) for key in key_map.keys):
+    layout = layout_of(key_map, checkpoint)
+    laid_out = key_map.laid_out(layout)
+    if layout.wrapped or not any(key.hub.startswith(_WRAPPED) for key in key_map.keys):
         return layout, laid_out
     # Read all the same, an adapter would have config.json's names, which no class that loads these keys has.
     if all(key.hub in checkpoint or all(part in checkpoint for part in key.part_keys()) for key in laid_out.keys):
         raise NibbleError(
-            f"{checkpoint.path}: the keys are those of a text model ({TEXT}…); config.json says model_type "
-            f"{checkpoint.config.get('model_type')}, whose keys are {WRAPPED}….\n"
+            f"{checkpoint.path}: the keys are those of a text model ({_TEXT}…); config.json says model_type "
+            f"{checkpoint.config.get('model_type')}, whose keys are {_WRAPPED}….\n"
             "Make what config.json has as text_config the whole of it, with its own model_type."
         )
     return layout, key_map

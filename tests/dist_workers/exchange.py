@@ -18,6 +18,7 @@ from models.adapters.lora import trainable_parameters
 from models.blocks import experts
 from models.blocks.documents import Documents
 from models.blocks.experts import Experts
+from models.blocks.factory import Factory
 from models.blocks.linear import ExpertWeights, Linear, LoRA
 from models.decoder import CausalLM
 from models.registry import ARCHITECTURES
@@ -34,7 +35,7 @@ EXPERTS, HIDDEN, WIDTH, RANK = 8, 64, 64, 3
 def block(kind: str, device: str, *, dtype: torch.dtype, trained: bool) -> Experts:
     """A block with LoRA and without values; `trained`: its dense weights have gradients too."""
     made = Experts(
-        EXPERTS, HIDDEN, WIDTH, spec=StorageSpec(kind), dtype=dtype, device=device, name="experts"  # type: ignore[arg-type]
+        EXPERTS, HIDDEN, WIDTH, Factory(StorageSpec(kind), dtype, device, "experts")  # type: ignore[arg-type]
     )  # fmt: skip
     for projection in (made.gate_up_proj, made.down_proj):
         projection.lora = LoRA(projection.weight.shape, RANK, alpha=2.0 * RANK, device=device)

@@ -19,7 +19,8 @@ from parallel.device import peak_memory_bytes, reset_peak_memory
 from parallel.mesh import Meshes, make_meshes, mesh_sizes
 from parallel.shards import Shards
 from parallel.world import World
-from quant.storage import StorageSpec, quantise
+from quant.kinds import quantise
+from quant.storage import StorageSpec
 from tests.dist_workers.training import CPU, config_of
 from train.loop import training_step
 from train.model import load_trainable_model

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from models.afmoe import AfmoeConfig, key_map
+from models.afmoe import AfmoeConfig, build
 from tests import architecture_checks as checks
-from tests.helpers import assert_close, random_tokens, relative_error
+from tests.helpers import assert_close, key_map_for, random_tokens, relative_error
 from tests.tiny import save_tiny
 
 AFMOE = "afmoe"
@@ -177,7 +177,7 @@ def test_the_published_file_is_read() -> None:
     assert (config.routing.chosen, config.routing.scale, config.routing.groups) == (8, 2.826, 1)
     assert (config.attention.heads, config.attention.kv_heads, config.attention.head_dim) == (32, 4, 128)
     assert len(config.rope.frequencies) == 64
-    assert not key_map(config).carried, "there is nothing that isn't computed with"
+    assert not key_map_for(build, config).carried, "there is nothing that isn't computed with"
 
 
 @pytest.mark.parametrize("spelling", ["null", "left out"])

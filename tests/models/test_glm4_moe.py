@@ -11,10 +11,9 @@ import torch
 
 from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.stream import HubReader
-from models.glm4_moe import Glm4MoeConfig, key_map
-from quant.storage import StorageSpec
+from models.glm4_moe import Glm4MoeConfig, build
 from tests import architecture_checks as checks
-from tests.helpers import assert_close, random_tokens, relative_error
+from tests.helpers import assert_close, key_map_for, random_tokens, relative_error
 from tests.tiny import save_tiny
 
 GLM = "glm4_moe"
@@ -115,8 +114,8 @@ def test_prediction_layers_are_carried(tmp_path: Path) -> None:
     extra = {"model.layers.4.eh_proj.weight", "model.layers.4.mlp.experts.0.up_proj.weight"}
     save_file(tensors | {name: torch.zeros(2, 2) for name in extra}, tmp_path / "model.safetensors")
     checkpoint = HubCheckpoint(tmp_path)
-    keys = key_map(Glm4MoeConfig.parse(checkpoint.config, ""))
-    assert set(HubReader(checkpoint, keys, StorageSpec("none"), torch.float32).carried) == extra
+    keys = key_map_for(build, Glm4MoeConfig.parse(checkpoint.config, ""))
+    assert set(HubReader(checkpoint, keys).carried) == extra
     assert not keys.is_carried("model.layers.3.mlp.experts.0.up_proj.weight")
     assert not keys.is_carried("model.layers.5.eh_proj.weight")
 
@@ -169,7 +168,7 @@ def test_the_published_file_is_read() -> None:
     assert (attention.bias, attention.output_bias, attention.norms) == (True, False, False)
     assert len(config.rope.frequencies) == 32, "half of a head's 128 dimensions, in pairs"
     assert config.rope.frequencies[1] == pytest.approx(1e6 ** (-1 / 32))
-    keys = key_map(config)
+    keys = key_map_for(build, config)
     assert keys.is_carried("model.layers.46.shared_head.norm.weight")
     assert not keys.is_carried("model.layers.45.input_layernorm.weight")
 

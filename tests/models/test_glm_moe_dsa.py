@@ -18,16 +18,19 @@ from models import load_model
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
 from models.blocks.documents import Documents
+from models.blocks.factory import Factory
+from models.checkpoint.conversion import count_parameters
 from models.checkpoint.hub import HubCheckpoint
+from models.checkpoint.keymap import key_map_of
 from models.checkpoint.stream import HubReader
-from models.glm_moe_dsa import GlmMoeDsaConfig, build, key_map
+from models.glm_moe_dsa import GlmMoeDsaConfig, build
 from models.registry import architecture_for
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
 from tests import architecture_checks as checks
-from tests.helpers import assert_close, random_tokens, relative_error
+from tests.helpers import assert_close, key_map_for, random_tokens, relative_error
 from tests.tiny import save_tiny
-from train.config.sections import parse_config
+from train.config.load import parse_config
 from train.model import make_trainable
 
 DSA = "glm_moe_dsa"
@@ -84,7 +87,7 @@ def test_logits_loss_and_all_gradients_equal_transformers(
     loss.backward()
     theirs = dict(reference.named_parameters())
     compared = set()
-    for key in key_map(model.config).keys:
+    for key in key_map_of(model).keys:
         if not key.counted:
             continue
         compared.add(key.hub)
@@ -130,8 +133,8 @@ def test_quantised_model_equals_transformers_with_dequantised_weights(
     tmp_path: Path, storage: str, double_quant: bool
 ) -> None:
     reference = save_tiny(tmp_path, DSA, **SHARING)
-    keys = key_map(load_model(tmp_path, storage="none", dtype=torch.float32).config).keys
-    assert not any(key.stored == "storage" for key in keys if key.group == "indexer")
+    keys = key_map_of(load_model(tmp_path, storage="nf4", dtype=torch.float32)).keys
+    assert not any(key.spec == StorageSpec("nf4") for key in keys if key.group == "indexer")
     checks.check_quantised(tmp_path, reference, storage, double_quant)
 
 
@@ -224,8 +227,8 @@ def test_prediction_layers_and_unused_indexers_are_carried(tmp_path: Path) -> No
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | SHARING))
     checkpoint = HubCheckpoint(tmp_path)
-    keys = key_map(GlmMoeDsaConfig.parse(checkpoint.config, "here"))
-    reader = HubReader(checkpoint, keys, StorageSpec("none"), torch.float32)
+    keys = key_map_for(build, GlmMoeDsaConfig.parse(checkpoint.config, "here"))
+    reader = HubReader(checkpoint, keys)
     parts = ("k_norm.bias", "k_norm.weight", "weights_proj.weight", "wk.weight", "wq_b.weight")
     unused = {f"model.layers.{index}.self_attn.indexer.{part}" for index in (1, 3) for part in parts}
     assert set(reader.carried) == unused | {"model.layers.4.eh_proj.weight"}
@@ -356,13 +359,12 @@ def test_which_layers_share_a_selection(given: dict[str, Any]) -> None:
 
 def test_the_published_size_has_the_published_number_of_parameters() -> None:
     config = GlmMoeDsaConfig.parse({"model_type": DSA}, "defaults")
-    build(config, spec=StorageSpec("nf4"), dtype=torch.bfloat16, device="meta")
-    keys = [key for key in key_map(config).keys if key.counted]
-    assert sum(torch.Size(key.shape).numel() for key in keys) == 743_911_199_232
-    dense = build(config, spec=StorageSpec("none"), dtype=torch.bfloat16, device="meta")
+    key_map = key_map_for(build, config, "nf4")
+    assert count_parameters(key_map.keys) == 743_911_199_232
+    dense = build(config, Factory(StorageSpec("none"), torch.bfloat16, "meta"))
     assert sum(parameter.numel() for parameter in dense.parameters()) == 743_911_199_232
-    assert key_map(config).is_carried("model.layers.78.eh_proj.weight")
-    assert not key_map(config).is_carried("model.layers.77.self_attn.indexer.wk.weight")
+    assert key_map.is_carried("model.layers.78.eh_proj.weight")
+    assert not key_map.is_carried("model.layers.77.self_attn.indexer.wk.weight")
 
 
 @pytest.mark.parametrize(

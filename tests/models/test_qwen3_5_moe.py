@@ -17,10 +17,9 @@ from torch import Tensor
 
 from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.stream import HubReader
-from models.qwen3_5_moe import Qwen3_5MoeConfig, key_map
-from quant.storage import StorageSpec
+from models.qwen3_5_moe import Qwen3_5MoeConfig, build
 from tests import architecture_checks as checks
-from tests.helpers import assert_close, random_tokens, relative_error
+from tests.helpers import assert_close, key_map_for, random_tokens, relative_error
 from tests.tiny import save_tiny
 
 TEXT, VISION = "qwen3_5_moe_text", "qwen3_5_moe"
@@ -182,8 +181,8 @@ def test_vision_and_prediction_layers_are_carried(tmp_path: Path, form: str) -> 
     save_file(tensors | {name: torch.zeros(2, 2) for name in prediction}, tmp_path / "model.safetensors")
     checkpoint = HubCheckpoint(tmp_path)
     parse = Qwen3_5MoeConfig.parse_text if form == TEXT else Qwen3_5MoeConfig.parse_vision_language
-    keys = key_map(parse(checkpoint.config, ""))
-    assert set(HubReader(checkpoint, keys, StorageSpec("none"), torch.float32).carried) == vision | prediction
+    keys = key_map_for(build, parse(checkpoint.config, ""))
+    assert set(HubReader(checkpoint, keys).carried) == vision | prediction
 
 
 # --- config.json
@@ -250,7 +249,7 @@ def test_the_published_file_is_read() -> None:
     assert (delta_net.keys, delta_net.values, delta_net.convolution) == (2048, 4096, 4)
     assert len(config.rope.frequencies) == 32, "a quarter of a head's 256 dimensions, in pairs"
     assert config.rope.frequencies[1] == pytest.approx(1e7 ** (-1 / 32))
-    keys = key_map(config)
+    keys = key_map_for(build, config)
     assert keys.is_carried("model.visual.blocks.0.attn.qkv.weight") and keys.is_carried("mtp.fc.weight")
     assert not keys.is_carried("model.language_model.layers.0.linear_attn.A_log")
     assert {key.hub.split(".")[0] for key in keys.keys} == {"model", "lm_head"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models.checkpoint.conversion import count_parameters
-from models.checkpoint.keymap import KeyMap
+from models.checkpoint.keymap import KeyMap, key_map_of
 from models.decoder import CausalLM
 from models.registry import architecture_for
 from quant.storage import StorageSpec
@@ -135,7 +135,8 @@ def native(size: Size, spec: StorageSpec) -> tuple[CausalLM, KeyMap]:
     config_json = {"model_type": size.model_type, **size.config}
     architecture = architecture_for(config_json, "here")
     config = architecture.parse_config(config_json, "here")
-    return architecture.build(config, spec, torch.bfloat16, "meta"), architecture.key_map(config)
+    model = architecture.build(config, spec, torch.bfloat16, "meta")
+    return model, key_map_of(model)
 
 
 def counted_by_transformers(size: Size) -> int:

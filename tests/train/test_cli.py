@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from types import ModuleType
 
 import pytest
 
+from parallel.world import World
 from quant.common.errors import NibbleError
 from tests.processes import LIMIT, free_port, rank_environment
 from train.__main__ import EXAMPLE, main
+from train.config.load import Config, config_schema, load_config, parse_config
 from train.config.schema import keys
-from train.config.sections import Config, config_schema, load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
 QLORA = "configs/glm47_qlora.yaml"
@@ -31,7 +33,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) -> l
     """Put a run in place that returns or raises `outcome`; returns the list of the calls to it."""
     calls: list[tuple[Config, Path | None]] = []
 
-    def run(config: Config, *, config_path: Path | None) -> int:
+    def run(config: Config, *, config_path: Path | None, world: World) -> int:
+        assert world == World()
         calls.append((config, config_path))
         if isinstance(outcome, BaseException):
             raise outcome
@@ -185,8 +188,8 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
     assert done.stderr.splitlines()[-1] == "HEAVY []"
 
 
-def test_of_several_processes_one_speaks(config_path: Path) -> None:
-    """What all of them find wrong is an error once, and what all of them are asked for is printed once."""
+def test_of_several_processes_one_answers(config_path: Path) -> None:
+    """Of an error the other one speaks too, with its rank, where no torchrun ends it before."""
 
     def run_two(*arguments: str) -> list[tuple[int, str, str]]:
         port, started = free_port(), []
@@ -203,7 +206,7 @@ def test_of_several_processes_one_speaks(config_path: Path) -> None:
 
     assert run_two("--check") == [(0, f"{config_path}: ok\n", ""), (0, "", "")]
     wrong = "error: --set train.max_stpes=3: unknown key 'train.max_stpes'. Did you mean 'train.max_steps'?\n"
-    assert run_two("--set", "train.max_stpes=3") == [(2, "", wrong), (2, "", "")]
+    assert run_two("--set", "train.max_stpes=3") == [(2, "", wrong), (2, "", f"rank 1 on {platform.node()}: {wrong}")]
 
 
 def test_part_of_the_launchers_variables(

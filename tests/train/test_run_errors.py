@@ -25,7 +25,7 @@ from quant.storage import StorageSpec
 from tests.processes import LIMIT
 from tests.run_helpers import ROOT, World, error_of, in_a_process, losses, make_world, settings
 from train.__main__ import main
-from train.config.sections import load_config
+from train.config.load import load_config
 from train.model import check_model
 
 

@@ -111,6 +111,7 @@ def _random_weights(folder: Path, model_type: str, seed: int) -> dict[str, torch
     """The hub's tensors by name: those that the model computes with, then those that are carried."""
     import torch
 
+    from models.checkpoint.keymap import key_map_of
     from models.registry import architecture_for
     from quant.storage import StorageSpec
 
@@ -122,7 +123,7 @@ def _random_weights(folder: Path, model_type: str, seed: int) -> dict[str, torch
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for key in architecture.key_map(config).keys:
+    for key in key_map_of(model).keys:
         value = initial_value(model, key, spread, generator)
         # A stack of experts [E, out, in] is one matrix [out / parts, in] for each expert and part.
         split = [block for expert in value for block in expert.chunk(len(key.parts))] if key.parts else [value]

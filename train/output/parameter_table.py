@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.adapters.lora import key_map_of
-from models.adapters.targets import GROUP_WORDS, module_name
+from models.adapters.targets import module_name
+from models.blocks.groups import GROUP_WORDS
 from models.blocks.linear import LoRA
-from models.checkpoint.keymap import Key
+from models.checkpoint.keymap import Key, key_map_of
 from models.decoder import CausalLM
-from quant.storage import Storage, storage_tensors
+from quant.kinds import storage_tensors
+from quant.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _held(model: CausalLM, key: Key) -> Storage | Tensor:
 
 
 def _lora_of(model: CausalLM, key: Key) -> LoRA | None:
-    return getattr(model.get_submodule(module_name(key.native)), "lora", None) if key.is_storage else None
+    return getattr(model.get_submodule(module_name(key.native)), "lora", None) if key.spec is not None else None
 
 
 def _row(model: CausalLM, group: str, tensors: Iterable[WholeTensor]) -> GroupRow:

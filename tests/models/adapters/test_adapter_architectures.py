@@ -16,8 +16,9 @@ from torch import Tensor
 
 from models import load_model
 from models.adapters.files import load_adapter, save_adapter
-from models.adapters.lora import add_lora, key_map_of, trainable_parameters
+from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec, adaptable, groups_of
+from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
 from models.registry import ARCHITECTURES
 from quant.common.errors import NibbleError

@@ -18,7 +18,7 @@ from models.adapter_names import main
 from models.adapters.files import load_adapter, save_adapter
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
-from models.checkpoint.spelling import Spelling, respell, spelling_of
+from models.checkpoint.layout import Spelling, respell, spelling_of
 from tests.helpers import assert_close, random_tokens, relative_error
 from tests.peft_helpers import PATTERN_WARNING, config_of, logits_of, native, peft_load, peft_make, randomise
 from tests.tiny import save_tiny, tiny

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from models.adapters.lora import add_lora, initial_a, key_map_of, trainable_parameters
+from models.adapters.lora import add_lora, initial_a, trainable_parameters
 from models.adapters.targets import AdapterSpec, Target, resolve
 from models.blocks.linear import LoRA
+from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
-from models.glm4_moe_lite import Glm4MoeLiteConfig, key_map
+from models.glm4_moe_lite import Glm4MoeLiteConfig, build
 from models.registry import ARCHITECTURES
 from quant.common.errors import NibbleError
 from quant.storage import Storage, StorageSpec
-from tests.helpers import TINY_GLM, random_tokens
+from tests.helpers import TINY_GLM, key_map_for, random_tokens
 from tests.tiny import TINY
 from train.output.parameter_table import parameter_table
 
@@ -34,7 +35,7 @@ def tiny(storage: str = "none", dtype: torch.dtype = torch.float32, double_quant
     model = architecture.build(config, spec, dtype, "cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for key in architecture.key_map(config).keys:
+        for key in key_map_of(model).keys:
             owner, _, leaf = key.native.rpartition(".")
             held = getattr(model.get_submodule(owner), leaf)
             values = 0.15 * torch.randn(key.shape, generator=generator) + ("norm" in key.native)
@@ -51,7 +52,7 @@ def spec(*targets: str, rank: int | Mapping[str, int] = 4, alpha: float | Mappin
 
 def found(*targets: str, **rest: Any) -> list[Target]:
     config = Glm4MoeLiteConfig.parse(dict(TINY_GLM), "tiny")
-    return resolve(key_map(config), spec(*targets, **rest), "glm4_moe_lite")
+    return resolve(key_map_for(build, config), spec(*targets, **rest), "glm4_moe_lite")
 
 
 def modules(*targets: str, **rest: Any) -> list[str]:
@@ -184,7 +185,7 @@ def test_what_lora_does_not_adapt(target: str) -> None:
 def test_a_group_that_the_model_lacks() -> None:
     config = Glm4MoeLiteConfig.parse({**TINY_GLM, "first_k_dense_replace": 0}, "tiny")
     with pytest.raises(NibbleError) as error:
-        resolve(key_map(config), spec("dense_mlp"), "glm4_moe_lite")
+        resolve(key_map_for(build, config), spec("dense_mlp"), "glm4_moe_lite")
     assert str(error.value) == (
         "adapter.targets: 'dense_mlp': this glm4_moe_lite has no dense layers' matrices.\n"
         "Its groups: attention, experts, shared_experts, router."

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention.causal import short_conv
+from models.attention import short_conv
 from models.attention.short_conv import short_convolution
 from models.blocks.documents import Documents
 from tests.helpers import assert_close

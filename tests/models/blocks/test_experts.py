@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.blocks.experts import Experts
+from models.blocks.factory import Factory
 from models.blocks.linear import Linear, LoRA
 from quant.storage import StorageSpec
 from tests.helpers import assert_close, relative_error
@@ -21,7 +22,7 @@ EXPERTS, HIDDEN, WIDTH, CHOSEN, TOKENS, RANK = 6, 64, 128, 2, 37, 4
 def make_block(kind: str, dtype: torch.dtype = torch.float32, lora: bool = True, trained: bool = False) -> Experts:
     generator = torch.Generator().manual_seed(0)
     block = Experts(
-        EXPERTS, HIDDEN, WIDTH, spec=StorageSpec(kind), dtype=dtype, device="cpu", name="experts"  # type: ignore[arg-type]
+        EXPERTS, HIDDEN, WIDTH, Factory(StorageSpec(kind), dtype, "cpu", "experts")  # type: ignore[arg-type]
     )  # fmt: skip
     for projection in (block.gate_up_proj, block.down_proj):
         shape = projection.weight.shape
@@ -145,7 +146,7 @@ def test_a_fully_skewed_routing() -> None:
 def test_linear_equals_autograd(kind: str, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = Linear(
-        HIDDEN, WIDTH, bias=bias, spec=StorageSpec(kind), dtype=torch.float32, device="cpu", name="layer"  # type: ignore[arg-type]
+        HIDDEN, WIDTH, Factory(StorageSpec(kind), torch.float32, "cpu", "layer"), bias=bias  # type: ignore[arg-type]
     )  # fmt: skip
     layer.weight.load_dense(torch.randn(WIDTH, HIDDEN, generator=generator))
     layer.lora = LoRA((WIDTH, HIDDEN), RANK, alpha=3.0)
@@ -170,6 +171,7 @@ def test_linear_equals_autograd(kind: str, bias: bool) -> None:
 MEMORY = """
 import ctypes, sys, torch
 from models.blocks.experts import Experts
+from models.blocks.factory import Factory
 from models.blocks.linear import LoRA
 from quant.storage import StorageSpec
 
@@ -179,7 +181,7 @@ def resident(key):
 hidden, width = 512, 512
 torch.set_num_threads(1)
 def block(experts):
-    made = Experts(experts, hidden, width, spec=StorageSpec("nf4"), dtype=torch.float32, device="cpu", name="x")
+    made = Experts(experts, hidden, width, Factory(StorageSpec("nf4"), torch.float32, "cpu", "x"))
     for projection in (made.gate_up_proj, made.down_proj):
         projection.lora = LoRA(projection.weight.shape, 1, alpha=1.0)
         torch.nn.init.normal_(projection.lora.A)

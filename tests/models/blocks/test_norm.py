@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.blocks.factory import Factory
 from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
+from quant.storage import StorageSpec
 from tests.helpers import assert_close
 
 
 def norm_and_input(kind: type[RMSNorm], dtype: torch.dtype) -> tuple[RMSNorm, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    norm = kind(48, 1e-5, dtype=torch.float32, device="cpu")
+    norm = kind(48, 1e-5, Factory(StorageSpec("none"), torch.float32, "cpu"))
     with torch.no_grad():
         norm.weight.copy_(torch.randn(48, generator=generator))
     x = torch.randn(3, 5, 48, generator=generator).to(dtype)

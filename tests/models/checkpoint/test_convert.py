@@ -23,11 +23,11 @@ from models.checkpoint.conversion import Interrupted, convert, count_parameters
 from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.native import MANIFEST, Manifest, NativeCheckpoint
 from models.checkpoint.stream import HubReader
-from models.glm4_moe_lite import Glm4MoeLiteConfig, key_map
+from models.glm4_moe_lite import Glm4MoeLiteConfig, build
 from quant.common.errors import NibbleError
 from quant.common.progress import Bar
 from quant.storage import StorageSpec
-from tests.helpers import save_tiny_glm
+from tests.helpers import key_map_for, save_tiny_glm
 
 NF4 = StorageSpec("nf4", True)
 ROOT = Path(__file__).parents[3]
@@ -172,8 +172,8 @@ def test_reading_an_embedding_makes_no_other_tensor_of_its_size(hub: Path) -> No
             return result
 
     with HubCheckpoint(hub) as checkpoint:
-        keys = key_map(Glm4MoeLiteConfig.parse(checkpoint.config, ""))
-        reader = HubReader(checkpoint, keys, NF4, torch.float32)
+        keys = key_map_for(build, Glm4MoeLiteConfig.parse(checkpoint.config, ""), dtype=torch.float32)
+        reader = HubReader(checkpoint, keys)
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             key = next(key for key in keys.keys if key.native == name)
             with Recorder() as recorder:
@@ -185,7 +185,7 @@ def test_reading_an_embedding_makes_no_other_tensor_of_its_size(hub: Path) -> No
 
 
 def test_parameters_of_the_real_model() -> None:
-    assert count_parameters(key_map(Glm4MoeLiteConfig.parse({}, "")).keys) == 29_943_390_976
+    assert count_parameters(key_map_for(build, Glm4MoeLiteConfig.parse({}, "")).keys) == 29_943_390_976
 
 
 # The checkpoint doesn't fit

@@ -17,11 +17,11 @@ from models.checkpoint.conversion import Interrupted, convert
 from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.layout import Layout
 from models.checkpoint.native import MANIFEST, Manifest, verify
-from models.checkpoint.stream import sum_up
+from models.checkpoint.stream import layout_of, sum_up
 from models.registry import architecture_for
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-from tests.helpers import assert_close, random_tokens
+from tests.helpers import assert_close, key_map_for, random_tokens
 from tests.hub_forms import FORMS, fused, save_form, tensors_in
 
 TOKENS = random_tokens((2, 24))  # longer than the windows and selections of the tiny models
@@ -248,8 +248,8 @@ def test_layout_counts_keys_of_the_key_map_alone(hubs: dict[str, tuple[Path, Any
     with HubCheckpoint(hubs[VISION_LANGUAGE][0]) as checkpoint:
         assert "mtp.layers.0.mlp.experts.1.up_proj.weight" in checkpoint
         architecture = architecture_for(checkpoint.config, "")
-        key_map = architecture.key_map(architecture.parse_config(checkpoint.config, ""))
-        assert Layout.of(key_map, checkpoint) == Layout(wrapped=True, fused=True)
-        assert Layout.of(key_map, set(checkpoint) - {"model.language_model.layers.1.mlp.experts.down_proj"}) == Layout(
+        key_map = key_map_for(architecture.build_model, architecture.parse_config(checkpoint.config, ""))
+        assert layout_of(key_map, checkpoint) == Layout(wrapped=True, fused=True)
+        assert layout_of(key_map, set(checkpoint) - {"model.language_model.layers.1.mlp.experts.down_proj"}) == Layout(
             wrapped=True, fused=False
         )

@@ -22,9 +22,10 @@ from models.registry import ARCHITECTURES, architecture_for
 from parallel.mesh import MeshSizes
 from parallel.plan import cuts
 from quant.storage import StorageSpec
+from tests.helpers import key_map_for
 from train.__main__ import main
-from train.config.sections import dump_config, load_config, parse_config
-from train.demo.__main__ import __main__ as demo
+from train.config.load import dump_config, load_config, parse_config
+from train.demo import __main__ as demo
 from train.demo.models import MODELS
 from train.output.metrics import read_metrics
 
@@ -74,7 +75,7 @@ BYTES = {"bfloat16": 2, "float32": 4}
 @functools.cache
 def key_map_of(hub_id: str) -> KeyMap:
     architecture = architecture_for(PUBLISHED[hub_id], hub_id)
-    return architecture.key_map(architecture.parse_config(PUBLISHED[hub_id], hub_id))
+    return key_map_for(architecture.build_model, architecture.parse_config(PUBLISHED[hub_id], hub_id))
 
 
 @functools.cache
@@ -110,7 +111,7 @@ def test_the_readme_names_the_groups_of_each_model(model_type: str) -> None:
     row = re.search(rf"^\| `{model_type}` \|.*\| ([^|]*) \|$", readme, re.M)
     assert row is not None
     architecture = architecture_for(MODELS[model_type].config, model_type)
-    key_map = architecture.key_map(architecture.parse_config(MODELS[model_type].config, model_type))
+    key_map = key_map_for(architecture.build_model, architecture.parse_config(MODELS[model_type].config, model_type))
     assert re.findall(r"`(\w+)`", row[1]) == groups_of(adaptable(key_map))
 
 
