@@ -1,4 +1,4 @@
-"""The training loop: steps, and between them evaluations, checkpoints and what is to be said about it."""
+"""The training loop: steps, and between them evaluations, checkpoints and log lines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch.optim import Optimizer
@@ -131,8 +132,8 @@ class Loop:
                 self._evaluate()
             if self._stopping():
                 break
-            result, rate = self._step(window)
-            self._log(result, rate, window)
+            rate = self._step(window)
+            self._log(rate, window)
             if self.settings.save_every and progress.step % self.settings.save_every == 0:
                 self._save()
                 saved = progress.step
@@ -147,7 +148,8 @@ class Loop:
         """Whether a signal has reached any of the processes: they stop after the same step."""
         return bool(self.world.max(torch.tensor([int(self.stop.requested)])))
 
-    def _step(self, window: _Window) -> tuple[StepResult, float]:
+    def _step(self, window: _Window) -> float:
+        """One step; returns its learning rate."""
         settings, progress, started = self.settings, self.progress, time.perf_counter()
         warmup = warmup_steps(self.total_steps, settings.warmup_ratio)
         rate = learning_rate(settings.schedule, settings.learning_rate, progress.step, self.total_steps, warmup)
@@ -172,11 +174,11 @@ class Loop:
         # Of the process that needed most.
         peak = int(self.world.max(torch.tensor([peak_memory_bytes(self.device)])))
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)
-        window.add(result.tokens, seconds)
-        return result, rate
+        window.add(result, seconds)
+        return rate
 
-    def _log(self, result: StepResult, rate: float, window: _Window) -> None:
-        progress = self.progress
+    def _log(self, rate: float, window: _Window) -> None:
+        progress, result = self.progress, window.mean()
         due = progress.step % self.settings.log_every == 0 or progress.step == self.total_steps
         tokens_per_second = window.tokens_per_second
         if due and self.metrics is not None:
@@ -255,23 +257,35 @@ class Loop:
 
 
 class _Window:
-    """Times of the steps since the last line, and of the last few steps."""
+    """The steps of this session since the last log line, and the times of the last few steps."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=20)
         self.start_line()
 
     def start_line(self) -> None:
-        self._tokens, self._seconds = 0, 0.0
+        self._steps: list[StepResult] = []
+        self._seconds = 0.0
 
-    def add(self, tokens: int, seconds: float) -> None:
+    def add(self, result: StepResult, seconds: float) -> None:
         self._recent.append(seconds)
-        self._tokens += tokens
+        self._steps.append(result)
         self._seconds += seconds
+
+    def mean(self) -> StepResult:
+        """loss: mean over all labelled tokens. grad_norm and balance: mean over the steps. Token counts are sums."""
+        steps, labelled = self._steps, sum(step.labelled for step in self._steps)
+        return StepResult(
+            loss=sum(step.loss * step.labelled for step in steps) / labelled,
+            grad_norm=fmean(step.grad_norm for step in steps),
+            tokens=sum(step.tokens for step in steps),
+            labelled=labelled,
+            balance={name: fmean(step.balance[name] for step in steps) for name in steps[-1].balance},
+        )
 
     @property
     def tokens_per_second(self) -> float:
-        return self._tokens / max(self._seconds, 1e-9)
+        return sum(step.tokens for step in self._steps) / max(self._seconds, 1e-9)
 
     @property
     def seconds_per_step(self) -> float:
