@@ -60,6 +60,15 @@ TINY: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "mup_enabled": True,
     },
+    "qwen3_moe": {
+        **_COMMON,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
     "qwen3_5_moe_text": {**_COMMON, **_QWEN},
     "qwen3_5_moe": {**_COMMON, **_QWEN},
 }
@@ -87,6 +96,7 @@ def _reference(model_type: str, settings: dict[str, Any]) -> Any:
         "glm4_moe": (tf.Glm4MoeConfig, tf.Glm4MoeForCausalLM),
         "glm_moe_dsa": (tf.GlmMoeDsaConfig, tf.GlmMoeDsaForCausalLM),
         "afmoe": (tf.AfmoeConfig, tf.AfmoeForCausalLM),
+        "qwen3_moe": (tf.Qwen3MoeConfig, tf.Qwen3MoeForCausalLM),
         "qwen3_5_moe_text": (tf.Qwen3_5MoeTextConfig, tf.Qwen3_5MoeForCausalLM),
     }[model_type]
     return model_class(config_class(**settings))
