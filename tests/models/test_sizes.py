@@ -78,7 +78,7 @@ SIZES = {
     ),
     "GLM-4.7": Size("glm4_moe", GLM_45, 352_797_814_784, 171.88),
     "GLM-5": Size("glm_moe_dsa", {}, 743_911_199_232, 361.46),
-    "Qwen3-30B-A3B": Size("qwen3_moe", {"num_hidden_layers": 48, "head_dim": 128}, 30_532_122_624, 1),
+    "Qwen3-30B-A3B": Size("qwen3_moe", {"num_hidden_layers": 48, "head_dim": 128}, 30_532_122_624, 15.57),
     "Qwen3-235B-A22B": Size(
         "qwen3_moe",
         {
@@ -89,7 +89,7 @@ SIZES = {
             "moe_intermediate_size": 1536,
         },
         235_093_634_560,
-        1,
+        114.83,
     ),
     "Qwen3.5-35B-A3B": Size("qwen3_5_moe_text", {}, 34_660_610_688, 18.13),
     "Qwen3.5-35B-A3B with vision": Size("qwen3_5_moe", {"text_config": {}}, 34_660_610_688, 18.13),

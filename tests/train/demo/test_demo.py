@@ -86,6 +86,7 @@ CARRIED = {
     "glm4_moe": ("model.layers.4.", 42),
     "glm_moe_dsa": ("model.layers.4.", 47),
     "afmoe": ("none", 0),
+    "qwen3_moe": ("none", 0),
     "qwen3_5_moe_text": ("none", 0),
     "qwen3_5_moe": ("mtp.", 41),
 }
@@ -157,7 +158,7 @@ def test_an_architecture_that_the_demo_does_not_have(tmp_path: Path, capsys: pyt
     assert demo.main(["prepare", str(tmp_path / "demo"), "--arch", "llama"]) == 2
     assert capsys.readouterr().err == (
         "error: the demo has no architecture 'llama'. Choose one of afmoe, glm4_moe, glm4_moe_lite, glm_moe_dsa, "
-        "qwen3_5_moe, qwen3_5_moe_text.\n"
+        "qwen3_5_moe, qwen3_5_moe_text, qwen3_moe.\n"
     )
     assert not (tmp_path / "demo").exists()
 
@@ -206,6 +207,7 @@ DEMOS = [
     ("glm4_moe", "outputs/demo-glm4_moe", "glm45"),
     ("glm_moe_dsa", "outputs/demo-glm_moe_dsa", "glm5"),
     ("afmoe", "outputs/demo-afmoe", "trinity"),
+    ("qwen3_moe", "outputs/demo-qwen3_moe", "qwen3"),
     ("qwen3_5_moe_text", "outputs/demo-qwen3_5_moe_text", "qwen35_text"),
     ("qwen3_5_moe", "outputs/demo-qwen3_5_moe", "qwen35"),
 ]
