@@ -14,9 +14,9 @@ import torch
 from models.checkpoint.conversion import count_parameters
 from models.checkpoint.keymap import KeyMap, key_map_of
 from models.decoder import CausalLM
-from models.registry import architecture_for
+from models.registry import ARCHITECTURES, architecture_for
 from quant.storage import StorageSpec
-from tests.tiny import classes_of
+from tests.tiny import TINY, classes_of
 
 GLM_45: dict[str, Any] = {
     "num_hidden_layers": 92,
@@ -159,6 +159,10 @@ def counted_by_transformers(size: Size) -> int:
     with torch.device("meta"):
         model = model_class(config_class(**size.config))
     return sum(tensor.numel() for name, tensor in model.named_parameters() if "visual." not in name)
+
+
+def test_every_architecture_is_tested_at_a_tiny_and_at_its_real_size() -> None:
+    assert set(TINY) == {size.model_type for size in SIZES.values()} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -140,6 +140,10 @@ def check_saved(base: Base, spec: AdapterSpec, directory: Path) -> tuple[dict[st
     return config_of(directory / "adapter"), warned
 
 
+def test_every_architecture_is_here() -> None:
+    assert {"glm4_moe_lite", *_SIZES_OF} == {"glm4_moe_lite", *PEFT_MADE} == {"glm4_moe_lite", *TYPES} == set(TINY)
+
+
 def test_groups(base: Base) -> None:
     assert set(groups_of(adaptable(key_map_of(native(base.folder))))) == set(base.groups)
 
