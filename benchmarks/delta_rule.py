@@ -22,13 +22,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.measure import CPU, resident_bytes
+from benchmarks.report import MiB, Result, table
+from benchmarks.step import ROOT, default_threads
 from parallel.device import device_name, peak_memory_bytes, reset_peak_memory
 from quant.common.errors import NibbleError
 from train.__main__ import print_error
-
-from .measure import CPU, resident_bytes
-from .report import MiB, Result, table
-from .step import ROOT, default_threads
 
 NATIVE, PEER = "nibble", "transformers"
 TIME_TARGET, MEMORY_TARGET = 1 / 8, 1 / 4  # of the peer's

@@ -29,13 +29,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.checkpoint import ensure_checkpoint, parameters_of
+from benchmarks.report import MiB, table
+from benchmarks.setting import DEFAULT, RANK, SETTINGS
+from benchmarks.step import ROOT, _positive, default_threads
 from quant.common.errors import NibbleError
 from train.__main__ import print_error
-
-from .checkpoint import ensure_checkpoint, parameters_of
-from .report import MiB, table
-from .setting import DEFAULT, RANK, SETTINGS
-from .step import ROOT, _positive, default_threads
 
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # relative: N processes add up in another order than one
 

@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.distributed import Job
+from benchmarks.documents import one_document
+from benchmarks.measure import CPU, resident_bytes
+from benchmarks.setting import ALPHA, LEARNING_RATE, MAX_GRAD_NORM, RANK
+from benchmarks.traffic import Traffic, planned_gathers, record
 from models.checkpoint.keymap import key_map_of
 from models.checkpoint.tensorfile import MAPPED_BYTES
 from models.decoder import CausalLM
@@ -21,20 +26,13 @@ from models.load import open_folder
 from parallel.device import peak_memory_bytes, reset_peak_memory
 from parallel.mesh import Meshes, MeshSizes, make_meshes, mesh_sizes
 from parallel.shards import Shards, local_tensor
-from parallel.store import launch_store
 from parallel.world import World, launched_world, process_group
 from quant.fourbit import import_bitsandbytes
-from train.config.sections import Config
+from train.config.load import Config
 from train.loop import training_step
 from train.model import load_trainable_model
 from train.optim import build_optimizer
 from train.output.parameter_table import whole_tensors
-
-from .distributed import Job
-from .measure import CPU, resident_bytes
-from .setting import ALPHA, LEARNING_RATE, MAX_GRAD_NORM, RANK
-from .step_native import one_document
-from .traffic import Traffic, planned_gathers, record
 
 
 def config_of(job: Job, path: str) -> Config:
@@ -133,7 +131,7 @@ def main(job: Job, result: Path) -> None:
     torch.set_num_threads(job.threads)
     import_bitsandbytes()
     world = launched_world()
-    with process_group(world, CPU, launch_store(world)):
+    with process_group(world, CPU):
         meshes = make_meshes(mesh_sizes(world, expert=job.expert), CPU) if world.size > 1 else None
         found: dict[str, Any] = {}
         if job.kind != "train":

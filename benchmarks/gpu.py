@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_cases import CASES, NOT_HERE, Case, NamedCase
+from benchmarks.report import table
 from quant.common.errors import NibbleError
-
-from .gpu_cases import CASES, NOT_HERE, Case, NamedCase
-from .report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 GiB = 1 << 30
@@ -144,7 +143,7 @@ def lines_of(command: Sequence[str], limit: float) -> Iterator[tuple[str, str]]:
                 break
             yield "line", line
         code = process.wait()
-        threads[1].join(timeout=5)
+        threads[1].join(timeout=60)
         yield "end", "" if code == 0 else _reason(code, said)
     finally:
         if process.poll() is None:

@@ -6,9 +6,10 @@ import functools
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.gpu_checks_models import LENGTHS, NF4, TINY, gradients, tiny_model
+from benchmarks.gpu_compare import CPU, Check, Group, compare
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec, adaptable, groups_of
 from models.blocks.documents import Documents
@@ -18,9 +19,6 @@ from models.decoder import CausalLM
 from models.registry import ARCHITECTURES
 from parallel.world import World, process_group
 from train.loss import linear_cross_entropy
-
-from .gpu_checks_models import LENGTHS, NF4, TINY, gradients, tiny_model
-from .gpu_compare import CPU, Check, Group, compare
 
 
 def groups() -> list[Group]:
@@ -40,7 +38,7 @@ def cut_model(model_type: str, name: str, offload: bool, exchanged: bool, device
 
     reference = tiny_model(model_type, NF4, torch.float32, CPU)
     expected = sum(_loss(reference, CPU, seed) for seed in (60, 61))
-    with process_group(World(), device, dist.HashStore()):
+    with process_group(World(), device):
         architecture = ARCHITECTURES[model_type]
         config = architecture.parse_config(TINY[model_type], "config.json")
         model = architecture.build(config, NF4, torch.float32, "meta")

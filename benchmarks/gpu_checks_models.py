@@ -1,4 +1,4 @@
-"""Tiny models of every architecture on a device against the CPU: loss and gradients, documents, balance, optimisers."""
+"""Tiny models of every architecture on a device against the CPU: loss and gradients, documents, balance."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_compare import BFLOAT16_MODEL, CPU, Check, Group, compare, compare_each_norm, random
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec, adaptable, groups_of
 from models.blocks.balance import AuxiliaryLoss, Balance, BiasUpdate
@@ -19,12 +20,8 @@ from models.blocks.router import Router, SigmoidRouter
 from models.checkpoint.keymap import Key, key_map_of
 from models.decoder import CausalLM
 from models.registry import ARCHITECTURES
-from quant.common.errors import NibbleError
 from quant.storage import DenseStorage, Storage, StorageSpec
 from train.loss import linear_cross_entropy
-from train.optim import build_optimizer, clip_gradients
-
-from .gpu_compare import BFLOAT16_MODEL, CPU, Check, Group, compare, compare_each_norm, compare_norm, random
 
 # Small, with the published models' head sizes (they decide which attention kernel runs) and more experts than are
 # dense at a time on an accelerator.
@@ -96,7 +93,6 @@ PADDED, PADDING = (70, 5, 111, 18), 18
 
 def groups() -> list[Group]:
     found: list[Group] = [
-        ("optimisers", optimisers),
         ("bias update", functools.partial(balance, "glm4_moe_lite", BiasUpdate)),
         ("auxiliary loss", functools.partial(balance, "qwen3_5_moe_text", AuxiliaryLoss)),
     ]
@@ -264,36 +260,3 @@ def _balanced(model_type: str, method: type[Balance], on: torch.device) -> tuple
     biases = [router.e_score_correction_bias for router in routers if isinstance(router, SigmoidRouter)]
     assert changed, "routers have gradients"
     return model.balance.counts.cpu(), logged, [*changed, *biases]
-
-
-# --------------------------------------------------------------------------------------------------------- optimisers
-
-
-def optimisers(device: torch.device) -> Iterator[Check]:
-    """Three steps of each; how far the weights moved, against float32 AdamW on the CPU."""
-    expected = _trained("adamw", CPU)
-    for name, tolerance in (("adamw", 2e-2), ("adamw_8bit", 0.1), ("paged_adamw", 2e-2), ("paged_adamw_8bit", 0.1)):
-        label = f"three steps of {name}"
-        try:
-            actual = _trained(name, device)
-        except NibbleError as error:
-            yield Check(label, str(error).splitlines()[0], None)
-            continue
-        yield compare_norm(label, list(zip(actual, expected, strict=True)), tolerance)
-    moved = _trained("adamw_8bit", device, torch.bfloat16)
-    finite = all(bool(tensor.isfinite().all()) and bool(tensor.any()) for tensor in moved)
-    yield Check("three steps of adamw_8bit on bfloat16 LoRA", "all finite, all moved" if finite else "not", finite)
-
-
-def _trained(optimizer_name: str, device: torch.device, adapter_dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    dtype = torch.float32 if adapter_dtype == torch.float32 else torch.bfloat16
-    model = tiny_model("glm4_moe_lite", NF4, dtype, device, adapter_dtype=adapter_dtype)
-    named = trainable_parameters(model)
-    before = [parameter.detach().clone() for _, parameter in named]
-    optimizer = build_optimizer(optimizer_name, named, learning_rate=1e-3)
-    for number in range(3):
-        batch_loss(model, device, seed=60 + number).backward()
-        clip_gradients(named, 1.0, number)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return [parameter.detach() - then for (_, parameter), then in zip(named, before, strict=True)]

@@ -11,15 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from models.attention.causal import causal_attention
-from models.attention.delta_rule import chunked_gated_delta_rule, gated_delta_rule, stepwise_gated_delta_rule
-from models.attention.indexer import Indexer, IndexerConfig, parts_by_length, selected_attention
-from models.attention.short_conv import short_convolution
-from models.blocks.documents import Documents
-from models.blocks.factory import Factory
-from quant.storage import Storage, StorageSpec
-
-from .gpu_compare import (
+from benchmarks.gpu_compare import (
     BFLOAT16,
     CPU,
     DTYPES,
@@ -31,6 +23,13 @@ from .gpu_compare import (
     short,
     without_flash_linear_attention,
 )
+from models.attention.causal import causal_attention
+from models.attention.delta_rule import chunked_gated_delta_rule, gated_delta_rule, stepwise_gated_delta_rule
+from models.attention.indexer import Indexer, IndexerConfig, parts_by_length, selected_attention
+from models.attention.short_conv import short_convolution
+from models.blocks.documents import Documents
+from models.blocks.factory import Factory
+from quant.storage import Storage, StorageSpec
 
 LENGTHS = (37, 5, 86)
 LONG = (300, 7, 40)  # the first one takes several blocks of queries or of the window

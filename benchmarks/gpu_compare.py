@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gpu_cases import NEEDS_CUDA, NOT_INSTALLED
+from benchmarks.gpu_cases import NEEDS_CUDA, NOT_INSTALLED
 
 FLOAT32, BFLOAT16, BFLOAT16_MODEL = 2e-5, 2e-2, 5e-2
 DTYPES = ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16))
@@ -45,15 +45,6 @@ def compare(name: str, pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float)
         errors.append((actual - expected).abs().max().item() / scale if scale else float("inf"))
     worst = float("nan") if any(math.isnan(error) for error in errors) else max(errors)
     return Check(name, f"{worst:.1e} of {tolerance:.0e}", worst <= tolerance)
-
-
-def compare_norm(name: str, pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float) -> Check:
-    """In the 2-norm over all pairs together."""
-    actual, expected = (
-        torch.cat([pair[side].detach().to(CPU).double().flatten() for pair in pairs]) for side in (0, 1)
-    )
-    error = ((actual - expected).norm() / expected.norm()).item()
-    return Check(name, f"{error:.1e} of {tolerance:.0e} (norm)", error <= tolerance)
 
 
 def compare_each_norm(name: str, pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float) -> Check:

@@ -16,12 +16,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_compare import without_flash_linear_attention
 from models.attention.causal import causal_attention
 from models.attention.delta_rule import chunked_gated_delta_rule, gated_delta_rule
 from models.blocks.documents import Documents
-from parallel.device import peak_memory_bytes, reset_peak_memory, synchronise
-
-from .gpu_compare import without_flash_linear_attention
+from parallel.device import choose_device, peak_memory_bytes, reset_peak_memory, synchronise
 
 WARMUP, STEPS = 2, 5
 
@@ -124,7 +123,7 @@ def measure(name: str, run: Callable[..., Tensor], inputs: list[Tensor], device:
 
 
 def main(device_name: str, tiny: bool) -> None:
-    for timing in timings(torch.device(device_name), tiny):
+    for timing in timings(choose_device(device_name), tiny):
         print(json.dumps(asdict(timing)), flush=True)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.gpu_cases import ALPHA, MODELS, RANK, Case
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
 from models.blocks.documents import Documents
@@ -25,14 +26,12 @@ from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
 from models.load import allocate
 from models.registry import ARCHITECTURES
-from parallel.device import peak_memory_bytes, synchronise
+from parallel.device import choose_device, peak_memory_bytes, synchronise
 from quant.storage import DenseStorage, Storage, StorageSpec
 from train.demo.checkpoint import initial_value
 from train.demo.models import demo_model
 from train.loss import linear_cross_entropy
 from train.optim import build_optimizer, clip_gradients
-
-from .gpu_cases import ALPHA, MODELS, RANK, Case
 
 Parameters = list[tuple[str, nn.Parameter]]
 
@@ -98,7 +97,7 @@ def train_step(model: CausalLM, named: Parameters, optimizer: Optimizer, tokens:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    device = torch.device(case.device)
+    device = choose_device(case.device)
     if case.memory_limit is not None and device.type == "cuda":
         total_memory = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.memory_limit * 2**30 / total_memory), device)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.setting import Request
 from parallel.device import peak_memory_bytes, reset_peak_memory
-
-from .setting import Request
 
 CPU = torch.device("cpu")
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.documents import one_document
+from benchmarks.measure import CPU, batch
+from benchmarks.setting import MAX_GRAD_NORM, Request
 from models.attention.mla import LatentAttention
 from models.blocks.experts import Experts
 from models.blocks.linear import ExpertWeights, Linear
@@ -25,10 +28,6 @@ from quant.storage import DenseStorage
 from train.loop import training_step
 from train.loss import linear_cross_entropy
 from train.optim import clip_gradients
-
-from .measure import CPU, batch
-from .setting import MAX_GRAD_NORM, Request
-from .step_native import one_document
 
 # What an operation is, by the first of these words that its name contains.
 KINDS = (

@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkpoint import ensure_checkpoint, parameters_of
+from benchmarks.peer_env import BITSANDBYTES, peer_python, requirements
+from benchmarks.report import Result, check_equal_work, profile_text, step_table, tokens_per_second, verdict
+from benchmarks.setting import DEFAULT, RANK, SETTINGS, Request
 from quant.common.errors import NibbleError
 from train.__main__ import print_error
-
-from .checkpoint import ensure_checkpoint, parameters_of
-from .peer_env import BITSANDBYTES, peer_python, requirements
-from .report import Result, check_equal_work, profile_text, step_table, tokens_per_second, verdict
-from .setting import DEFAULT, RANK, SETTINGS, Request
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("grouped_mm", "eager")

@@ -12,26 +12,19 @@ import time
 import torch
 from torch import Tensor
 
+from benchmarks.documents import one_document
+from benchmarks.measure import CPU, Measured, begin, loaded, note_trained, run_steps
+from benchmarks.profile import profile_step
+from benchmarks.setting import ALPHA, EXPERTS, LEARNING_RATE, MAX_GRAD_NORM, RANK, SETTINGS, Request
 from models.adapters.lora import add_lora
 from models.adapters.targets import AdapterSpec
-from models.blocks.documents import Documents
 from models.load import load_model
 from parallel.shards import Shards
 from quant.fourbit import import_bitsandbytes
 from quant.products import product_dtype
-from train.data.batches import Batch
 from train.loop import training_step
 from train.optim import build_optimizer
 from train.output.parameter_table import parameter_table
-
-from .measure import CPU, Measured, begin, loaded, note_trained, run_steps
-from .setting import ALPHA, EXPERTS, LEARNING_RATE, MAX_GRAD_NORM, RANK, SETTINGS, Request
-
-
-def one_document(tokens: Tensor) -> Batch:
-    """Tokens [N] as a batch in which every token but the last predicts the next, as the peer's `labels` do."""
-    labels = torch.cat((tokens[1:], tokens.new_full((1,), -100)))
-    return Batch(tokens, labels, Documents.from_lengths([len(tokens)]), len(tokens), len(tokens) - 1)
 
 
 def measure(request: Request) -> Measured:
@@ -60,8 +53,6 @@ def measure(request: Request) -> Measured:
     measured.parameters, measured.frozen_bytes = total.parameters, total.nbytes
     measured.notes["products"] = str(product_dtype(CPU, dtype)).removeprefix("torch.")
     if request.profile:
-        from .profile import profile_step
-
         measured.notes["profile"] = profile_step(shards, optimizer, request)
     return measured
 

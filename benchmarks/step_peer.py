@@ -20,8 +20,8 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
-from .measure import Measured, begin, loaded, note_trained, run_steps
-from .setting import ALPHA, EXPERTS, LEARNING_RATE, MAX_GRAD_NORM, RANK, SETTINGS, Request
+from benchmarks.measure import Measured, begin, loaded, note_trained, run_steps
+from benchmarks.setting import ALPHA, EXPERTS, LEARNING_RATE, MAX_GRAD_NORM, RANK, SETTINGS, Request
 
 
 def measure(request: Request) -> Measured:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from models.attention.rope import RopeConfig
 from models.blocks.balance import Balance
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
-from models.groups import Group
+from quant.common.errors import FLOAT16, NibbleError
+from quant.products import without_autocast
 from quant.storage import DenseStorage
 
 # run(layer, *inputs): the output of a layer, or of a part of one, perhaps to be computed again for its gradients.
@@ -113,7 +115,8 @@ class CausalLM(nn.Module):
     """A decoder with a head, over documents packed into a flat batch.
 
     config: the architecture's parsed configuration. model_type: as in config.json. spec, dtype: how the frozen
-    matrices are stored, and the dtype of everything else and of activations. hub: see HubForm.
+    matrices are stored, and the dtype of everything else and of activations, which follows a cast (`to`, `float` …).
+    NibbleError for float16. hub: see HubForm.
     activation_checkpointing: in training, keep only every layer's input and compute the layer again for its gradients.
     balance: what watches how evenly the experts are chosen (models/blocks/balance.py); None: nothing does.
     """
@@ -128,14 +131,22 @@ class CausalLM(nn.Module):
         hub: HubForm | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.model_type, self.hub = config, model_type, hub or HubForm()
-        self.spec, self.dtype = factory.spec, factory.dtype
+        _refuse_float16(factory.dtype)
+        self.config, self.model_type, self.spec, self.hub = config, model_type, factory.spec, hub or HubForm()
         self.activation_checkpointing = False
         self.balance: Balance | None = None
         self.model = decoder
         self.lm_head = Head(config.hidden, config.vocabulary, factory.at("lm_head").dense)
         if config.tied:
             self.lm_head.weight.value = decoder.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        _refuse_float16(fn(torch.empty(0, dtype=self.dtype)).dtype)  # before anything is cast
+        return super()._apply(fn, recurse)
 
     @property
     def head(self) -> Head:
@@ -145,6 +156,7 @@ class CausalLM(nn.Module):
     def vocabulary(self) -> int:
         return self.lm_head.out_features
 
+    @without_autocast
     def hidden(self, tokens: Tensor, documents: Documents) -> Tensor:
         """tokens int64 [N] of packed documents: the hidden states [N, H] after the final norm."""
         if self.balance is not None:
@@ -167,3 +179,8 @@ class CausalLM(nn.Module):
         """Around a layer's computation and its recomputation, which must not count the experts' choices again."""
         again = self.balance.paused() if self.balance is not None else contextlib.nullcontext()
         return contextlib.nullcontext(), again
+
+
+def _refuse_float16(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        raise NibbleError(f"{FLOAT16}.")

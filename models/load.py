@@ -131,7 +131,6 @@ def _hub_reader(checkpoint: HubCheckpoint, keys: KeyMap, device: torch.device | 
 
 def find_converted(checkpoint: HubCheckpoint, spec: StorageSpec, dtype: torch.dtype) -> NativeCheckpoint | None:
     """A whole converted copy, beside the hub folder, of just this content, storage and dtype; None if there is none."""
-    fingerprint: str | None = None
     beside = checkpoint.path.absolute().parent
     for manifest_path in sorted(beside.glob(f"*/{MANIFEST}")):
         try:
@@ -141,8 +140,8 @@ def find_converted(checkpoint: HubCheckpoint, spec: StorageSpec, dtype: torch.dt
             continue
         if not manifest.complete or (manifest.spec, manifest.dtype) != (spec, dtype):
             continue
-        fingerprint = fingerprint or checkpoint.fingerprint()
-        if manifest.fingerprint != fingerprint:
+        renew = f"To be sure, convert {manifest_path.parent} again with --force."
+        if not checkpoint.has_fingerprint(manifest.fingerprint, renew):
             continue
         if wrong := wrong_sizes(manifest_path.parent, manifest):
             log.warning("%s is a converted copy but not used: %s", manifest_path.parent, some(wrong))

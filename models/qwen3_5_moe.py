@@ -29,12 +29,12 @@ from models.blocks.configjson import choices, flag, integer, number, refuse_drop
 from models.blocks.documents import Documents
 from models.blocks.experts import Experts
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.mlp import SwiGLU
 from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm
-from models.groups import Group
 from quant.common.errors import NibbleError
 
 

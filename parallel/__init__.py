@@ -6,7 +6,6 @@
     parallel.fsdp       cutting a model as the plan says
     parallel.shards     what this process holds of it
     parallel.exchange   tokens travel to the experts that other processes own
-    parallel.watch      a process that dies ends the others with the cause
 
 docs/architecture.md names the others. Nothing is imported here: FSDP2 costs a second that one process needn't wait.
 """

@@ -1,4 +1,4 @@
-"""Tensors that lie on several processes, to files and back, with torch's distributed checkpoint.
+"""Tensors that lie on one process or several, to files and back, with torch's distributed checkpoint.
 
 Every process writes the parts that it holds into safetensors files of its own; a tensor that all hold whole is written
 by one of them. No tensor is gathered. Any number of processes reads the files, each the slices that it needs; an
@@ -8,8 +8,12 @@ mesh's device.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -41,20 +46,22 @@ def save_parts(
     tensors: Mapping[str, Tensor],
     cuts: Mapping[str, Cut],
     group: dist.ProcessGroup | None = None,
-) -> list[Path]:
-    """Write what this process holds into `folder`, flushed to the disk; returns the files that it wrote.
+) -> dict[str, dict[str, Any]]:
+    """Write what this process holds into `folder`, flushed to the disk.
 
     tensors: by name, on any device; those named in `cuts` are parts, the others are the same on every process. The
     parts of all processes must make up the tensor; an empty one may be left out. All processes of `group` must call it
     (None: all there are; without a process group this one writes everything). Extra memory: two to three times a file's
     size, on the host; a file holds one tensor or up to 64 MiB of them.
 
-    Raises NibbleError, the same on all processes, when one of them can't write.
+    Returns size (bytes) and sha256 (hexadecimal, of the bytes on their way to the disk) of each file that this process
+    wrote, by its name in `folder`. Raises NibbleError, the same on all processes, when one of them can't write.
     """
     held = {name: tensor.detach() for name, tensor in tensors.items() if name not in cuts or tensor.numel()}
     held = {name: tensor if tensor.is_contiguous() else tensor.contiguous() for name, tensor in held.items()}
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True)
-    alone = not dist.is_initialized()
+    writer.fs = files = _HashingFileSystem()
+    alone = not dist.is_initialized() or dist.get_world_size(group) == 1
     try:
         with warnings.catch_warnings():
             if alone:
@@ -66,9 +73,10 @@ def save_parts(
         if isinstance(cause, OSError):
             where = "" if alone else f"Process {rank} of {dist.get_world_size(group)}: "
             raise NibbleError(f"{where}{disk_error(cause, Path(cause.filename or folder))}") from error
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from error
         raise RuntimeError(f"{folder} can't be written (process {rank}): {cause!r}") from error
-    rank = 0 if alone else dist.get_rank(group)
-    return sorted(folder.glob(f"shard-{rank + 1:05d}-*"))  # the writer's names
+    return files.written
 
 
 def load_parts(folder: Path, tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> None:
@@ -91,13 +99,49 @@ def load_parts(folder: Path, tensors: Mapping[str, Tensor], cuts: Mapping[str, C
 
 
 def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every whole tensor in the safetensors files of `folder`, by name."""
+    """Shape and dtype of every whole tensor in the safetensors files of `folder`, by name.
+
+    An optimiser that has made no step has no tensors; a copy of a checkpoint may lack its empty folder.
+    """
+    if not folder.is_dir():
+        return {}
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {
         name: (tuple(info.size), info.properties.dtype)
         for name, info in found.items()
         if isinstance(info, TensorStorageMetadata)
     }
+
+
+class _HashingFileSystem(FileSystem):
+    """Hands torch's writer its files. written: size and sha256 of those that are complete, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[str, dict[str, Any]] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with _HashedFile(path, mode) as file:
+            yield file
+        self.written[Path(path).name] = {"size": file.size, "sha256": file.sha256.hexdigest()}
+
+
+class _HashedFile(io.FileIO):
+    """A file that is written from its beginning to its end. Not buffered: torch's writer calls os.fsync on the file's
+    number, which would leave out what is in Python's buffer."""
+
+    def __init__(self, path: str | os.PathLike[str], mode: str) -> None:
+        super().__init__(path, mode)
+        self.size, self.sha256 = 0, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        while view:
+            count = super().write(view)
+            self.sha256.update(view[:count])
+            self.size, view = self.size + count, view[count:]
+        return memoryview(data).nbytes
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -91,6 +91,11 @@ class Meshes:
         """The processes between which tokens travel to their experts."""
         return self.experts.get_group("expert")
 
+    @property
+    def groups(self) -> set[dist.ProcessGroup]:
+        """All groups of processes that this one belongs to."""
+        return {*self.dense.get_all_groups(), *self.experts.get_all_groups()}
+
     def dense_shards(self) -> DeviceMesh:
         """What fully_shard takes for everything but the experts: [part], or [replicate, part] (HSDP)."""
         return self.dense["part"] if self.sizes.replicate == 1 else self.dense

@@ -20,7 +20,7 @@ _DTYPES = tuple(np.dtype(name) for name in ("bool", "uint8", "int32", "int64", "
 def share_arrays(world: World, arrays: Sequence[Array] | None, message_bytes: int = 1 << 28) -> list[Array]:
     """The arrays of process 0, on every process: each of one dimension, of bool, uint8, int32, int64 or floats.
 
-    The others pass None. All of them must call it; they wait for process 0 as long as a collective may take. The bytes
+    The others pass None. All of them must call it; world.wait before it where process 0 is long in reading. The bytes
     go through host memory (gloo), whatever the device of the run, at most `message_bytes` at a time, so that no length
     needs more than 32 bits. Raises ValueError for other arrays, before anything is sent.
     """

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,9 +21,11 @@ from torch import Tensor
 from quant.common.errors import NibbleError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# How long a collective may wait for a process that is alive but busy: reading its rows, or its part of a checkpoint.
-# Dead processes are found much sooner (parallel/watch.py).
-_PATIENCE = timedelta(minutes=60)
+_START = timedelta(minutes=10)  # machines don't start at the same time
+_POLL = 0.02  # seconds
+# Before and after the training a process may be busy for long: with a download, its rows, its part of a checkpoint.
+NO_LIMIT = timedelta(days=365)
+_GLOO = ("gloo/", "pair closure")  # in the messages of its errors, which are plain RuntimeErrors
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,20 @@ class World:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        self.sum(torch.zeros(1))
+    def wait(
+        self, note: Callable[[str], None] = lambda text: None, busy_with: str = "come here", news_after: float = 60.0
+    ) -> None:
+        """Until every process is here. Every `news_after` seconds `note` hears what the others are `busy_with`."""
+        if self.size == 1:
+            return
+        arrived = dist.all_reduce(torch.zeros(1), async_op=True)
+        started = told = time.monotonic()
+        while not arrived.is_completed():
+            time.sleep(_POLL)
+            if time.monotonic() - told > news_after:
+                told = time.monotonic()
+                note(f"waiting for other processes to {busy_with} ({(told - started) / 60:.0f} min)")
+        arrived.wait()
 
 
 ALONE = World()
@@ -82,17 +97,85 @@ def launched_world() -> World:
     return World(rank, size, local_rank, machines)
 
 
+class ProcessLostError(NibbleError):
+    """Another process has ended, hangs or is cut off."""
+
+    exit_code = 1
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether this is what a process meets when another one is gone: a collective, or the store, has failed."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in _GLOO)
+    )
+
+
 @contextlib.contextmanager
-def process_group(world: World, device: torch.device, store: dist.Store) -> Iterator[None]:
+def process_group(world: World, device: torch.device) -> Iterator[None]:
     """While this is open the processes of `world` can exchange tensors: on CUDA by NCCL, on the host by gloo.
 
-    store: by which they find each other (parallel/store.py).
+    Raises NibbleError where they don't all meet. After an error the group is left as it is: taking it down could wait
+    for processes that wait for this one.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
+    store = _store(world)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=NO_LIMIT)
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        dist.destroy_process_group()
+        if not failed or world.size == 1:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def collectives_within(seconds: float, groups: Iterable[dist.ProcessGroup] = ()) -> Iterator[None]:
+    """While this is open a collective of all processes, or of `groups`, fails when one is waited for any longer."""
+    everyone = [group for group in (dist.group.WORLD, *groups) if group is not None]
+    for group in everyone:
+        group.set_timeout(min(timedelta(seconds=min(seconds, 1e9)), NO_LIMIT))
+    yield
+    for group in everyone:
+        group.set_timeout(NO_LIMIT)
+
+
+def _store(world: World) -> dist.Store:
+    """The store by which the processes find each other, empty at every start."""
+    if world.size == 1:
+        return dist.HashStore()  # type: ignore[no-untyped-call, unused-ignore]
+    try:
+        shared = next(iter(dist.rendezvous("env://", timeout=_START)))[0]
+        return dist.PrefixStore(_common_prefix(shared, world), shared)
+    except (dist.DistError, TimeoutError) as error:
+        raise NibbleError(
+            f"the {world.size} processes did not all meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"within {_START}: {str(error).strip().partition(chr(10))[0]}\n"
+            "Check that all of them were started, and that MASTER_ADDR and MASTER_PORT are the same and within reach."
+        ) from error
+
+
+def _common_prefix(store: dist.Store, world: World) -> str:
+    """A prefix for all keys of this start, made up by rank 0 and handed to every other process at its request.
+
+    torchrun keeps one store over its restarts (torch 2.13), and with it the addresses of processes that are dead.
+    TORCHELASTIC_RESTART_COUNT can't be the prefix: it counts what one machine has seen, and the counts may differ. An
+    old request does no harm: its answer is addressed to it alone, and the process that lives is waited for.
+    """
+    if not world.first:
+        request = uuid.uuid4().hex
+        store.set(f"nibble/request/{world.rank}", request)
+        prefix = store.get(f"nibble/answer/{request}").decode()
+        store.set(f"{prefix}/here/{world.rank}", "")
+        return prefix
+    prefix, deadline = f"nibble/{uuid.uuid4().hex}", time.monotonic() + _START.total_seconds()
+    for rank in range(1, world.size):
+        while not store.check([f"{prefix}/here/{rank}"]):
+            if store.check([f"nibble/request/{rank}"]):
+                store.set(f"nibble/answer/{store.get(f'nibble/request/{rank}').decode()}", prefix)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {rank} did not come.")
+            time.sleep(_POLL / 4)
+    return prefix

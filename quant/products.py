@@ -6,7 +6,9 @@ Shapes: n rows sorted by expert, c experts, `in` and `out` features of a weight 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,27 @@ def row_padding(dtype: torch.dtype, device: torch.device) -> int:
     expert has another number of rows in every layer and step. Sixteen keeps the set of shapes small.
     """
     return 16 if device.type == "cpu" and dtype == torch.bfloat16 else 1
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` with torch.autocast switched off on the device of its first tensor.
+
+    For what chooses the dtypes of its products itself: autocast would change some operands and leave the others.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next((value.device.type for value in args if isinstance(value, Tensor)), "")
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class StorageSpec:
 
 
 class Storage(nn.Module):
-    """One matrix [out, in] or stack of matrices [E, out, in]; see the module's docstring. Made by `new_storage`.
+    """One matrix [out, in] or stack of matrices [E, out, in]; see the module's docstring. `quant.kinds` makes them.
 
     spec, kind: how it is kept. shape: the dense shape. dtype: of `dense()` unless told otherwise. name: for messages.
     """
@@ -92,6 +92,34 @@ class Storage(nn.Module):
 
     # -- what they share
 
+    @classmethod
+    def check(cls, spec: StorageSpec, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
+        """Raises NibbleError, naming the matrix, for a shape or a dtype of `dense()` that this kind can't keep."""
+        if len(shape) not in (2, 3) or min(shape) < 1:
+            raise NibbleError(f"{name}: expected a shape [out, in] or [experts, out, in], got {list(shape)}")
+        if dtype not in cls.dtypes:
+            raise NibbleError(f"{name}: {spec.kind} storage can't give {dtype}: choose float32, bfloat16 or float16")
+
+    @classmethod
+    @torch.no_grad()
+    def quantised(cls, spec: StorageSpec, dense: Tensor, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
+        """`encode` of a matrix that is checked first; see `quant.kinds.quantise`."""
+        if dense.dim() != 2:
+            raise NibbleError(f"{name}: expected one matrix [out, in], got shape {list(dense.shape)}")
+        if dense.dtype not in DENSE_DTYPES:
+            raise NibbleError(
+                f"{name}: expected float32, bfloat16, float16 or float64, got {dense.dtype}\n"
+                "Weights that are already quantised must be turned into a floating dtype first."
+            )
+        cls.check(spec, tuple(dense.shape), dtype, name)
+        if not all_finite(dense):
+            count = int((~torch.isfinite(dense)).sum())
+            raise NibbleError(
+                f"{name}: {count} of its {dense.numel()} values are inf or NaN and would spoil their neighbours' "
+                "scales\nThe checkpoint is damaged or overflowed when it was saved: get it again."
+            )
+        return cls.encode(spec, dense, dtype)
+
     @property
     def dtype(self) -> torch.dtype:
         return self._dtype
@@ -129,7 +157,7 @@ class Storage(nn.Module):
 
     def _replace(self, matrix: Tensor, which: int | None) -> None:
         name = self.name if which is None else f"{self.name}, expert {which}"
-        for key, tensor in quantise(self.spec, matrix, self.dtype, name=name).items():
+        for key, tensor in self.quantised(self.spec, matrix, self.dtype, name).items():
             target = self.get_parameter(key)
             (target if which is None else target[which]).copy_(tensor)
 
@@ -155,7 +183,7 @@ class Storage(nn.Module):
         """The tensor that `dense` fills: `out`, checked because it is written through a raw pointer, or a new one."""
         shape = self._picked_shape(which)
         if out is None:
-            dtype = self._dtype if dtype is None else dtype
+            dtype = self.dtype if dtype is None else dtype
             if dtype not in self.dtypes:
                 raise ValueError(f"{self.name}: can't give {dtype}")
             return torch.empty(shape, dtype=dtype, device=device)
@@ -242,73 +270,7 @@ class DenseStorage(Storage):
         return DENSE_DTYPES
 
 
-def new_storage(
-    spec: StorageSpec, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, name: str
-) -> Storage:
-    """An empty Storage (`torch.empty` tensors; device may be "meta") for a dense shape [out, in] or [E, out, in].
-
-    name: the matrix's name in messages. Raises NibbleError, naming it, for a shape or dtype that `spec` can't keep.
-    """
-    storage = _storage_class(spec)
-    _check(storage, spec, shape, dtype, name)
-    return storage(spec, shape, dtype, device, name)
-
-
-def storage_tensors(spec: StorageSpec, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> TensorSpecs:
-    """Name → (shape, dtype) of the tensors of `new_storage` with the same arguments; raises as it does."""
-    storage = _storage_class(spec)
-    _check(storage, spec, shape, dtype, name)
-    return storage.tensor_specs(spec, tuple(shape), dtype)
-
-
-@torch.no_grad()
-def quantise(spec: StorageSpec, dense: Tensor, dtype: torch.dtype, *, name: str = "matrix") -> dict[str, Tensor]:
-    """The tensors of one matrix [out, in], named and shaped as those of `new_storage(spec, dense.shape, dtype, …)`.
-
-    dense: float32, bfloat16, float16 or float64, on any device (the result lies there too). For `none` the result
-    may share memory with it. Raises NibbleError, naming `name`, for another dtype or shape and for inf or NaN.
-    """
-    storage = _storage_class(spec)
-    if dense.dim() != 2:
-        raise NibbleError(f"{name}: expected one matrix [out, in], got shape {list(dense.shape)}")
-    if dense.dtype not in DENSE_DTYPES:
-        raise NibbleError(
-            f"{name}: expected float32, bfloat16, float16 or float64, got {dense.dtype}\n"
-            "Weights that are already quantised must be turned into a floating dtype first."
-        )
-    _check(storage, spec, tuple(dense.shape), dtype, name)
-    if not all_finite(dense):
-        count = int((~torch.isfinite(dense)).sum())
-        raise NibbleError(
-            f"{name}: {count} of its {dense.numel()} values are inf or NaN and would spoil their neighbours' scales\n"
-            "The checkpoint is damaged or overflowed when it was saved: get it again."
-        )
-    return storage.encode(spec, dense, dtype)
-
-
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is inf or NaN. Makes no mask: `isfinite` needs 2.5 times an embedding's bfloat16 bytes."""
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _storage_class(spec: StorageSpec) -> type[Storage]:
-    # Imported here because both modules build on Storage.
-    from quant.fourbit import FourBitStorage
-    from quant.int8 import Int8Storage
-
-    if spec.kind == "none":
-        return DenseStorage
-    return Int8Storage if spec.kind == "int8" else FourBitStorage
-
-
-def _check(storage: type[Storage], spec: StorageSpec, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
-    if len(shape) not in (2, 3) or min(shape) < 1:
-        raise NibbleError(f"{name}: expected a shape [out, in] or [experts, out, in], got {list(shape)}")
-    if dtype not in storage.dtypes:
-        raise NibbleError(f"{name}: {spec.kind} storage can't give {dtype}: choose float32, bfloat16 or float16")
-    if spec.kind in ("nf4", "fp4") and shape[-1] % 64:
-        raise NibbleError(
-            f"{name}: {spec.kind} stores blocks of 64 values, but the rows of shape {list(shape)} have {shape[-1]}\n"
-            "Choose storage int8 or none."
-        )

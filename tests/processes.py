@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -27,13 +28,19 @@ from typing import Any, NoReturn, Protocol
 ROOT = Path(__file__).resolve().parent.parent
 _TAIL = 3000  # characters of what a process said that a failure shows
 _GRACE = 3.0  # seconds that the others have once one process has failed: time to say what they saw
+# Seconds that anything a test starts may take: what hangs is to end one day, and a busy machine is no failure.
+LIMIT = 900.0
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port of the loopback address that nobody listens on now, nor is given to by chance before it is used: it lies
+    below those that the system hands out (from 32768 on Linux, from 49152 elsewhere).
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -43,7 +50,7 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def run_processes(
-    size: int, target: str, *args: Any, timeout: float = 120, env: dict[str, str] | None = None
+    size: int, target: str, *args: Any, timeout: float = LIMIT, env: dict[str, str] | None = None
 ) -> list[Any]:
     """Runs "package.module:function" in `size` processes of one world; what each returned, by rank.
 
@@ -70,7 +77,8 @@ def run_processes(
         if any(code != 0 for code in codes):
             parts = [f"{target} in {size} processes:"]
             for rank, code in enumerate(codes):
-                said = Path(folder, f"{rank}.err").read_text(encoding="utf-8", errors="replace")[-_TAIL:]
+                path = Path(folder, f"{rank}.err")  # one that was stopped soon may not have made it yet
+                said = path.read_text(encoding="utf-8", errors="replace")[-_TAIL:] if path.exists() else ""
                 parts.append(f"--- rank {rank} {'was stopped' if code is None else f'ended with {code}'}:\n{said}")
             raise AssertionError("\n".join(parts))
         return [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(size)]
@@ -200,14 +208,12 @@ def _work(call: dict[str, Any]) -> NoReturn:
 def main(target: str, args: str, result: str) -> None:
     """One process of run_processes."""
     import torch
-    import torch.distributed as dist
 
     from parallel.world import launched_world, process_group
 
     module, _, function = target.partition(":")
     world = launched_world()
-    store = next(iter(dist.rendezvous("env://")))[0]
-    with process_group(world, torch.device("cpu"), store):
+    with process_group(world, torch.device("cpu")):
         value = getattr(importlib.import_module(module), function)(world, *json.loads(args))
         world.wait()  # nobody's sockets close while another still computes
     Path(result).write_text(json.dumps(value), encoding="utf-8")

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from tests.helpers import save_tiny_glm
+from tests.processes import LIMIT
 from train.__main__ import main
 from train.output.metrics import read_metrics
 
@@ -125,7 +126,7 @@ def in_a_process(arguments: list[str], meddle: str) -> subprocess.CompletedProce
     # As many threads as here: sums are split among them, so their number shows in the last bits.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
     )
 
 
@@ -140,15 +141,15 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def torchrun(arguments: list[str], processes: int, *options: str) -> list[str]:
     """The command that runs `python -m train ARGUMENTS` in so many processes of this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return [*launcher, *(options or ("--standalone",)), "-m", "train", *arguments]
+    # No process of a busy machine is to be taken for lost.
+    patient = ["--set", "parallel.lost_after=600"]
+    return [*launcher, *(options or ("--standalone",)), "-m", "train", *patient, *arguments]
 
 
-def in_processes(
-    arguments: list[str], processes: int, *options: str, timeout: float = 120
-) -> subprocess.CompletedProcess[str]:
+def in_processes(arguments: list[str], processes: int, *options: str) -> subprocess.CompletedProcess[str]:
     """`torchrun` to its end, a thread for each process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         torchrun(arguments, processes, *options), cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=timeout,
+        timeout=LIMIT,
     )  # fmt: skip

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import LIMIT
+from train.config.load import config_schema, load_config
 from train.config.schema import keys
-from train.config.sections import config_schema, load_config
 from train.demo.models import MODELS
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +119,7 @@ def test_commands_name_modules_and_files_that_exist(path: Path) -> None:
 def made(*arguments: str) -> subprocess.CompletedProcess[str]:
     """What make would run, of a checkout where everything is installed."""
     command = ["make", "--no-print-directory", "--dry-run", "--old-file=.venv/.installed", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
 def demo_commands(*arguments: str) -> list[str]:

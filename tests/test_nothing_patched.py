@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import free_port, rank_environment
+from tests.processes import LIMIT, free_port, rank_environment
 from tests.run_helpers import ROOT, World, make_world, settings
 
 RANKS = 2
@@ -29,7 +29,7 @@ def compare(arguments: list[str], meddle: str, result: Path, ranks: int) -> list
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **rank_environment(rank, ranks, port)}
         command = [sys.executable, "-m", "tests.dist_workers.patched", json.dumps(arguments), meddle, str(result)]
         running.append(subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=300)[1] for process in running]
+    said = [process.communicate(timeout=LIMIT)[1] for process in running]
     assert all(process.returncode == 0 for process in running), "\n".join(said)[-3000:]
     return [json.loads(Path(f"{result}-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.common.errors import NibbleError
+from train.config.load import Config, check_files, config_schema, dump_config, load_config
 from train.config.schema import help_text
-from train.config.sections import Config, check_files, config_schema, dump_config, load_config
 from train.output.console import flush_streams, say
 
 if TYPE_CHECKING:
-    from parallel.watch import Watch
+    from parallel.world import World
 
 EXAMPLE = "python -m train --config configs/glm47_qlora.yaml --set train.max_steps=3 --print-config"
 
@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return describe(error)[1]
 
 
-def carry_out(arguments: argparse.Namespace, config: Config, watch: Watch | None = None) -> int:
-    """What the arguments ask for. watch: over the other processes, on several; the first one speaks."""
-    first = watch is None or watch.world.first
+def carry_out(arguments: argparse.Namespace, config: Config, world: World | None = None) -> int:
+    """What the arguments ask for. world: of several processes, of which the first one speaks."""
+    first = world is None or world.first
     if arguments.print_config:
         if first:
             say(dump_config(config).removesuffix("\n"), sys.stdout)
@@ -75,11 +75,10 @@ def carry_out(arguments: argparse.Namespace, config: Config, watch: Watch | None
             say(f"{arguments.config}: ok", sys.stdout)
         return 0
     # Only now: importing torch takes seconds, and a mistake in a config must show at once.
+    from parallel.world import ALONE
     from train.run import run
 
-    if watch is None:
-        return run(config, config_path=Path(arguments.config))
-    return run(config, config_path=Path(arguments.config), watch=watch)
+    return run(config, config_path=Path(arguments.config), world=world or ALONE)
 
 
 def several_processes() -> bool:
@@ -91,20 +90,20 @@ def run_with_others(arguments: argparse.Namespace) -> int:
     """One of several processes. What goes wrong, in a config too, is said once for all of them."""
     # torch would add dozens of lines of its own to every connection that a failed process leaves broken.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
-    from parallel.watch import watched
     from parallel.world import launched_world
+    from train.launched import run_launched
     from train.output.report import log_path
 
     world = launched_world()
     log: Path | None = None
 
-    def body(watch: Watch) -> int:
+    def body() -> int:
         nonlocal log
         config = load_config(arguments.config, arguments.overrides)
         log = log_path(Path(config.output.dir), world.rank)
-        return carry_out(arguments, config, watch)
+        return carry_out(arguments, config, world)
 
-    return watched(world, body, lambda error: describe(error, log), lambda text: say(text, sys.stderr))
+    return run_launched(world, body, lambda error: describe(error, log))
 
 
 def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
@@ -116,7 +115,7 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, NibbleError):
-        text, code = str(error), 2
+        text, code = str(error), error.exit_code
     elif log is not None and log.is_file():
         last = "".join(traceback.format_exception_only(type(error), error)).strip()
         text, code = f"{last}\nThe traceback is in {log}.", 1

@@ -117,11 +117,12 @@ class Loop:
     last_checkpoint: Callable[[], str]  # for messages
     progress: Progress = field(default_factory=Progress)
     world: World = ALONE
+    clock: Callable[[], float] = time.monotonic  # seconds, for train.save_minutes
 
     def run(self) -> bool:
         """Train to the last step and evaluate; False when a signal asked to stop. Either way everything is saved."""
         progress, saved = self.progress, self.progress.step if self.progress.step else None
-        window = _Window()
+        window, saved_at = _Window(), self.clock()
         model = self.shards.model
         model.train()
         model.activation_checkpointing = self.settings.activation_checkpointing
@@ -131,11 +132,11 @@ class Loop:
                 self._evaluate()
             if self._stopping():
                 break
-            result, rate = self._step(window)
+            result, rate, late = self._step(window, saved_at)
             self._log(result, rate, window)
-            if self.settings.save_every and progress.step % self.settings.save_every == 0:
+            if late or (self.settings.save_every and progress.step % self.settings.save_every == 0):
                 self._save()
-                saved = progress.step
+                saved, saved_at = progress.step, self.clock()
         if saved != progress.step:
             self._save()
         if progress.step == self.total_steps and not self._stopping():
@@ -147,7 +148,8 @@ class Loop:
         """Whether a signal has reached any of the processes: they stop after the same step."""
         return bool(self.world.max(torch.tensor([int(self.stop.requested)])))
 
-    def _step(self, window: _Window) -> tuple[StepResult, float]:
+    def _step(self, window: _Window, saved_at: float) -> tuple[StepResult, float, bool]:
+        """A step, its learning rate, and whether it is time for a checkpoint by the first process's clock."""
         settings, progress, started = self.settings, self.progress, time.perf_counter()
         warmup = warmup_steps(self.total_steps, settings.warmup_ratio)
         rate = learning_rate(settings.schedule, settings.learning_rate, progress.step, self.total_steps, warmup)
@@ -169,11 +171,13 @@ class Loop:
         progress.tokens += result.tokens
         progress.labelled_tokens += result.labelled
         progress.seconds += seconds
-        # Of the process that needed most.
-        peak = int(self.world.max(torch.tensor([peak_memory_bytes(self.device)])))
+        minutes = settings.save_minutes
+        late = self.world.first and minutes is not None and self.clock() - saved_at >= 60 * minutes
+        # Of the process that needed most, and whether the first one says so.
+        peak, late = self.world.max(torch.tensor([peak_memory_bytes(self.device), late])).tolist()
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)
         window.add(result.tokens, seconds)
-        return result, rate
+        return result, rate, bool(late)
 
     def _log(self, result: StepResult, rate: float, window: _Window) -> None:
         progress = self.progress

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quant.common.errors import NibbleError
-from quant.products import product_dtype
+from quant.products import product_dtype, without_autocast
 
 IGNORED = -100  # a position without loss, the value that torch.nn.functional.cross_entropy ignores too
 
@@ -122,6 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return full, None if d_weight is None else d_weight * grad_loss, None, None, None, None
 
 
+@without_autocast
 def _loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,

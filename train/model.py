@@ -26,7 +26,7 @@ from parallel.shards import Shards
 from quant.common.errors import NibbleError
 from quant.common.progress import Bar
 from quant.storage import StorageSpec
-from train.config.sections import Config
+from train.config.load import Config
 from train.optim import require_device
 
 # DeepSeek-V3's speed of the bias (arXiv:2412.19437 §4.2), and the coefficient of Qwen's configurations.

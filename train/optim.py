@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from parallel.parts import Cut, Part
+from parallel.parts import Cut, Part, bounds
 from quant.common.errors import NibbleError
-from train.state.blocks import Layout, layout_of, recut
 
 NAMES = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 
@@ -23,6 +22,7 @@ _CONSTANTS = ("qmap1", "qmap2")
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")
 # Tensors of fewer values have float32 states in bitsandbytes' 8-bit optimisers.
 _MIN_8BIT_SIZE = 4096
+_BLOCK = 256  # values per scale of an 8-bit state
 
 
 class NonFiniteError(NibbleError):
@@ -33,12 +33,14 @@ class NonFiniteError(NibbleError):
 class OptimizerState:
     """What an optimiser remembers. `tensors` is named "<what>.<parameter>" (exp_avg.model…); `values` is JSON.
 
-    cuts: for the tensors of which this process holds a part, which part that is.
+    cuts: for the tensors of which this process holds a part, which part that is. anew: of a saved state, the parameters
+    that it has nothing for here (`room_for_state`).
     """
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
     cuts: dict[str, Cut] = field(default_factory=dict)
+    anew: tuple[str, ...] = ()
 
 
 def build_optimizer(
@@ -94,28 +96,24 @@ def build_optimizer(
         "paged_adamw_8bit": library.PagedAdamW8bit,
     }
     optimizer = classes[name](groups, **options)
-    if name.endswith("8bit"):
-        _decide_by_whole_size(library, optimizer, sizes or {})
+    _allocate_states(library.GlobalOptimManager.get_instance(), optimizer, sizes or {})
     result: Optimizer = optimizer
     return result
 
 
-def _decide_by_whole_size(library: Any, optimizer: Any, sizes: Mapping[str, int]) -> None:
-    """Keep 8-bit states of small parts of large tensors too, so that the arithmetic is that of one process.
+def _allocate_states(manager: Any, optimizer: Any, sizes: Mapping[str, int]) -> None:
+    """Allocate bitsandbytes' states, in 8 bits also for small parts of large tensors: the arithmetic is that of one
+    process, and a tensor's state has one dtype on all processes.
 
-    bitsandbytes has a manager for settings by parameter, one for all optimisers of a process, which knows parameters by
-    their id() for ever, and so mistakes a later tensor for one that is gone. This optimiser gets a manager of its own.
+    manager: bitsandbytes' own, of settings by parameter. It is one for all optimisers of a process and knows parameters
+    by their id() for ever, so that it would mistake a later tensor for one that is gone: a setting is taken out again
+    when the state, which alone depends on it, is there.
     """
-    small = [
-        place
-        for name, parameter, _, place in _parameters(optimizer)
-        if parameter.numel() < _MIN_8BIT_SIZE <= sizes.get(name, 0)
-    ]
-    if small:
-        manager = object.__new__(library.GlobalOptimManager)
-        manager.initialize()
-        manager.index2config.update({place: {"min_8bit_size": 0} for place in small})
-        optimizer.mng = manager
+    for name, parameter, group, place in _parameters(optimizer):
+        if parameter.numel() < _MIN_8BIT_SIZE <= sizes.get(name, 0):
+            manager.override_config(parameter, "min_8bit_size", 0)
+        optimizer.init_state(group, parameter, *place)
+        manager.pid2config.pop(id(parameter), None)
 
 
 def require_device(name: str, device: torch.device) -> None:
@@ -221,47 +219,59 @@ def optimizer_state(optimizer: Optimizer, parts: Mapping[str, Part] | None = Non
                 if part is not None and key in _LIKE_PARAMETER:
                     cuts[f"{key}.{name}"] = part
                 elif part is not None and key.startswith("absmax"):
-                    layout = layout_of(part)
-                    cuts[f"{key}.{name}"] = layout.cut(layout.index(part.start))
-                    layouts[name] = [layout.dim, layout.count]
+                    cuts[f"{key}.{name}"] = _scales_cut(part)
+                    layouts[name] = _layout(part)
             elif key == "step":
                 steps[name] = int(value)
             else:
                 raise TypeError(f"{_kind(optimizer)} keeps {key} = {value!r}, which has no place in a checkpoint")
     values: dict[str, Any] = {"kind": _kind(optimizer), "steps": steps}
     if layouts:
-        values["blocks"] = layouts  # dimension and number of parts: whose blocks the scales belong to
+        values["blocks"] = layouts
     return OptimizerState(tensors, values, cuts)
 
 
-def empty_state(saved: Mapping[str, tuple[tuple[int, ...], torch.dtype]], parts: Mapping[str, Part]) -> OptimizerState:
-    """Room on the host for what this process needs of a saved state; `values` is empty.
+def room_for_state(
+    saved: Mapping[str, tuple[tuple[int, ...], torch.dtype]], values: dict[str, Any], parts: Mapping[str, Part]
+) -> OptimizerState:
+    """Room on the host for what this process needs of a saved state.
 
-    saved: shape and dtype of the whole tensors, by name. Raises NibbleError where a shape isn't the parameter's.
+    saved: shape and dtype of the whole tensors, by name. values: those of the saved state. The 8-bit state of a tensor
+    that is cut otherwise here than it was is left out, and its parameter named in `anew`: its scales are of blocks of a
+    part, and other parts have other blocks. Raises NibbleError where a shape isn't the parameter's.
     """
+    anew = set()
+    for name in (name.split(".", 1)[1] for name in saved if name.startswith("absmax")):
+        was, here = values.get("blocks", {}).get(name, _layout(None)), _layout(parts.get(name))
+        if was != here and (was[1] > 1 or here[1] > 1):
+            anew.add(name)
     tensors: dict[str, Tensor] = {}
     cuts: dict[str, Cut] = {}
     for name, (shape, dtype) in saved.items():
         key, parameter_name = name.split(".", 1)
         part = parts.get(parameter_name)
-        if part is None or key not in _LIKE_PARAMETER:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            continue
-        if shape != part.shape:
+        if part is not None and key in _LIKE_PARAMETER and shape != part.shape:
             text = str(dtype).removeprefix("torch.")
             raise NibbleError(
                 _differs(parameter_name, f"{key} is {list(shape)} {text}, here {list(part.shape)} {text}")
             )
-        cuts[name], tensors[name] = part, torch.empty(part.local_shape, dtype=dtype)
-    return OptimizerState(tensors, {}, cuts)
+        if parameter_name in anew:
+            continue
+        if part is not None and key in _LIKE_PARAMETER:
+            cuts[name], shape = part, part.local_shape
+        elif part is not None and key.startswith("absmax"):
+            cuts[name] = cut = _scales_cut(part)
+            shape = (cut.stop - cut.start,)
+        tensors[name] = torch.empty(shape, dtype=dtype)
+    steps = {name: step for name, step in values["steps"].items() if name not in anew}
+    return OptimizerState(tensors, {**values, "steps": steps}, cuts, tuple(sorted(anew)))
 
 
 def load_optimizer_state(optimizer: Optimizer, saved: OptimizerState, parts: Mapping[str, Part] | None = None) -> None:
     """Put a saved state into a new optimiser of the same kind over the same parameters, which then goes on bit for bit.
 
-    parts: of the parameters of which the optimiser has a part. The saved tensors of their shape are then parts too
-    (`empty_state`), the other tensors whole. 8-bit states whose blocks are cut otherwise than they were are quantised
-    anew (train.state.blocks.recut).
+    parts: of the parameters of which the optimiser has a part. What is saved of these is then a part too
+    (`room_for_state`).
 
     Raises NibbleError when kind, parameters or shapes differ.
     """
@@ -272,22 +282,20 @@ def load_optimizer_state(optimizer: Optimizer, saved: OptimizerState, parts: Map
             "Set train.optimizer (and the trained dtype) as they were, or start anew in another output.dir."
         )
     parts = parts or {}
-    layouts = saved.values.get("blocks", {})
     by_parameter: dict[str, dict[str, Any]] = {}
     for name, step in saved.values["steps"].items():
         by_parameter.setdefault(name, {})["step"] = step
     for name, tensor in saved.tensors.items():
         key, parameter_name = name.split(".", 1)
         by_parameter.setdefault(parameter_name, {})[key] = tensor
-    for name, parameter, group, place in _parameters(optimizer):
+    for name, parameter, _, _ in _parameters(optimizer):
         state = by_parameter.pop(name, None)
-        if state is None:  # a parameter that had no gradient yet has no state
-            optimizer.state.pop(parameter, None)
-        elif isinstance(optimizer, torch.optim.AdamW):
+        if state is None:  # a parameter that had no gradient yet, or whose state starts anew
+            continue
+        if isinstance(optimizer, torch.optim.AdamW):
             _load_torch(optimizer, name, parameter, state)
         else:
-            blocks = _Blocks(parts.get(name), tuple(parameter.shape), layouts.get(name, [0, 1]))
-            _load_bitsandbytes(optimizer, name, parameter, state, group, place, blocks)
+            _load_bitsandbytes(optimizer, name, parameter, state)
     # Those of which this process holds nothing.
     for name in [name for name in by_parameter if name in parts and 0 in parts[name].local_shape]:
         del by_parameter[name]
@@ -299,25 +307,35 @@ def load_optimizer_state(optimizer: Optimizer, saved: OptimizerState, parts: Map
         )
 
 
-class _Blocks:
-    """How an 8-bit state was cut when it was saved, and how it is cut here."""
+def _layout(part: Part | None) -> list[int]:
+    """The dimension along which a tensor is cut, and the number of parts; None is a whole tensor."""
+    if part is None:
+        return [0, 1]
+    sizes = [part.mesh.size(i) for i, placement in enumerate(part.placements) if placement.is_shard()]
+    return [part.dim, math.prod(sizes)]
 
-    def __init__(self, part: Part | None, shape: tuple[int, ...], saved: list[int]) -> None:
-        self.here = Layout(shape) if part is None else layout_of(part)
-        self.saved = Layout(self.here.shape, *saved)
-        self.index = 0 if part is None else self.here.index(part.start)
 
-    def recut(self, name: str, state: dict[str, Any], fresh: dict[str, Any]) -> None:
-        """Put codes and scales of the blocks here into `state`; `fresh` is the optimiser's own, still empty one."""
-        if fresh["state1"].dtype != torch.uint8 or self.saved == self.here == Layout(self.here.shape):
-            return
-        for i in "12":
-            codes, scales = state.get(f"state{i}"), state.get(f"absmax{i}")
-            if codes is None or scales is None or len(scales) != self.saved.blocks()[-1]:
-                continue  # for the checks that follow
-            _check_like(name, f"state{i}", codes, fresh[f"state{i}"])
-            values = fresh[f"qmap{i}"].to(codes.device)
-            state[f"state{i}"], state[f"absmax{i}"] = recut(codes, scales, self.saved, self.here, self.index, values)
+def _scales_cut(part: Part) -> Cut:
+    """Which of the scales of all parts in a row are those of `part`: each part has one for every 256 of its values."""
+    size, (_, count) = part.shape[part.dim], _layout(part)
+    width = max(1, bounds(size, count, 0)[1])  # of all parts but the last, which may be shorter
+
+    def scales(indices: int) -> int:
+        return -(-indices * math.prod(part.shape) // max(1, size) // _BLOCK)
+
+    start = part.start // width * scales(width)
+    total = size // width * scales(width) + scales(size % width)
+    return _ScalesCut((total,), start, start + scales(part.stop - part.start))
+
+
+@dataclass(frozen=True)
+class _ScalesCut:
+    """Scales start .. stop of a one-dimensional tensor of `shape` scales."""
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    dim: int = 0
 
 
 def _load_torch(optimizer: Optimizer, name: str, parameter: nn.Parameter, state: dict[str, Any]) -> None:
@@ -327,24 +345,13 @@ def _load_torch(optimizer: Optimizer, name: str, parameter: nn.Parameter, state:
     optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in state.items()}
 
 
-def _load_bitsandbytes(
-    optimizer: Any,
-    name: str,
-    parameter: nn.Parameter,
-    state: dict[str, Any],
-    group: dict[str, Any],
-    place: tuple[int, int],
-    blocks: _Blocks,
-) -> None:
+def _load_bitsandbytes(optimizer: Any, name: str, parameter: nn.Parameter, state: dict[str, Any]) -> None:
     # Its own load_state_dict puts paged states into ordinary memory and casts what it doesn't know to the parameter's
-    # dtype. So: let it allocate what it would on its first step, and copy the values in.
-    optimizer.state.pop(parameter, None)
-    optimizer.init_state(group, parameter, *place)
-    fresh = optimizer.state[parameter]
-    blocks.recut(name, state, fresh)
-    for key, value in fresh.items():
+    # dtype. So the values are copied into the state that build_optimizer has allocated.
+    own = optimizer.state[parameter]
+    for key, value in own.items():
         if key == "step":
-            fresh[key] = state.pop("step")
+            own[key] = state.pop("step")
         elif key not in _CONSTANTS:
             _check_like(name, key, state.get(key), value)
             _wait_for_paged(value, parameter)

@@ -21,11 +21,10 @@ from models.load import ModelFolder, open_folder
 from parallel.device import choose_device
 from parallel.mesh import Meshes, MeshSizes, make_meshes, mesh_sizes
 from parallel.shards import Shards
-from parallel.watch import Watch
-from parallel.world import World, process_group
+from parallel.world import ALONE, World, collectives_within, process_group
 from quant.common.errors import NibbleError
 from quant.common.files import write_atomically
-from train.config.sections import Config, dump_config
+from train.config.load import Config, dump_config
 from train.data.load import load_data
 from train.loop import Loop, Progress
 from train.model import check_model, content_fingerprint, load_trainable_model, trained_tensors
@@ -49,27 +48,23 @@ from train.state.run_folder import RunFolder, explained_errors, last_checkpoint,
 from train.state.saver import CheckpointSaver
 
 
-def run(config: Config, config_path: Path | None = None, watch: Watch | None = None) -> int:
+def run(config: Config, config_path: Path | None = None, world: World = ALONE) -> int:
     """Do what `config` says; returns the exit code, 0. Raises NibbleError for what the user can mend.
 
-    `config_path` is the file that it was read from, for messages. `watch`: over the other processes, on several: all of
-    them call this with the same config.
+    `config_path` is the file that it was read from, for messages. All processes of `world` call this with the same
+    config.
     """
-    watch = watch or Watch.alone()
-    world, folder = watch.world, RunFolder(Path(config.output.dir))
-    watch.lost_after = config.parallel.lost_after
+    folder = RunFolder(Path(config.output.dir))
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_run_in(folder.path) if world.first else contextlib.nullcontext())
         report = stack.enter_context(Report(log_path(folder.path, world.rank), quiet=not world.first))
         stack.enter_context(explained_errors(folder.path))
-        watch.log, watch.hint = report.log, lambda: last_checkpoint(folder)
         device = choose_device(config.train.device, world.local_rank if world.size > 1 else None)
         parallel, sizes, meshes = config.parallel, None, None
         wanted = mesh_sizes(world, parallel.shard, parallel.expert, parallel.replicate)
         # One process alone holds the whole model, without ado, unless the model is to be in host memory.
         if world.size > 1 or parallel.cpu_offload:
-            stack.enter_context(process_group(world, device, watch.store))
-            stack.enter_context(watch.errors())
+            stack.enter_context(process_group(world, device))
             require_same_config(config, device)
             require_shared(folder.path, world)
             sizes, meshes = wanted, make_meshes(wanted, device)
@@ -95,16 +90,16 @@ def _run(
     # What a small file can tell comes before large ones are read: first config.json, then rows, then weights.
     if world.local_rank == 0:
         open_folder(config.model.path)  # a hub id is fetched here, once on each machine
-    world.wait()
+    world.wait(report.note, f"fetch {config.model.path}")
     source = open_folder(config.model.path)
     check_model(config, source, device, sizes)
-    base = {"name": source.name, "fingerprint": content_fingerprint(source)}
-    require_same_model(base["fingerprint"], config)
-    require_same_base(checkpoint, base, config)
+    # The first process of a machine reads all weights for this, unless they were hashed before.
+    fingerprint = content_fingerprint(source) if world.local_rank == 0 else ""
+    base = {"name": source.name, "fingerprint": require_same_model(fingerprint, config)}
+    require_same_base(checkpoint, base, config, source)
 
-    torch.manual_seed(config.train.seed)
     started = datetime.fromisoformat(checkpoint.state["started"]) if checkpoint else datetime.now()
-    data = load_data(config, source.path, folder.skipped_rows, report, now=started, world=world)
+    data = load_data(config, source.path, folder.skipped_rows, report.note, now=started, world=world)
     total_steps = config.train.max_steps or config.train.epochs * data.train.steps_per_epoch
     restore_data(checkpoint, data, total_steps)
     if world.first:
@@ -177,8 +172,10 @@ def _run(
             progress=progress,
             world=world,
         )
+        world.wait(report.note, "load the model")
         try:
-            complete = loop.run()
+            with collectives_within(config.parallel.lost_after, meshes.groups) if meshes else contextlib.nullcontext():
+                complete = loop.run()
             saver.wait()
         except NibbleError:
             with contextlib.suppress(NibbleError):  # of a full disk, which is then what is being raised

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from models.adapters.lora import Put, adapted, attach_lora, copy_whole
 from models.adapters.peft_config import CONFIG, WEIGHTS, config_targets, describe, peft_config, read_config
 from models.adapters.targets import AdapterSpec, Target, module_name, resolve
 from models.blocks.linear import LoRA
+from models.checkpoint.export import Whole, as_it_is
 from models.checkpoint.keymap import Key, KeyMap, key_map_of
 from models.checkpoint.layout import Layout, Spelling, spellings
 from models.checkpoint.tensorfile import DTYPES, TensorInfo, TensorWriter, read_header
@@ -38,14 +39,6 @@ _OLD_LAYOUT = (
     "Its expert tensors have the layout of PEFT before 0.19.1 (in and out swapped), which newer PEFT can't read.\n"
     "Merge it into its base with the PEFT that made it, and train from the merged weights."
 )
-
-# Makes one tensor of a parameter.
-Whole = Callable[[Tensor], Tensor]
-
-
-def as_it_is(parameter: Tensor) -> Tensor:
-    return parameter.detach()
-
 
 # --- names
 

@@ -72,8 +72,8 @@ def attach_lora(model: CausalLM, targets: Sequence[Target], rslora: bool, dtype:
             target.alpha,
             rslora=rslora,
             dtype=dtype,
-            device=next(owner.weight.parameters()).device,
-        )
+            device="meta",  # where nothing is drawn
+        ).to_empty(device=owner.weight.device)
         loras.append(owner.lora)
     return loras
 

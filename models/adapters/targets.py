@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import torch
 
+from models.blocks.groups import GROUP_WORDS, TARGET_GROUPS, Group
 from models.checkpoint.keymap import Key, KeyMap
-from models.groups import GROUP_WORDS, TARGET_GROUPS, Group
 from quant.common.errors import NibbleError
 
 

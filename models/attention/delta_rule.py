@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,7 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.attention.fla import uses_fla
 from models.blocks.documents import Documents
+from quant.products import without_autocast
 
 NORM_EPS = 1e-6  # under the root when keys and queries are scaled to unit length
 
@@ -56,11 +57,6 @@ def gated_delta_rule(
         out: Tensor = chunk_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True, cu_seqlens=documents.offsets)[0]
         return out[0]
     return chunked_gated_delta_rule(query, key, value, decay, beta, documents)
-
-
-def uses_fla(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether values of this dtype on this device go through flash-linear-attention."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and find_spec("fla") is not None
 
 
 def stepwise_gated_delta_rule(
@@ -123,6 +119,7 @@ def chunked_gated_delta_rule(
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, blocking: Blocking, *tensors: Tensor) -> Tensor:
         inputs = _Inputs(tensors, blocking)
         out = torch.empty_like(inputs.value)
@@ -143,6 +140,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, kept = ctx.saved_tensors
         inputs = _Inputs(tensors, ctx.blocking)

@@ -19,8 +19,8 @@ from models.attention.rope import rotate_first
 from models.blocks.configjson import optional_integer
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
-from models.groups import Group
 from quant.common.errors import NibbleError
 
 Tables = tuple[Tensor, Tensor]

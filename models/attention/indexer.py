@@ -22,10 +22,10 @@ from models.attention.causal import causal_attention
 from models.attention.rope import rotate
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
-from models.groups import Group
-from quant.products import product_dtype
+from quant.products import product_dtype, without_autocast
 
 # Scores that exist at a time, over all heads: 128 MiB in float32, whatever the length of a document.
 SCORES_IN_MEMORY = 2**25
@@ -177,6 +177,7 @@ class _SelectedAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value, selected)
         ctx.scale = scale
@@ -189,6 +190,7 @@ class _SelectedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, selected = ctx.saved_tensors
         q, k, v, dy = _heads_first(query, key, value, grad)

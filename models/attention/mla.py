@@ -18,9 +18,9 @@ from models.attention.rope import RopeConfig, partial_rotary_factor, rotate
 from models.blocks.configjson import flag, integer, optional_integer
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.norm import RMSNorm
-from models.groups import Group
 from quant.common.errors import NibbleError
 
 # The norms inside the attention keep the reference's default instead of following rms_norm_eps.

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import ExpertWeights, trained
-from models.groups import Group
+from quant.kinds import new_storage
 from quant.products import (
     Groups,
     grouped_linear,
@@ -35,8 +36,8 @@ from quant.products import (
     grouped_linear_weight,
     product_dtype,
     row_padding,
+    without_autocast,
 )
-from quant.storage import new_storage
 
 # Experts whose weights are dense at a time on an accelerator: 16 of GLM-4.7-Flash are 288 MiB in bfloat16, enough
 # to keep a grouped product busy. On CPU one expert fits the caches best.
@@ -207,6 +208,7 @@ class _Remember(torch.autograd.Function):
         return x.new_empty(()).expand(x.shape)  # stands for the output, so that its gradient comes back here
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weights, slots, ends = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -216,6 +218,7 @@ class _Remember(torch.autograd.Function):
 
 class _Compute(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, remembered: Tensor, run: Callable[[], Tensor]) -> Tensor:
         return run()
 

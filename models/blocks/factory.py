@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from quant.storage import Storage, StorageSpec, new_storage
+from quant.kinds import new_storage
+from quant.storage import Storage, StorageSpec
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks.factory import Factory
-from quant.products import product_dtype
+from quant.products import product_dtype, without_autocast
 from quant.storage import Storage
 
 
 class LoRA(nn.Module):
     """Low-rank update s · B A of a matrix [out, in], or of each matrix of a stack [E, out, in].
 
-    A [R, in] or [E, R, in]; B [out, R] or [E, out, R]; `scaling` is alpha / R, or alpha / √R when rank-stabilised
-    (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
+    A [R, in] or [E, R, in], drawn from U(-1/√in, 1/√in) unless it is on the meta device; B [out, R] or [E, out, R],
+    zero; `scaling` is alpha / R, or alpha / √R when rank-stabilised (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732).
     """
 
     def __init__(
@@ -40,6 +40,9 @@ class LoRA(nn.Module):
         super().__init__()
         *experts, out_features, in_features = shape
         self.A = nn.Parameter(torch.empty(*experts, rank, in_features, dtype=dtype, device=device))
+        if not self.A.is_meta:
+            # PEFT's initialisation, the Kaiming-uniform one with a = √5.
+            nn.init.uniform_(self.A, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
         self.B = nn.Parameter(torch.zeros(*experts, out_features, rank, dtype=dtype, device=device))
         self.rank = rank
         self.alpha = alpha
@@ -102,6 +105,7 @@ class _LoRALinear(torch.autograd.Function):
     """Forward and backward of Linear. Saves x and x Aᵀ; reads the packed weight through the module both times."""
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -126,6 +130,7 @@ class _LoRALinear(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, a, b = ctx.saved_tensors
         needs_x, needs_value, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.blocks.factory import Factory
-from models.groups import Group
+from models.blocks.groups import Group
 
 
 class RMSNorm(nn.Module):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from models.blocks.configjson import integer
 from models.blocks.factory import Factory
+from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
-from models.groups import Group
 from quant.common.errors import NibbleError
 
 # Takes the chosen experts int64 [N, K] and all scores float32 [N, E], differentiable.

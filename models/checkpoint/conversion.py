@@ -7,6 +7,7 @@ that an interruption costs at most one layer.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import time
@@ -27,7 +28,6 @@ from models.checkpoint.native import (
     describe,
     group_by_file,
     is_converted,
-    sha256_file,
 )
 from models.checkpoint.stream import HubReader
 from models.checkpoint.tensorfile import TensorWriter, tensor_bytes
@@ -103,7 +103,7 @@ def convert(
                 carried=reader.carried,
                 layout=reader.layout,
             )
-            manifest = _prepare(target, manifest, force)
+            manifest = _prepare(target, manifest, checkpoint, force)
             kept = len(files.keys() & manifest.files.keys())
             _check_space(target, [key for name in files if name not in manifest.files for key in files[name]])
             try:
@@ -150,7 +150,7 @@ def _write_files(
             continue
         progress(done, total, name)
         tensors = {tensor: entry for key in keys for tensor, entry in key.tensors().items()}
-        writer = TensorWriter(target / name, tensors)
+        writer = TensorWriter(target / name, tensors, hashed=True)
         try:
             for key in keys:
                 for piece in reader.read(key):
@@ -170,15 +170,15 @@ def _write_files(
 def _copy_side_files(folder: Path, target: Path, manifest: Manifest) -> None:
     """config.json, tokenizer, chat template. Marks the manifest complete."""
     for name in SIDE_FILES:
-        if (folder / name).is_file():
-            if name not in manifest.files:
-                write_atomically(target / name, (folder / name).read_bytes())
-            manifest.files[name] = FileRecord((target / name).stat().st_size, sha256_file(target / name))
+        if (folder / name).is_file() and name not in manifest.files:
+            data = (folder / name).read_bytes()
+            write_atomically(target / name, data)
+            manifest.files[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
     manifest.complete = True
     manifest.save(target)
 
 
-def _prepare(target: Path, manifest: Manifest, force: bool) -> Manifest:
+def _prepare(target: Path, manifest: Manifest, checkpoint: HubCheckpoint, force: bool) -> Manifest:
     """The manifest to go on with: the one in the folder where it is of the same conversion, else the new one."""
     if not is_converted(target):
         others = sorted(entry.name for entry in target.iterdir() if not entry.name.endswith(PARTIAL))
@@ -193,12 +193,14 @@ def _prepare(target: Path, manifest: Manifest, force: bool) -> Manifest:
         manifest.save(target)
         return manifest
     found = Manifest.load(target)
+    same = checkpoint.has_fingerprint(found.fingerprint, "To be sure, add --force.")
+    content = manifest.fingerprint if same else found.fingerprint
     differences = [
         f"{what} {before!s} there, {after!s} now"
         for what, before, after in (
             ("storage", describe(found.spec, found.dtype), describe(manifest.spec, manifest.dtype)),
             ("model_type", found.model_type, manifest.model_type),
-            ("content of the source (fingerprint)", found.fingerprint[7:19], manifest.fingerprint[7:19]),
+            ("content of the source (fingerprint)", content[-64:-52], manifest.fingerprint[-64:-52]),
         )
         if before != after
     ]

@@ -14,9 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from models.adapters.files import Whole, as_it_is
-from models.adapters.lora import adapted
 from models.blocks.configjson import text_section
+from models.blocks.linear import LoRA
 from models.checkpoint.hub import CONFIG, INDEX, SIDE_FILES, SINGLE, HubCheckpoint, local_folder, read_config
 from models.checkpoint.keymap import HEAD, Key, KeyMap, key_map_of
 from models.checkpoint.native import Manifest, dtype_name, is_converted
@@ -28,6 +27,13 @@ from quant.common.files import write_atomically
 from quant.storage import DenseStorage, Storage
 
 log = logging.getLogger("nibble")
+
+# Makes one tensor of a parameter that may lie in parts.
+Whole = Callable[[Tensor], Tensor]
+
+
+def as_it_is(parameter: Tensor) -> Tensor:
+    return parameter.detach()
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def export_hub(
             f"a checkpoint in the hub's format is dense, and this model's storage is {model.spec.kind}.\n"
             "Load it with storage none; an adapter alone is saved as it is, without the model."
         )
-    if adapted(model):
+    if any(isinstance(module, LoRA) for module in model.modules()):
         raise NibbleError(
             "this model has an adapter, and an export writes the base weights alone.\nSave the adapter: save_adapter."
         )
@@ -193,7 +199,7 @@ def _origin(source: Path, manifest: Manifest | None) -> HubCheckpoint | None:
     if folder is not None:
         with contextlib.suppress(NibbleError):
             checkpoint = HubCheckpoint(folder)
-            if checkpoint.fingerprint() == manifest.fingerprint:
+            if checkpoint.has_fingerprint(manifest.fingerprint, f"To be sure, convert {source} again with --force."):
                 return checkpoint
     missed = [name for name in manifest.carried if name != HEAD]
     if missed:

@@ -7,9 +7,8 @@ at.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
+import logging
 import re
 import shlex
 from collections.abc import Iterable, Iterator
@@ -20,9 +19,12 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from models.checkpoint.fingerprint import full_fingerprint, is_sampled, sampled_fingerprint
 from models.checkpoint.tensorfile import MappedFolder, TensorInfo, read_header
 from quant.common.errors import NibbleError
 from quant.common.words import some
+
+log = logging.getLogger("nibble")
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -50,8 +52,6 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The organisations that publish the supported models, to name a whole hub id where only a folder's name is known.
 _ORGANISATIONS = {"GLM-": "zai-org", "Qwen": "Qwen", "Trinity-": "arcee-ai"}
-_SAMPLE = 4096  # bytes
-_SAMPLE_EVERY = 4 * 2**20  # bytes
 
 
 class HubCheckpoint:
@@ -117,22 +117,28 @@ class HubCheckpoint:
         self._mapped.close()
 
     def fingerprint(self) -> str:
-        """What identifies the content: "sha256:…" over config.json, keys, shapes, dtypes and samples of the data.
+        """What identifies the content, whatever its files are called: models/checkpoint/fingerprint.py."""
+        return full_fingerprint(self.path, self.config_bytes, self._tensors())
 
-        4 KiB out of every 4 MiB of each tensor, and at least its first 4 KiB, are read: a second or two for 60 GB, and
-        enough to tell a base model from a fine-tuned one of the same shapes. File names and dates don't count.
+    def has_fingerprint(self, recorded: str, renew: str) -> bool:
+        """Whether `recorded` is this content's fingerprint.
+
+        renew: what to do about one of an earlier version, which was made of samples and is compared as such.
         """
-        digest = hashlib.sha256(self.config_bytes)
-        for key in sorted(self._infos):
-            info = self._infos[key]
-            digest.update(f"\n{key} {info.dtype} {list(info.shape)}\n".encode())
-        with contextlib.ExitStack() as opened:
-            files = {shard: opened.enter_context((self.path / shard).open("rb", 0)) for shard in self._headers}
-            for key in sorted(self._infos):
-                info, handle = self._infos[key], files[self._files[key]].fileno()
-                for begin in range(info.begin, info.end, _SAMPLE_EVERY):
-                    digest.update(os.pread(handle, min(_SAMPLE, info.end - begin), begin))
-        return f"sha256:{digest.hexdigest()}"
+        if not is_sampled(recorded):
+            return recorded == self.fingerprint()
+        same = recorded == sampled_fingerprint(self.path, self.config_bytes, self._tensors())
+        if same:
+            log.warning(
+                "%s: taken for the same by samples of its data, all that an earlier version of nibble recorded; a "
+                "small change goes unseen. %s",
+                self.path,
+                renew,
+            )
+        return same
+
+    def _tensors(self) -> dict[str, tuple[str, TensorInfo]]:
+        return {key: (self._files[key], info) for key, info in self._infos.items()}
 
     def _read_headers(self, shards: dict[str, list[str]]) -> None:
         for shard, indexed in shards.items():

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from models.blocks.groups import Group
 from models.blocks.linear import ExpertWeights, LoRA
 from models.checkpoint.layout import Layout, respell
 from models.decoder import CausalLM
-from models.groups import Group
-from quant.storage import Storage, StorageSpec, storage_tensors
+from quant.kinds import storage_tensors
+from quant.storage import Storage, StorageSpec
 
 # Of a model with tied embeddings only some files have it, as a copy of the embedding, by which it is implied.
 HEAD = "lm_head.weight"

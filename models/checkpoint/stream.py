@@ -22,7 +22,8 @@ from models.checkpoint.keymap import HEAD, Key, KeyMap
 from models.checkpoint.layout import PREFIXES, Layout
 from quant.common.errors import NibbleError
 from quant.common.words import gib, some
-from quant.storage import all_finite, quantise
+from quant.kinds import quantise
+from quant.storage import all_finite
 
 _READABLE = ("BF16", "F16", "F32", "F64")
 # Missing or unused keys named one by one; a checkpoint of another model has tens of thousands.

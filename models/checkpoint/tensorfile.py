@@ -7,6 +7,7 @@ Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant.common.errors import NibbleError
-from quant.common.files import PARTIAL, disk_errors, sha256_file, sync_folder
+from quant.common.files import PARTIAL, disk_errors, sync_folder
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -41,6 +42,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 # What is read of a mapped file counts as memory of this process until it is unmapped. Mapping it anew takes about 1 ms.
 MAPPED_BYTES = 16 * 2**20
+_READ_AT_ONCE = 4 * 2**20  # bytes, of what is read back to be hashed
 
 
 @dataclass(frozen=True)
@@ -135,16 +137,25 @@ class TensorWriter:
 
     Every tensor is written whole or, along its dim 0, some rows at a time and in any order. The data goes to
     `path.partial`; `finish` flushes it to the disk and renames it, so a file named `path` is always whole.
+
+    hashed: make the file's sha256 on the way. What is written in the order of `tensors` is never read for that; a
+    tensor that is written before the ones that precede it is read back when they are there.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], *, hashed: bool = False
+    ) -> None:
         self.path = path
+        self._hash = hashlib.sha256() if hashed else None
+        self._whole = 0  # everything before this offset is written (and hashed)
+        self._ahead: dict[int, int] = {}  # what is written beyond that: begin to end
         self._partial = path.with_name(path.name + PARTIAL)
         self._tensors = dict(tensors)
-        self._written: dict[str, set[int]] = {name: set() for name in self._tensors}  # rows of dim 0
         self._offsets: dict[str, int] = {}
-        # Wide types first, so that every tensor is aligned to its own type in the mapped file.
-        ordered = sorted(self._tensors, key=lambda name: -self._tensors[name][1].itemsize)
+        # Every tensor must be aligned to its own type in the mapped file: behind those of a multiple of 8 bytes, which
+        # nearly all have, come the others, wide types first.
+        odd = {name for name, entry in self._tensors.items() if tensor_bytes(*entry) % 8}
+        ordered = sorted(self._tensors, key=lambda name: -self._tensors[name][1].itemsize if name in odd else -9)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name in ordered:
@@ -159,7 +170,7 @@ class TensorWriter:
         self._offsets = {name: start + offset for name, offset in self._offsets.items()}
         self.size = start + position
         with disk_errors(self._partial):
-            self._file = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._write(len(text).to_bytes(8, "little") + text, 0)
 
     def write(self, name: str, tensor: Tensor, start: int | None = None) -> None:
@@ -168,27 +179,24 @@ class TensorWriter:
         expected = shape if start is None else (len(tensor), *shape[1:])
         if tuple(tensor.shape) != expected or tensor.dtype != dtype:
             raise ValueError(f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, expected {expected} {dtype}")
-        rows = range(start or 0, (start or 0) + (len(tensor) if tensor.dim() else 1))
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._write(data, self._offsets[name] + (start or 0) * tensor_bytes(shape[1:], dtype))
-        self._written[name].update(rows)
 
     def finish(self) -> str:
-        """Flush and rename; returns the file's sha256 in hexadecimal."""
-        incomplete = [
-            name
-            for name, (shape, _) in self._tensors.items()
-            if self._written[name] != set(range(shape[0] if shape else 1))
-        ]
-        if incomplete:
-            raise ValueError(f"{self.path}: not fully written: {incomplete[:5]}")
+        """Flush and rename; returns the file's sha256 in hexadecimal ("" where none was asked for)."""
+        if self._whole != self.size:
+            gap = next(
+                name
+                for name, entry in self._tensors.items()
+                if self._offsets[name] <= self._whole < self._offsets[name] + tensor_bytes(*entry)
+            )
+            raise ValueError(f"{self.path}: {gap} is not fully written")
         with disk_errors(self._partial):
             os.fsync(self._file)
         self._close()
-        digest = sha256_file(self._partial)
         self._partial.replace(self.path)
         sync_folder(self.path.parent)
-        return digest
+        return self._hash.hexdigest() if self._hash is not None else ""
 
     def abandon(self) -> None:
         """Close and remove what was written."""
@@ -201,8 +209,23 @@ class TensorWriter:
             self._file = -1
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
-        view = memoryview(data)
+        view, position = memoryview(data), offset
+        if view and (offset < self._whole or offset in self._ahead):
+            raise ValueError(f"{self.path}: the bytes at {offset:,} are written twice")
         with disk_errors(self._partial):
             while view:
-                written = os.pwrite(self._file, view, offset)
-                view, offset = view[written:], offset + written
+                written = os.pwrite(self._file, view, position)
+                view, position = view[written:], position + written
+            if offset == self._whole:
+                self._whole = position
+                if self._hash is not None:
+                    self._hash.update(data)
+            elif position > offset:
+                self._ahead[offset] = position
+            while self._whole in self._ahead:
+                end = self._ahead.pop(self._whole)
+                while self._hash is not None and self._whole < end:
+                    part = os.pread(self._file, min(_READ_AT_ONCE, end - self._whole), self._whole)
+                    self._hash.update(part)
+                    self._whole += len(part)
+                self._whole = end

@@ -1,6 +1,8 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and a sentence that several places say."""
 
 from __future__ import annotations
+
+FLOAT16 = "float16 needs loss scaling, which is not supported; use bfloat16 or float32"
 
 
 class NibbleError(Exception):
@@ -9,3 +11,5 @@ class NibbleError(Exception):
     The message is one to three lines: what is wrong, where, and what to do about it. Commands print it
     as `error: …` on standard error and exit with code 2; no traceback is shown.
     """
+
+    exit_code = 2

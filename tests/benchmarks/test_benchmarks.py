@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,8 @@ import pytest
 import torch
 
 from benchmarks import (
+    checkpoint,
     gpu,
-    gpu_checks,
-    gpu_checks_models,
-    gpu_checks_sequence,
-    gpu_compare,
     gpu_timings,
     gpu_train,
     peer_env,
@@ -31,18 +27,12 @@ from benchmarks.checkpoint import ensure_checkpoint, parameters_of
 from benchmarks.gpu_cases import CASES, MODELS, Case
 from benchmarks.measure import batch
 from benchmarks.setting import DEFAULT, EXPERTS, SETTINGS, Request
-from models.adapters.lora import add_lora, trainable_parameters
+from models.adapters.lora import add_lora
 from models.adapters.targets import AdapterSpec
-from models.attention.indexer import Indexer
-from models.blocks.balance import AuxiliaryLoss, BiasUpdate
-from models.blocks.documents import Documents
-from models.blocks.router import Router
-from models.decoder import CausalLM
 from models.load import load_model
-from models.registry import ARCHITECTURES
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-from tests.helpers import relative_error
+from tests.processes import LIMIT
 from train.output.parameter_table import parameter_table
 
 MiB = 1 << 20
@@ -87,7 +77,9 @@ def test_settings_have_as_many_parameters_as_in_transformers(arch: str):
 
 
 @pytest.mark.parametrize("arch", SETTINGS)
-def test_checkpoint_is_written_once_and_loads(arch: str, tmp_path: Path):
+def test_checkpoint_is_written_once_and_loads(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if arch != DEFAULT:  # a process of its own is seconds of imports: one of them will do
+        monkeypatch.setattr(checkpoint.subprocess, "run", lambda command, check: checkpoint.write(Path(command[-1])))
     setting = SETTINGS[arch]
     config = setting.sized(True)
     folder = ensure_checkpoint(config, tmp_path)
@@ -272,7 +264,7 @@ def test_case_table_shows_failures_beside_results():
 
 
 def test_lines_of_a_process_come_with_its_end():
-    def run(code: str, limit: float = 30.0) -> list[tuple[str, str]]:
+    def run(code: str, limit: float = LIMIT) -> list[tuple[str, str]]:
         return list(gpu.lines_of([sys.executable, "-c", code], limit))
 
     assert run("print('a'); print('b')") == [("line", "a"), ("line", "b"), ("end", "")]
@@ -310,165 +302,6 @@ def test_profile_of_another_architecture_is_refused(capsys: pytest.CaptureFixtur
     assert "--profile knows the parts of glm4_moe_lite only" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------- a device's checks, on the CPU
-
-CPU = torch.device("cpu")
-
-
-def test_compare_fails_on_wrong_and_on_nan():
-    right = torch.ones(4)
-    assert gpu_compare.compare("x", [(right * (1 + 1e-6), right)], 1e-5).passed
-    assert not gpu_compare.compare("x", [(right * 1.1, right)], 1e-5).passed
-    assert not gpu_compare.compare("x", [(right * math.nan, right), (right, right)], 1e-5).passed
-    assert not gpu_compare.compare_norm("x", [(right * math.nan, right)], 1e-5).passed
-    # A small tensor that is wrong beside a large one that is right.
-    pairs = [(1e4 * right, 1e4 * right), (right * 1.1, right)]
-    assert gpu_compare.compare_norm("x", pairs, 1e-2).passed
-    assert not gpu_compare.compare_each_norm("x", pairs, 1e-2).passed
-    assert not gpu_compare.compare_each_norm("x", [(right * math.nan, right), (right, right)], 1e-2).passed
-
-
-def test_a_check_that_raises_is_a_failure_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch):
-    def broken(device: torch.device) -> Any:
-        raise RuntimeError("no kernel image\nis available")
-
-    monkeypatch.setattr(gpu_checks, "groups", lambda: [("first", broken), ("loss", gpu_checks.loss_in_chunks)])
-    found = list(gpu_checks.checks(CPU))
-    assert [(check.name, check.passed) for check in found[:1]] == [("first", False)]
-    assert found[0].figure == "RuntimeError: no kernel image"
-    assert [check.passed for check in found[1:]] == [True, True]
-    assert gpu.check_line({"name": "loss", "figure": "0 of 1", "passed": None}) == "skip  loss: 0 of 1"
-
-
-def test_every_architecture_and_storage_is_checked():
-    names = {name for name, _ in gpu_checks.groups()}
-    known = {model_type for model_type in ARCHITECTURES if model_type != "qwen3_5_moe"}  # computes as its text model
-    assert set(gpu_checks_models.TINY) == known
-    assert {f"{model_type}, {kind}" for model_type in known for kind in ("none", "nf4", "int8", "documents")} <= names
-
-
-def passes(found: Any) -> bool:
-    checks = list(found)
-    assert checks and all(check.passed is not None for check in checks)
-    return all(check.passed for check in checks)
-
-
-@pytest.mark.parametrize(
-    "group",
-    [*gpu_checks.groups()[2:4], *gpu_checks_sequence.groups(), gpu_checks.groups()[-1]],
-    ids=lambda group: group[0],
-)
-def test_checks_of_blocks_pass_on_the_cpu(group: gpu_compare.Group):
-    found = list(group[1](CPU))
-    assert all(check.passed is not False for check in found), found
-    skipped = [check.name for check in found if check.passed is None]
-    assert bool(skipped) == (group[0] == "flash-linear-attention"), "only that one needs CUDA"
-
-
-def test_checks_of_blocks_notice_documents_that_are_mixed_up(monkeypatch: pytest.MonkeyPatch):
-    def merged(lengths: Any, device: Any = "cpu", padding: int = 0) -> Documents:
-        return from_lengths([sum(lengths)], device, padding)
-
-    from_lengths = Documents.from_lengths
-    monkeypatch.setattr(Documents, "from_lengths", staticmethod(merged))
-    for check in (gpu_checks_sequence.attention, gpu_checks_sequence.window_attention, gpu_checks_sequence.convolution):
-        assert not any(found.passed for found in check(CPU) if "1000" not in found.name)
-
-
-def test_checks_of_blocks_notice_what_is_left_out(monkeypatch: pytest.MonkeyPatch):
-    sequence = gpu_checks_sequence
-    attend, select, rule = sequence.causal_attention, sequence.selected_attention, sequence.chunked_gated_delta_rule
-    monkeypatch.setattr(
-        sequence, "causal_attention", lambda q, k, v, documents, scale, window: attend(q, k, v, documents, scale)
-    )
-    found = [check.passed for check in sequence.window_attention(CPU)]
-    assert found == [False, False, False, False, True, True], "the last window is longer than any document"
-
-    def one_less(q: Any, k: Any, v: Any, parts: Any, selected: torch.Tensor, scale: float) -> torch.Tensor:
-        return select(q, k, v, parts, selected[:, 1:], scale)
-
-    monkeypatch.setattr(sequence, "selected_attention", one_less)
-    assert not any(check.passed for check in sequence.attention_to_selected(CPU))
-    monkeypatch.setattr(
-        sequence,
-        "chunked_gated_delta_rule",
-        lambda q, k, v, decay, beta, documents: rule(q, k, v, decay * 1.1, beta, documents),
-    )
-    assert not any(check.passed for check in sequence.delta_rule(CPU))
-
-
-WHOLE = dict(zip(gpu_checks_models.TINY, ("none", "nf4", "none", "int8", "nf4", "int8"), strict=True))
-
-
-@pytest.mark.parametrize("model_type", WHOLE)
-def test_checks_of_models_pass_on_the_cpu_and_can_fail(model_type: str, monkeypatch: pytest.MonkeyPatch):
-    spec = next(spec for spec in gpu_checks_models.SPECS if spec.kind == WHOLE[model_type])
-    assert passes(gpu_checks_models.whole_model(model_type, spec, CPU))
-
-    def other(model: CausalLM) -> CausalLM:
-        copied = copy.deepcopy(model)
-        trainable_parameters(copied)[1][1].data.mul_(1.02)
-        return copied
-
-    monkeypatch.setattr(gpu_checks_models, "copy", types.SimpleNamespace(deepcopy=other))
-    found = [check.passed for check in gpu_checks_models.whole_model(model_type, spec, CPU)]
-    assert found[1] is False and all(found[-2:]), "only the copy in float32 is another one"
-
-
-@pytest.mark.parametrize("model_type", gpu_checks_models.TINY)
-def test_checks_of_models_do_not_hang_on_rounding(model_type: str):
-    """A device that rounds otherwise makes the same choices of experts and keys, and gradients within the tolerance."""
-    model = gpu_checks_models.tiny_model(model_type, gpu_checks_models.NF4, torch.float32, CPU)
-    chosen: list[torch.Tensor] = []
-    for module in model.modules():
-        if isinstance(module, Router):
-            module.register_forward_hook(lambda module, given, out: chosen.append(out[0].sort(-1).values))
-        elif isinstance(module, Indexer):
-            module.register_forward_hook(lambda module, given, out: chosen.append(out.sort(-1).values))
-    found = []
-    for _ in range(2):
-        chosen.clear()
-        model.zero_grad()
-        loss = gpu_checks_models.batch_loss(model, CPU)
-        loss.backward()
-        found.append((loss.item(), [x.clone() for x in gpu_checks_models.gradients(model)], list(chosen)))
-        weight = model.model.embed_tokens.weight.data
-        weight.mul_(1 + 1e-6 * gpu_compare.random(tuple(weight.shape), 0))
-    (loss_a, gradients_a, chosen_a), (loss_b, gradients_b, chosen_b) = found
-    assert len(chosen_a) >= 2 and all(map(torch.equal, chosen_a, chosen_b))
-    assert abs(loss_a - loss_b) < 2e-6 * loss_a
-    worst = max(map(relative_error, gradients_b, gradients_a))
-    assert 0 < worst < 3e-5, "the tolerance is 1e-4"
-
-
-@pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", "glm_moe_dsa"])
-def test_checks_of_documents_pass_on_the_cpu_and_can_fail(model_type: str, monkeypatch: pytest.MonkeyPatch):
-    assert passes(gpu_checks_models.packed_documents(model_type, CPU))
-    from_lengths = Documents.from_lengths
-    monkeypatch.setattr(
-        Documents,
-        "from_lengths",
-        staticmethod(lambda lengths, device="cpu", padding=0: from_lengths([sum(lengths)], device, padding)),
-    )
-    assert not any(check.passed for check in gpu_checks_models.packed_documents(model_type, CPU))
-
-
-@pytest.mark.parametrize(("model_type", "method"), [("glm4_moe_lite", BiasUpdate), ("qwen3_5_moe_text", AuxiliaryLoss)])
-def test_checks_of_balance_pass_on_the_cpu_and_can_fail(model_type: str, method: Any, monkeypatch: pytest.MonkeyPatch):
-    balanced = gpu_checks_models._balanced
-    expected = balanced(model_type, method, CPU)
-    real = sum(gpu_checks_models.PADDED) - gpu_checks_models.PADDING
-    assert expected[0].sum(-1).unique().tolist() == [2 * 3 * real], "two micro-batches, three experts a token"
-    assert len(expected[2]) > len(expected[0]), "every router has gradients"
-
-    answers = [expected, expected]
-    monkeypatch.setattr(gpu_checks_models, "_balanced", lambda *given: answers.pop())
-    assert passes(gpu_checks_models.balance(model_type, method, CPU))
-    wrong = (expected[0] + 1, [x * 1.1 for x in expected[1]], [x * 1.1 for x in expected[2]])
-    answers = [wrong, expected]
-    assert not any(check.passed for check in gpu_checks_models.balance(model_type, method, CPU))
-
-
 def test_timings_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     gpu_timings.main("cpu", tiny=True)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -483,21 +316,9 @@ def test_timings_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         raise RuntimeError("no kernel image\nis available")
 
     monkeypatch.setattr(gpu_timings, "measure", broken)
-    assert [timing.note for timing in gpu_timings.timings(CPU, tiny=True)] == ["RuntimeError: no kernel image"] * 2
-
-
-def test_flash_linear_attention_that_is_missing_is_not_passed(monkeypatch: pytest.MonkeyPatch):
-    find = gpu_compare.importlib.util.find_spec
-    for there, reason in ((None, "not installed"), (object(), "needs CUDA")):
-        monkeypatch.setattr(
-            gpu_compare.importlib.util, "find_spec", lambda name, there=there: there if name == "fla" else find(name)
-        )
-        assert gpu_compare.without_flash_linear_attention(CPU) == reason
-        (check,) = gpu_checks_sequence.flash_linear_attention(CPU)
-        assert (check.figure, check.passed) == (f"flash-linear-attention: {reason}", None)
-    monkeypatch.setitem(sys.modules, "fla", None)  # there, but can't be imported
-    with pytest.raises(ImportError):
-        gpu_compare.without_flash_linear_attention(torch.device("cuda"))
+    assert [timing.note for timing in gpu_timings.timings(torch.device("cpu"), tiny=True)] == [
+        "RuntimeError: no kernel image"
+    ] * 2
 
 
 def test_command_says_what_passed_and_what_did_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -19,7 +19,6 @@ from parallel.parts import Part, bounds
 from parallel.world import World
 from quant.common.errors import NibbleError
 from train.optim import NonFiniteError, OptimizerState, build_optimizer, clip_gradients, optimizer_state
-from train.state.blocks import layout_of
 from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
 from train.state.saver import CheckpointSaver
 
@@ -127,12 +126,10 @@ def save_and_go_on(world: World, folder: str, optimizer: str) -> dict[str, Any]:
     run.steps(range(3, 3 + LATER))
     resumed = wipe(cut_run(optimizer, world)).load(read_checkpoint(path, world)).steps(range(3, 3 + LATER))
     same = all(torch.equal(run.parameters[name], resumed.parameters[name]) for name in run.parameters)
-    aligned = [name for name in TENSORS if name not in run.parts or layout_of(run.parts[name]).aligned()]
     return {
         "saved": saved,
         "later": run.differences(expected.steps(range(3, 3 + LATER))),
         "resumed_is_the_same": same,
-        "aligned": aligned,
         "dtypes": {name: str(tensor.dtype) for name, tensor in run.state().tensors.items()},
     }
 
@@ -149,20 +146,28 @@ def four(world: World, folder: str) -> dict[str, Any]:
     }
 
 
-def resume(world: World, folder: str, names: list[str]) -> dict[str, dict[str, float]]:
-    """From the checkpoints folder/name of step 3, written by other numbers of processes, LATER steps."""
+def resume(world: World, folder: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """From the checkpoints folder/name of step 3, written by other numbers of processes, LATER steps.
+
+    as_fresh: the parameters that are those of an optimiser that starts from the saved weights.
+    """
     result = {}
     for name in names:
         optimizer = name.removeprefix("alone_")
         checkpoint = latest_checkpoint(Path(folder) / name, world=world)
         assert checkpoint is not None
-        if checkpoint.format == 2:
-            assert checkpoint.state["from"] == 0
-        run = wipe(cut_run(optimizer, world)).load(checkpoint)
+        assert checkpoint.state["from"] == 0
+        fresh, run = (wipe(cut_run(optimizer, world)) for _ in range(2))
+        for each in (fresh, run):
+            checkpoint.load_tensors(each.parameters.items(), each.parts)
+        anew = checkpoint.load_optimizer(run.optimizer, run.parts)
         read = run.differences(whole_run(optimizer).steps(range(3)))
         assert name.startswith("alone") or all(value == 0 for key, value in read.items() if key in ALIGNED), read
         expected = whole_run(optimizer).steps(range(3 + LATER))
-        result[name] = run.steps(range(3, 3 + LATER)).differences(expected)
+        for each in (fresh, run):
+            each.steps(range(3, 3 + LATER))
+        same = [key for key, tensor in run.parameters.items() if tensor.numel() and tensor.equal(fresh.parameters[key])]
+        result[name] = {"anew": anew, "as_fresh": same, "later": run.differences(expected)}
     return result
 
 

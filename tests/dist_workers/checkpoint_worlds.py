@@ -31,15 +31,15 @@ from parallel.mesh import MeshSizes, make_meshes
 from parallel.parts import Part
 from parallel.world import World
 from tests.dist_workers.checkpoint import four, resume, whole_run
+from tests.processes import LIMIT
 from train.optim import OptimizerState
 from train.state.checkpoint import latest_checkpoint
 from train.state.saver import CheckpointSaver
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-PATIENCE = 60.0  # seconds that a process may take to notice that the other is gone
 
 
-def world_of(size: int, store: Path, work: Callable[[World], Any], patience: float) -> list[int]:
+def world_of(size: int, store: Path, work: Callable[[World], Any]) -> list[int]:
     """Calls work(world) in `size` processes; their exit statuses, as os.waitpid gives them."""
     store.unlink(missing_ok=True)
     children = []
@@ -58,7 +58,7 @@ def world_of(size: int, store: Path, work: Callable[[World], Any], patience: flo
                 sys.stderr.flush()
                 os._exit(code)
         children.append(child)
-    statuses, end = [], time.monotonic() + patience
+    statuses, end = [], time.monotonic() + LIMIT
     for child in children:
         while (done := os.waitpid(child, os.WNOHANG))[0] == 0:
             if time.monotonic() > end:
@@ -75,7 +75,7 @@ def results_of(size: int, root: Path, work: Callable[[World], Any]) -> list[Any]
         (root / f"{world.rank}.json").write_text(json.dumps(work(world)))
         world.wait()
 
-    assert world_of(size, root / "store", write, patience=240) == [0] * size
+    assert world_of(size, root / "store", write) == [0] * size
     return [json.loads((root / f"{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -88,7 +88,7 @@ def save(world: World, directory: Path, step: int, value: int, asynchronous: boo
     part = Part((9000,), 0, world.rank * 4500, (world.rank + 1) * 4500, meshes.dense, (Replicate(), Shard(0)))
     tensors = {"big": torch.full((4500,), float(value)), "whole": torch.full((3,), float(value))}
     state = {"exp_avg.big": tensors["big"], "step.big": torch.tensor(float(value))}
-    optimizer = OptimizerState(dict(state), {}, {"exp_avg.big": part})
+    optimizer = OptimizerState(dict(state), {"steps": {}}, {"exp_avg.big": part})
     with CheckpointSaver(directory, 1, world=world, asynchronous=asynchronous) as saver:
         if die_at is not None:
             die(die_at)
@@ -113,7 +113,7 @@ def pair(directory: Path, step: int, value: int, victim: int | None = None, k: i
         with contextlib.suppress(RuntimeError):  # gloo says that the other is gone
             save(world, directory, step, value, victim == 1, k if world.rank == victim else None)
 
-    return world_of(2, directory.with_name("store"), work, PATIENCE)
+    return world_of(2, directory.with_name("store"), work)
 
 
 def value_in(directory: Path, new: int) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from parallel.world import World
 from quant.common.errors import NibbleError
-from train.config.sections import Config
+from train.config.load import Config
 from train.state.resume import require_same_config
 from train.state.run_folder import require_shared
 

@@ -11,15 +11,16 @@ import torch
 
 import models.checkpoint.tensorfile
 from benchmarks.distributed_process import held_bytes, largest_tensor, living_bytes
+from benchmarks.documents import one_document
 from benchmarks.measure import resident_bytes
-from benchmarks.step_native import one_document
 from benchmarks.traffic import planned_gathers, record
 from models.load import open_folder
 from parallel.device import peak_memory_bytes, reset_peak_memory
 from parallel.mesh import Meshes, make_meshes, mesh_sizes
 from parallel.shards import Shards
 from parallel.world import World
-from quant.storage import StorageSpec, quantise
+from quant.kinds import quantise
+from quant.storage import StorageSpec
 from tests.dist_workers.training import CPU, config_of
 from train.loop import training_step
 from train.model import load_trainable_model

@@ -16,7 +16,7 @@ from parallel.mesh import MeshSizes, make_meshes
 from parallel.world import World
 from quant.storage import StorageSpec
 from tests.helpers import TINY_GLM
-from train.config.sections import parse_config
+from train.config.load import parse_config
 from train.output.overview import model_text, plan_text
 from train.output.parameter_table import parameter_table
 

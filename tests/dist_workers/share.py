@@ -18,7 +18,7 @@ from models.decoder import CausalLM
 from parallel.share import share_arrays
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
-from train.config.sections import Config, parse_config
+from train.config.load import Config, parse_config
 from train.data.batches import IGNORED, Batch
 from train.data.load import Data, load_data
 from train.evaluate import batch_loss, held_out_loss
@@ -52,7 +52,9 @@ def configured(model: str, rows: str, out: Path, *overrides: str) -> Config:
 def read(config: Config, folder: Path, world: World = ALONE) -> Data:
     folder.mkdir(exist_ok=True)
     with Report(folder / "log") as report:
-        return load_data(config, Path(config.model.path), folder / "skipped.jsonl", report, datetime(2025, 1, 1), world)
+        return load_data(
+            config, Path(config.model.path), folder / "skipped.jsonl", report.note, datetime(2025, 1, 1), world
+        )
 
 
 def described(data: Data, steps: int) -> dict[str, Any]:

@@ -9,19 +9,25 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from models import load_model
 from models.adapters.files import save_adapter
+from models.adapters.lora import add_lora
+from models.adapters.targets import AdapterSpec
 from models.checkpoint.export import export_hub
 from models.load import open_folder
 from parallel.mesh import make_meshes, mesh_sizes
 from parallel.shards import Shards, local_tensor
 from parallel.world import ALONE, World
-from train.config.sections import Config
+from train.config.load import Config
+from train.config.sections import TrainConfig
 from train.data.batches import StepBatches
 from train.data.examples import Examples
 from train.data.packing import pack
-from train.loop import training_step
+from train.loop import Loop, training_step
 from train.model import load_trainable_model
 from train.optim import build_optimizer
+from train.output.report import Report
+from train.signals import StopOnSignal
 
 CPU = torch.device("cpu")
 STEPS = 5
@@ -111,6 +117,36 @@ def train_all(world: World, cases: list[dict[str, Any]], folder: str) -> list[di
         save_result(shards, Path(folder, str(number)), case, world)
         results.append({"losses": losses, "norms": norms, "frozen_bytes": held})
     return results
+
+
+def saved_steps(
+    world: World, checkpoint: str, folder: str, seconds: list[float], settings: dict[str, Any]
+) -> list[int]:
+    """The steps, of ten, after which this process writes a checkpoint. seconds: that a step takes, by rank."""
+    model = load_model(checkpoint, storage="none", dtype=torch.float32)
+    add_lora(model, AdapterSpec(("attention",), 4, 8.0))
+    shards, rows, saved = Shards(model), examples(vocabulary=model.vocabulary), []
+    with Report(Path(folder, f"{world.rank}.log"), quiet=True) as report:
+        loop = Loop(
+            settings=TrainConfig(**settings),
+            shards=shards,
+            optimizer=build_optimizer("adamw", shards.parameters, 0.0),
+            batches=StepBatches(
+                rows, pack(rows.lengths, 64, 0, True), micro_batch_size=1, rank=world.rank, ranks=world.size
+            ),
+            held_out=None,
+            total_steps=10,
+            device=CPU,
+            metrics=None,
+            report=report,
+            stop=StopOnSignal(),
+            save=lambda: saved.append(loop.progress.step),
+            last_checkpoint=lambda: "",
+            world=world,
+            clock=lambda: seconds[world.rank] * loop.progress.step,
+        )
+        assert loop.run()
+    return saved
 
 
 def save_result(shards: Shards, folder: Path, case: dict[str, Any], world: World) -> None:

@@ -6,11 +6,12 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard
 
 from parallel.mesh import Meshes, make_meshes, mesh_sizes
 from parallel.parts import Part, bounds
-from parallel.world import World
+from parallel.world import World, collectives_within, lost_contact
 
 
 def together(world: World) -> dict[str, Any]:
@@ -51,6 +52,36 @@ def wrong_shape(meshes: Meshes) -> str:
     except ValueError as error:
         return str(error)
     return "accepted"
+
+
+def waits(world: World) -> list[Any]:
+    """What is told of a long wait; then one that is longer than the limit, before and after it is limited."""
+    told: list[str] = []
+    late = world.rank == 1
+    assert dist.group.WORLD is not None
+    store = dist.group.WORLD.get_group_store()
+
+    def note(text: str) -> None:
+        told.append(text)
+        store.set(f"told by {world.rank}", text)
+
+    if late:
+        store.wait(["told by 0"])
+    world.wait(note, "read the rows", news_after=0.1)
+    group = dist.new_group()
+    with collectives_within(0.1, [group]):
+        found = True if late else fails(group)
+    time.sleep(0.5 * late)
+    return [told[:1] if world.first else [], found, world.sum(torch.ones(1)).item()]
+
+
+def fails(group: dist.ProcessGroup) -> bool:
+    """Whether this process finds out that it is alone in a collective."""
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        return lost_contact(error)
+    return False
 
 
 def one_fails(world: World) -> None:

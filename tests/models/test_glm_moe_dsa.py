@@ -30,7 +30,7 @@ from quant.storage import StorageSpec
 from tests import architecture_checks as checks
 from tests.helpers import assert_close, key_map_for, random_tokens, relative_error
 from tests.tiny import save_tiny
-from train.config.sections import parse_config
+from train.config.load import parse_config
 from train.model import make_trainable
 
 DSA = "glm_moe_dsa"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models import load_model
 from models.checkpoint.conversion import convert
+from models.checkpoint.fingerprint import sampled_fingerprint
 from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.keymap import key_map_of
 from models.checkpoint.native import NativeCheckpoint
@@ -142,6 +143,44 @@ def test_converted_copy_beside_the_hub_folder_is_used(
     assert caplog.messages == []
     name = "model.layers.0.self_attn.o_proj.weight.packed"
     assert not torch.equal(tensors_of(tuned)[name], tensors_of(plain)[name])
+
+
+def test_a_change_anywhere_in_the_hub_folder_is_seen_by_all_that_know_it_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last value of the embedding: a copy made before is not taken, nor does a conversion or an export go on it."""
+    caplog.set_level(logging.INFO, "nibble")
+    hub, copy = tmp_path / "hub", tmp_path / "copy"
+    save_tiny_glm(hub, vocab_size=80_000)  # of 20 MB, so that samples of it leave out the end
+    convert(hub, copy, StorageSpec("int8"), torch.float32)
+    before = load_file(hub / "model.safetensors")
+    changed = {name: tensor.clone() for name, tensor in before.items()}
+    changed["model.embed_tokens.weight"][-1, -1] += 1
+    save_file(changed, hub / "model.safetensors")
+    loaded = load_model(hub, "int8", torch.float32)
+    assert torch.equal(loaded.model.embed_tokens.weight, changed["model.embed_tokens.weight"])
+    assert caplog.messages == []
+    with pytest.raises(NibbleError, match=r"content of the source \(fingerprint\) \w{12} there, \w{12} now"):
+        convert(hub, copy, StorageSpec("int8"), torch.float32)
+
+    # What the version before recorded was made of samples: the copy is taken as it was then, with a warning.
+    manifest = json.loads((copy / "nibble.json").read_text())
+    checkpoint = HubCheckpoint(hub)
+    manifest["source"]["fingerprint"] = sampled_fingerprint(hub, checkpoint.config_bytes, checkpoint._tensors())
+    (copy / "nibble.json").write_text(json.dumps(manifest))
+    loaded = load_model(hub, "int8", torch.float32)
+    assert torch.equal(loaded.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+    assert [message.split(". ")[-1] for message in caplog.messages] == [
+        f"To be sure, convert {copy} again with --force.",
+        f"{hub}: using the converted copy {copy}",
+    ]
+    convert(hub, copy, StorageSpec("int8"), torch.float32)
+    assert caplog.messages[-1].endswith("a small change goes unseen. To be sure, add --force.")
+    convert(hub, copy, StorageSpec("int8"), torch.float32, force=True)
+    caplog.clear()
+    loaded = load_model(hub, "int8", torch.float32)
+    assert torch.equal(loaded.model.embed_tokens.weight, changed["model.embed_tokens.weight"])
+    assert caplog.messages == [f"{hub}: using the converted copy {copy}"]
 
 
 def test_damaged_or_unfinished_copy_beside_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -56,7 +56,7 @@ class Measured:
         self.cases["nf4 converted, LoRA in bfloat16"] = as_bfloat16
         # So that freed memory is the system's again, and one load does not fill what another has left behind.
         self.ranks = run_processes(
-            ranks, "tests.dist_workers.memory:measure_all", list(self.cases.values()), MAPPED, timeout=300,
+            ranks, "tests.dist_workers.memory:measure_all", list(self.cases.values()), MAPPED,
             env={"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)},
         )  # fmt: skip
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from parallel import world as module
 from parallel.mesh import MeshSizes, mesh_sizes
 from parallel.parts import bounds
 from parallel.world import World, launched_world
 from quant.common.errors import NibbleError
-from tests.processes import run_processes
+from tests.processes import free_port, rank_environment, run_processes
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE")
 
@@ -119,6 +124,53 @@ def test_four_processes():
     ]
     assert [result["parts"][3][:2] for result in results] == [[0, 3], [3, 6], [0, 3], [3, 6]]
     assert all(part[3] for result in results for part in result["parts"])
+
+
+def test_a_collective_is_limited_only_where_a_long_wait_has_no_good_reason():
+    first, second = run_processes(2, "tests.dist_workers.world:waits")
+    assert first == [["waiting for other processes to read the rows (0 min)"], True, 2.0]
+    assert second == [[], True, 2.0]
+
+
+def test_every_start_has_a_prefix_that_all_processes_know():
+    """The store is that of a torchrun which has started these processes before, some of which died on the way."""
+    store, size, found = dist.HashStore(), 3, []
+
+    def start() -> list[str]:
+        prefixes = [""] * size
+
+        def one(rank: int) -> None:
+            prefixes[rank] = module._common_prefix(store, World(rank, size))
+
+        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        return prefixes
+
+    store.set("nibble/request/2", "of one that has died")
+    for _ in range(3):
+        found += [start()]
+    assert all(len(set(prefixes)) == 1 for prefixes in found), found
+    assert len({prefixes[0] for prefixes in found} - {""}) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch, rank: int):
+    port = free_port()
+    environment(monkeypatch, **rank_environment(rank, 2, port))
+    monkeypatch.setattr(module, "_START", timedelta(seconds=1))
+    with pytest.raises(NibbleError) as error:
+        module._store(World(rank, 2, rank))
+    assert str(error.value).startswith(f"the 2 processes did not all meet at 127.0.0.1:{port} within 0:00:01: ")
+    assert "Check that all of them were started" in str(error.value)
+
+
+def test_a_process_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_START", timedelta(0))
+    with pytest.raises(TimeoutError, match="rank 1 did not come"):
+        module._common_prefix(dist.HashStore(), World(0, 2))
 
 
 def test_a_failure_in_one_process_shows_what_every_process_said():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.fourbit import FourBitStorage, _cpu_kernel, import_bitsandbytes
-from quant.storage import Storage, StorageSpec, new_storage, quantise, storage_tensors
+from quant.fourbit import FourBitStorage, _cpu_kernel, dynamic_map, import_bitsandbytes
+from quant.kinds import new_storage, quantise, storage_tensors
+from quant.storage import Storage, StorageSpec
 
 KINDS = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -125,6 +126,31 @@ def test_dense_through_the_torch_operators(bnb, kind, double, monkeypatch):
     monkeypatch.setattr("quant.fourbit._DEQUANTISE_AT_ONCE", 7 * 192)
     assert torch.equal(storage.dense(), expected)
     assert torch.equal(storage.dense(1), expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_compiled_functions_are_those_that_are_called_by_address(bnb, kind, dtype):
+    """quant/fourbit.py calls them as bitsandbytes' own CPU operators do; nothing but this test would see a change."""
+    suffix = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    name, found = f"cdequantize_blockwise_cpu_{kind}_{suffix}", import_bitsandbytes().__version__
+    changed = (
+        f"bitsandbytes {found}: {name} (or cdequantize_blockwise_cpu_fp32) is gone or works otherwise. Compare "
+        "_dequantise and _decode_scales in quant/fourbit.py with the calls in bitsandbytes/backends/cpu/ops.py."
+    )
+    for symbol in (name, "cdequantize_blockwise_cpu_fp32"):
+        kernel = _cpu_kernel(symbol)
+        assert kernel is not None and kernel.argtypes is None, changed
+    storage, rows, columns = stored(kind, True, weights(100, 192)), 100, 192
+    guarded = torch.full((rows + 1, columns), 7.0, dtype=dtype)  # a call with sizes misread writes beyond its rows
+    storage.dense(out=guarded[:rows])
+    ops, scales = torch.ops.bitsandbytes, storage._scales(None)
+    nested = ops.dequantize_blockwise(
+        storage.absmax, storage.nested_absmax, dynamic_map(torch.device("cpu")), 256, torch.float32
+    )
+    assert torch.equal(scales, nested + storage.nested_offset), changed
+    public = ops.dequantize_4bit(storage.packed, scales, 64, kind, (rows, columns), dtype)
+    assert torch.equal(guarded[:rows], public) and bool((guarded[rows:] == 7.0).all()), changed
 
 
 @pytest.mark.parametrize(("kind", "double"), STORAGES)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from quant.fourbit import import_bitsandbytes
-from quant.storage import Storage, StorageSpec, new_storage, quantise, storage_tensors
+from quant.kinds import new_storage, quantise, storage_tensors
+from quant.storage import Storage, StorageSpec
 
 INT8 = StorageSpec("int8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from quant.common.errors import NibbleError
 from quant.fourbit import dynamic_map
-from quant.storage import Storage, StorageSpec, new_storage, quantise, storage_tensors
+from quant.kinds import new_storage, quantise, storage_tensors
+from quant.storage import Storage, StorageSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = [
@@ -271,7 +272,8 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_using_bitsandbytes_prints_nothing():
     done = run(
         "import torch\n"
-        "from quant.storage import StorageSpec, new_storage\n"
+        "from quant.kinds import new_storage\n"
+        "from quant.storage import StorageSpec\n"
         "storage = new_storage(StorageSpec('nf4'), (64, 64), torch.float32, 'cpu', 'w')\n"
         "storage.load_dense(torch.ones(64, 64))\n"
         "assert bool((storage.dense() == 1).all())\n"
@@ -305,7 +307,8 @@ def test_bitsandbytes_is_imported_only_when_it_is_needed():
         "import quant.common.errors\n"
         "assert 'torch' not in sys.modules\n"
         "import torch, quant.storage, quant.fourbit, quant.int8\n"
-        "from quant.storage import StorageSpec, new_storage\n"
+        "from quant.kinds import new_storage\n"
+        "from quant.storage import StorageSpec\n"
         "for kind in ('none', 'nf4', 'fp4', 'int8'):\n"
         "    new_storage(StorageSpec(kind), (64, 64), torch.float32, 'cpu', 'w')\n"
         "assert 'bitsandbytes' not in sys.modules\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from types import ModuleType
 
 import pytest
 
+from parallel.world import World
 from quant.common.errors import NibbleError
-from tests.processes import free_port, rank_environment
+from tests.processes import LIMIT, free_port, rank_environment
 from train.__main__ import EXAMPLE, main
+from train.config.load import Config, config_schema, load_config, parse_config
 from train.config.schema import keys
-from train.config.sections import Config, config_schema, load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
 QLORA = "configs/glm47_qlora.yaml"
@@ -24,14 +26,15 @@ QLORA = "configs/glm47_qlora.yaml"
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "train", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) -> list[tuple[Config, Path | None]]:
     """Put a run in place that returns or raises `outcome`; returns the list of the calls to it."""
     calls: list[tuple[Config, Path | None]] = []
 
-    def run(config: Config, *, config_path: Path | None) -> int:
+    def run(config: Config, *, config_path: Path | None, world: World) -> int:
+        assert world == World()
         calls.append((config, config_path))
         if isinstance(outcome, BaseException):
             raise outcome
@@ -84,7 +87,7 @@ def test_a_reader_that_has_gone_away_is_no_error(arguments: list[str]) -> None:
     streams = (
         {"stdout": subprocess.PIPE, "stderr": writing} if failing else {"stdout": writing, "stderr": subprocess.PIPE}
     )
-    done = subprocess.run(command, cwd=ROOT, text=True, timeout=60, check=False, **streams)  # type: ignore[call-overload]
+    done = subprocess.run(command, cwd=ROOT, text=True, timeout=LIMIT, check=False, **streams)  # type: ignore[call-overload]
     os.close(writing)
     assert (done.returncode, done.stdout or "", done.stderr or "") == (2 if failing else 0, "", "")
 
@@ -180,13 +183,13 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
         "print('HEAVY', sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.stderr.splitlines()[-1] == "HEAVY []"
 
 
-def test_of_several_processes_one_speaks(config_path: Path) -> None:
-    """What all of them find wrong is an error once, and what all of them are asked for is printed once."""
+def test_of_several_processes_one_answers(config_path: Path) -> None:
+    """Of an error the other one speaks too, with its rank, where no torchrun ends it before."""
 
     def run_two(*arguments: str) -> list[tuple[int, str, str]]:
         port, started = free_port(), []
@@ -198,12 +201,12 @@ def test_of_several_processes_one_speaks(config_path: Path) -> None:
                     command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
                 )
             )
-        said = [process.communicate(timeout=60) for process in started]
+        said = [process.communicate(timeout=LIMIT) for process in started]
         return [(process.returncode, *streams) for process, streams in zip(started, said, strict=True)]
 
     assert run_two("--check") == [(0, f"{config_path}: ok\n", ""), (0, "", "")]
     wrong = "error: --set train.max_stpes=3: unknown key 'train.max_stpes'. Did you mean 'train.max_steps'?\n"
-    assert run_two("--set", "train.max_stpes=3") == [(2, "", wrong), (2, "", "")]
+    assert run_two("--set", "train.max_stpes=3") == [(2, "", wrong), (2, "", f"rank 1 on {platform.node()}: {wrong}")]
 
 
 def test_part_of_the_launchers_variables(

@@ -1,6 +1,6 @@
 """`torchrun -m train` when a process, a machine or the run itself is ended, and what a user reads of errors then.
 
-The processes are real ones, killed from outside. How they find out about each other: tests/test_watch.py.
+The processes are real ones, killed from outside. When each of them says what: tests/train/test_launched.py.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ CHANGES: dict[str, Any] = {
     "train__learning_rate": 1e-3,
     "train__eps": 1e-3,
 }
-DEADLINE = 120.0  # seconds, of what takes a few on an idle machine
-GONE_WITHIN = 60.0  # seconds, promised to users
+DEADLINE = 600.0  # seconds, of what takes a few on an idle machine: only to end a test that hangs
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +153,9 @@ def worst_weight(out: Path, other: Path) -> float:
     return max(float((first[name] - second[name]).abs().max() / second[name].abs().max()) for name in first)
 
 
-def news(rank: int, pid: int) -> str:
-    return f"error: rank {rank} (pid {pid} on {os.uname().nodename}) is gone: "
-
-
-KILLED = "its process ended without a word, as when it is killed or out of memory.\n"
+def killed(pid: int) -> str:
+    """In torchrun's report of the failures."""
+    return f"exitcode  : -9 (pid: {pid})  (SIGKILL)"
 
 
 # --- one process is killed
@@ -170,17 +167,13 @@ def test_one_killed_in_a_step_ends_all_and_the_same_command_goes_on(
     out = tmp_path / "out"
     arguments = settings(world, out, **CHANGES)
     run = launch(arguments, 2)
+    victim = until(lambda: run.workers().get(1), run)
     until(lambda: last_step(out) > SAVE_EVERY, run)
-    victim = run.workers()[1]
     kill(victim)
-    started = time.monotonic()
-    assert run.wait(GONE_WITHIN) != 0
-    assert time.monotonic() - started < GONE_WITHIN
+    assert run.wait() == 1
     assert not run.workers()
     kept = checkpoints(out)[-1]
-    wanted = f"{news(1, victim)}{KILLED}       The last checkpoint is {out / 'checkpoints' / kept}.\n"
-    assert run.said.count(wanted) == 1, run.said
-    assert run.said.count("is gone") == 1
+    assert killed(victim) in run.said, run.said
     assert last_step(out) < STEPS
 
     again = in_processes(arguments, 2)
@@ -198,10 +191,10 @@ def test_torchrun_starts_again_from_the_checkpoint_before_each_kill(
     the first one, which puts the checkpoint in its place, says what happened and holds the folder's lock."""
     out = tmp_path / "out"
     run = launch(settings(world, out, **CHANGES), 2, "--standalone", "--max-restarts", "3")
-    killed, used = [], []
+    wanted, used = [], []
 
     def kill_one(rank: int, workers: dict[int, int]) -> None:
-        killed.append(news(rank, workers[rank]))
+        wanted.append(f"failed (exitcode: -9) local_rank: {rank} (pid: {workers[rank]})")
         used.append(int(checkpoints(out)[-1].removeprefix("step-")))
         kill(workers[rank])
 
@@ -218,8 +211,7 @@ def test_torchrun_starts_again_from_the_checkpoint_before_each_kill(
         kill(workers[1 - rank], signal.SIGCONT)
     assert run.wait() == 0, run.said
     assert resumed_from(out) == used
-    assert [run.said.count(text + KILLED) for text in killed] == [1, 1, 1], run.said
-    assert run.said.count("is gone") == 3
+    assert [run.said.count(text) for text in wanted] == [1, 1, 1], run.said
     assert worst_loss(out, undisturbed) < 1e-6
     assert worst_weight(out, undisturbed) < 1e-5
 
@@ -264,16 +256,10 @@ def test_two_machines_one_of_which_goes_away(world: World, undisturbed: Path, la
     first = both("first")
     until(lambda: last_step(out) > SAVE_EVERY, first[0])
     gone, left = first if 1 in first[0].workers() else first[::-1]
-    victim = gone.workers()[1]
-    kill(victim)
+    kill(gone.workers()[1])
     gone.agent.kill()
-    started = time.monotonic()
-    assert left.wait(GONE_WITHIN) != 0
-    assert time.monotonic() - started < GONE_WITHIN
+    assert left.wait() == 1
     assert not left.workers()
-    # Where the machine that went away kept the store, that may be what is found out first.
-    assert left.said.count(news(1, victim)) + left.said.count("error: the launcher is gone: ") == 1, left.said
-    assert left.said.count("is gone") == left.said.count("The last checkpoint is ") == 1
 
     second = both("second")
     assert [run.wait() for run in second] == [0, 0], second[0].said + second[1].said
@@ -281,6 +267,42 @@ def test_two_machines_one_of_which_goes_away(world: World, undisturbed: Path, la
     assert len(resumed_from(out)) == 1
     assert worst_loss(out, undisturbed) < 1e-5
     assert worst_weight(out, undisturbed) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_machines_start_again_together(world: World, undisturbed: Path, launch: Launch, tmp_path: Path) -> None:
+    """Each torchrun counts the restarts that it has seen, and meets what the dead processes left in the store."""
+    out = tmp_path / "out"
+    meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "again")
+    arguments = settings(world, out, **CHANGES)
+    both = [launch(arguments, 1, "--nnodes", "2", *meet, "--max-restarts", "3") for _ in range(2)]
+    for restarts, rank in enumerate((1, 0, 1)):
+        until(lambda: last_step(out) > SAVE_EVERY, both[0])
+        until(lambda restarts=restarts: len(resumed_from(out)) == restarts, both[0])
+        kill({**both[0].workers(), **both[1].workers()}[rank])
+    assert [run.wait() for run in both] == [0, 0], both[0].said + both[1].said
+    assert len(resumed_from(out)) == 3
+    assert worst_loss(out, undisturbed) < 1e-5
+    assert worst_weight(out, undisturbed) < 1e-5
+
+
+# --- one process hangs
+
+
+@pytest.mark.slow
+def test_one_that_hangs_is_given_up(world: World, launch: Launch, tmp_path: Path) -> None:
+    """torchrun needs 30 s of this: it asks a process to end before it kills it."""
+    out = tmp_path / "out"
+    run = launch([*settings(world, out, **CHANGES), "--set", "parallel.lost_after=5"], 2)
+    victim = until(lambda: run.workers().get(1), run)
+    until(lambda: last_step(out) > SAVE_EVERY, run)
+    kill(victim, signal.SIGSTOP)
+    assert run.wait() == 1
+    wanted = "another process doesn't answer any more: Timed out waiting 5000ms for "
+    assert f"\nerror: {wanted}" in run.said, run.said
+    assert f"traceback : {wanted}" in run.said, "in torchrun's report"
+    assert f"       The last checkpoint is {out / 'checkpoints' / checkpoints(out)[-1]}.\n" in run.said
+    assert killed(victim) in run.said
 
 
 # --- stopped on purpose
@@ -292,12 +314,10 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(
 ) -> None:
     out = tmp_path / "out"
     arguments = settings(world, out, **CHANGES, train__keep_checkpoints=1)
-    run = launch(arguments, 2)
+    run = launch(arguments, 2, "--standalone", "--shutdown-timeout", "600")
     until(lambda: last_step(out) >= 2, run)
     run.agent.terminate()
-    started = time.monotonic()
-    assert run.wait(GONE_WITHIN) == 1
-    assert time.monotonic() - started < 30, "torchrun would have killed what runs any longer"
+    assert run.wait() == 1
     step = last_step(out)
     assert 2 <= step < STEPS
     assert run.said.count(f"stopped   by SIGTERM after step {step} of {STEPS}; saved in {out / 'checkpoints'}\n") == 1
@@ -337,11 +357,21 @@ def test_experts_that_can_not_be_divided(world: World, tmp_path: Path) -> None:
     assert_said_once(settings(world, tmp_path / "out"), 3, "4 experts")
 
 
+def test_an_error_of_one_process_alone(world: World, tmp_path: Path) -> None:
+    """It has no place for its log."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ranks").touch()
+    done = in_processes(settings(world, tmp_path / "out"), 2)
+    assert done.returncode == 1
+    assert f"rank 1 on {os.uname().nodename}: error: {tmp_path / 'out' / 'ranks'}" in done.stderr
+    assert "exitcode  : 2 " in done.stderr
+
+
 def assert_said_once(arguments: list[str], processes: int, wanted: str) -> None:
+    """On standard error; torchrun's report has it too. When the others speak: tests/train/test_launched.py."""
     done = in_processes(arguments, processes)
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1, done.stderr
-    assert wanted in done.stderr[done.stderr.index("error: ") :]
-    assert "is gone" not in done.stderr
+    assert done.returncode == 1
+    assert done.stderr.count("\nerror: ") + done.stderr.startswith("error: ") <= 1, done.stderr
+    assert wanted in done.stderr
     assert done.stderr.count("Traceback") == 1, "torchrun's own"
     assert "exitcode  : 2 " in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,23 @@ def test_a_run_goes_on_with_another_number_of_processes(
     undisturbed = losses(alone, "train")[3:]
     assert max(abs(a - b) / b for a, b in zip(resumed, undisturbed, strict=True)) < 1e-6
     assert worst(tmp_path / "out", alone) < 1e-5
+
+
+@pytest.mark.slow
+def test_8_bit_states_start_anew_on_another_number_of_processes(world: World, tmp_path: Path) -> None:
+    changes = {**STEADY, "train__optimizer": "adamw_8bit", "adapter__rank": 32}
+    said = {}
+    for steps, processes in ((2, 2), (3, 2), (4, 1)):
+        done = in_processes(settings(world, tmp_path / "out", **changes, train__max_steps=steps), processes)
+        assert done.returncode == 0, done.stderr
+        said[steps] = [line for line in done.stderr.splitlines() if "anew" in line]
+    assert said[2] == said[3] == []
+    assert len(said[4]) == 1
+    assert re.fullmatch(
+        r"the 8-bit optimiser state of \d+ tensors starts anew: here it is cut into other parts than in the "
+        r"checkpoint, and blocks of 8-bit values can't be cut again",
+        said[4][0],
+    )
 
 
 @pytest.mark.slow

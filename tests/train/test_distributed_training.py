@@ -116,9 +116,7 @@ class Trained:
             case["model"]["path"] = checkpoint(model_type, **changes)
         self.ranks, self.folder = ranks, folder
         listed = list(self.cases.values())
-        self.ours = run_processes(
-            ranks, "tests.dist_workers.training:train_all", listed, str(folder / "several"), timeout=900
-        )
+        self.ours = run_processes(ranks, "tests.dist_workers.training:train_all", listed, str(folder / "several"))
         self.alone = train_alone(listed, str(folder / "alone"))
 
 

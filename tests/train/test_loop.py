@@ -17,8 +17,11 @@ from models.adapters.targets import AdapterSpec
 from models.blocks.documents import Documents
 from models.decoder import CausalLM
 from parallel.shards import Shards
+from parallel.world import ALONE
 from quant.common.errors import NibbleError
+from tests.dist_workers.training import saved_steps
 from tests.helpers import assert_close, save_tiny_glm
+from tests.processes import run_processes
 from train import loop
 from train.data.batches import IGNORED, Batch, empty_batch
 from train.evaluate import batch_loss, held_out_loss
@@ -224,6 +227,31 @@ def test_a_held_out_loss_that_is_not_finite_is_an_error(model: CausalLM) -> None
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(NibbleError, match="the held-out loss is nan"):
         held_out_loss(model, BATCHES, CPU)
+
+
+# --- checkpoints by the clock
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [4, 8, 10]),  # ten minutes
+        ({"save_minutes": 3.5}, [2, 4, 6, 8, 10]),
+        ({"save_minutes": None}, [10]),
+        ({"save_minutes": None, "save_every": 7}, [7, 10]),
+        ({"save_every": 3}, [3, 6, 9, 10]),  # with every checkpoint the ten minutes begin anew
+    ],
+)
+def test_checkpoints_by_the_clock(
+    checkpoint: tuple[Path, Any], tmp_path: Path, settings: dict[str, Any], expected: list[int]
+) -> None:
+    assert saved_steps(ALONE, str(checkpoint[0]), str(tmp_path), [150.0], settings) == expected
+
+
+def test_the_first_processs_clock_decides_for_all(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:
+    for others in (0.0, 1000.0):
+        arguments = str(checkpoint[0]), str(tmp_path), [150.0, others], {}
+        assert run_processes(2, "tests.dist_workers.training:saved_steps", *arguments) == [[4, 8, 10]] * 2
 
 
 def test_window_measures_between_lines() -> None:

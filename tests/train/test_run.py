@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,7 +19,7 @@ from models import load_model
 from tests.helpers import assert_close
 from tests.run_helpers import ROOT, World, curve, losses, make_world, settings
 from train.__main__ import main
-from train.config.sections import load_config
+from train.config.load import load_config
 from train.data.load import load_data
 from train.output.metrics import read_metrics
 from train.output.report import Report
@@ -30,6 +32,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 # --- the main job
+
+
+def test_a_run_draws_from_no_global_generator(world: World, tmp_path: Path) -> None:
+    """So that their states need no place in a checkpoint: what is random has generators of its own, with seeds."""
+
+    def states() -> list[Any]:
+        _, numbers, *rest = np.random.get_state()
+        return [random.getstate(), np.asarray(numbers).tolist(), rest, torch.get_rng_state().tolist()]
+
+    changes = {"train__save_every": 1, "train__schedule": "constant", "train__warmup_ratio": 0.0}
+    # The first run imports: rich draws the first of its ids then.
+    assert main(settings(world, tmp_path / "first", **changes, train__max_steps=1)) == 0
+    before = states()
+    for steps in (2, 3):
+        assert main(settings(world, tmp_path / "run", **changes, train__max_steps=steps)) == 0
+    assert states() == before
 
 
 def test_qlora_from_checkpoint_to_adapter(
@@ -126,7 +144,9 @@ def held_out_mean(model: Any, arguments: list[str]) -> float:
     config = load_config(arguments[1])
     folder = Path(config.output.dir)
     with Report(folder / "other.log") as report:
-        data = load_data(config, Path(config.model.path), folder / "skipped.jsonl", report, now=datetime(2025, 1, 1))
+        data = load_data(
+            config, Path(config.model.path), folder / "skipped.jsonl", report.note, now=datetime(2025, 1, 1)
+        )
     assert data.held_out is not None
     total, count = 0.0, 0
     with torch.no_grad():

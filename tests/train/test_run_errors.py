@@ -22,9 +22,10 @@ from models.checkpoint.conversion import convert
 from models.load import open_folder
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
+from tests.processes import LIMIT
 from tests.run_helpers import ROOT, World, error_of, in_a_process, losses, make_world, settings
 from train.__main__ import main
-from train.config.sections import load_config
+from train.config.load import load_config
 from train.model import check_model
 
 
@@ -41,7 +42,7 @@ def test_what_the_command_says_of_an_unknown_target(world: World, tmp_path: Path
     rows.write_text("not a row\n")  # which would be an error of its own
     arguments = settings(world, tmp_path / "run", data__train=str(rows), adapter__targets=["attention", "q_proj"])
     command = [sys.executable, "-m", "train", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
         "error: adapter.targets: 'q_proj' matches nothing in glm4_moe_lite (multi-head latent attention).\n"

@@ -6,11 +6,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from quant.common.errors import FLOAT16
 from train.config.schema import Schema, got, keys, nearest, required_keys, sections, suggest_key, wanted
 from train.config.yaml_text import Document, KeyPath, Place, Problem, dotted
 
 _HINTS: dict[tuple[KeyPath, Any], str] = {
-    (("model", "dtype"), "float16"): "float16 needs loss scaling, which is not supported; use bfloat16 or float32",
+    (("model", "dtype"), "float16"): FLOAT16,
 }
 
 
@@ -29,8 +30,8 @@ def problems_of(error: ValidationError, document: Document, schema: Schema) -> l
                 section, _, key = name.partition(".")
                 text = f"'{name}' is written with a dot in --set only; here it is {section}: {{{key}: …}}"
             found.append(Problem(document.place(location), text))
-        elif item["type"] == "missing" and (names := _missing_names(location, schema)):
-            found += [_missing(name, document, schema) for name in names]
+        elif item["type"] == "missing" and (missing := _missing(location, schema)):
+            found += [Problem(Place(0, 0, document.name), text) for text in missing]
         else:
             wrong.append(_path_in_values(location, document.values))
     # Of one key's errors the innermost say most: {experts: x} is not "not an integer" but has a wrong value inside.
@@ -40,15 +41,15 @@ def problems_of(error: ValidationError, document: Document, schema: Schema) -> l
     return found
 
 
-def _missing_names(location: KeyPath, schema: Schema) -> list[str]:
-    """The missing key, or all that a missing section must have."""
+def _missing(location: KeyPath, schema: Schema) -> list[str]:
+    """What is said of the missing key, or of all that a missing section must have."""
     where = dotted(location)
-    return [name for name in required_keys(schema) if name == where or name.startswith(f"{where}.")]
-
-
-def _missing(name: str, document: Document, schema: Schema) -> Problem:
-    about = keys(schema)[name]["description"].split(". ")[0].removesuffix(".")
-    return Problem(Place(0, 0, document.name), f"missing key '{name}' ({about})")
+    entries = keys(schema)
+    return [
+        f"missing key '{name}' ({entries[name]['description'].split('. ')[0].removesuffix('.')})"
+        for name in required_keys(schema)
+        if name == where or name.startswith(f"{where}.")
+    ]
 
 
 def _combination(names: tuple[str, ...], text: str, document: Document) -> Problem:

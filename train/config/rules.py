@@ -2,151 +2,147 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
+from models.blocks.groups import TARGET_GROUPS
 from train.config.schema import nearest
-from train.data.rows import OPTIONAL, REQUIRED
+from train.config.sections import (
+    FOUR_BIT,
+    OPTIONAL,
+    REQUIRED,
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 
-if TYPE_CHECKING:
-    from train.config.sections import AdapterConfig, Config
-
-# As models.checkpoint.keymap.TARGET_GROUPS, which can't be imported without torch.
-GROUPS = ("attention", "linear_attention", "experts", "shared_experts", "dense_mlp", "router")
-FOUR_BIT = ("nf4", "fp4")
-Found = list[tuple[tuple[str, ...], str]]
+Found = Iterator[tuple[tuple[str, ...], str]]
 
 
-def combination_problems(config: Config) -> Found:
+def combination_problems(
+    model: ModelConfig, adapter: AdapterConfig, data: DataConfig, train: TrainConfig, parallel: ParallelConfig
+) -> Found:
     """(keys concerned, message) for each pair of keys whose values can't stand together."""
-    model, adapter, data, train, parallel = config.model, config.adapter, config.data, config.train, config.parallel
-    found: Found = []
-
-    def problem(*keys: str, text: str) -> None:
-        found.append((keys, text))
-
     if adapter.kind == "none":
         if model.storage != "none":
-            problem(
-                "adapter.kind", "model.storage",
-                text=f"adapter.kind: none with model.storage: {model.storage}: full fine-tuning needs unquantised "
+            yield (
+                ("adapter.kind", "model.storage"),
+                f"adapter.kind: none with model.storage: {model.storage}: full fine-tuning needs unquantised "
                 "weights. Set model.storage: none, or adapter.kind: lora.",
-            )  # fmt: skip
+            )
         if adapter.init_from is not None:
-            problem(
-                "adapter.init_from", "adapter.kind",
-                text="adapter.init_from with adapter.kind: none: there is no adapter to start from it. Set "
+            yield (
+                ("adapter.init_from", "adapter.kind"),
+                "adapter.init_from with adapter.kind: none: there is no adapter to start from it. Set "
                 "adapter.init_from: null, or adapter.kind: lora.",
-            )  # fmt: skip
+            )
         if adapter.layers is not None:
-            problem(
-                "adapter.layers", "adapter.kind",
-                text="adapter.layers with adapter.kind: none: full fine-tuning trains every layer. Set adapter.layers: "
+            yield (
+                ("adapter.layers", "adapter.kind"),
+                "adapter.layers with adapter.kind: none: full fine-tuning trains every layer. Set adapter.layers: "
                 "null, or adapter.kind: lora.",
-            )  # fmt: skip
+            )
     else:
-        found += _adapter_problems(adapter)
+        yield from _adapter_problems(adapter)
     if model.double_quant and model.storage not in FOUR_BIT:
-        problem(
-            "model.double_quant", "model.storage",
-            text=f"model.double_quant: true with model.storage: {model.storage}: only the scales of nf4 and fp4 are "
+        yield (
+            ("model.double_quant", "model.storage"),
+            f"model.double_quant: true with model.storage: {model.storage}: only the scales of nf4 and fp4 are "
             "quantised again. Set model.double_quant: false (or leave it out), or model.storage: nf4.",
-        )  # fmt: skip
+        )
     if data.eval is not None and data.eval_fraction is not None:
-        problem(
-            "data.eval_fraction", "data.eval",
-            text="data.eval_fraction with data.eval: held-out rows come from one of them. Set data.eval_fraction: null "
+        yield (
+            ("data.eval_fraction", "data.eval"),
+            "data.eval_fraction with data.eval: held-out rows come from one of them. Set data.eval_fraction: null "
             "(or leave it out), or data.eval: null.",
-        )  # fmt: skip
+        )
     if data.eval is None and data.eval_fraction is None and train.eval_every is not None:
-        problem(
-            "train.eval_every", "data.eval_fraction",
-            text="train.eval_every without held-out rows: set data.eval or data.eval_fraction, or train.eval_every: "
-            "null.",
-        )  # fmt: skip
+        yield (
+            ("train.eval_every", "data.eval_fraction"),
+            "train.eval_every without held-out rows: set data.eval or data.eval_fraction, or train.eval_every: null.",
+        )
     if data.packing and data.sequence_length < 8:
-        problem(
-            "data.sequence_length", "data.packing",
-            text=f"data.packing: true with data.sequence_length: {data.sequence_length}: nothing fits together in so "
+        yield (
+            ("data.sequence_length", "data.packing"),
+            f"data.packing: true with data.sequence_length: {data.sequence_length}: nothing fits together in so "
             "few tokens. Set data.sequence_length to 8 or more, or data.packing: false.",
-        )  # fmt: skip
+        )
     names = (*REQUIRED[data.format], *OPTIONAL.get(data.format, ()))
     for name in data.fields:
         if name not in names:
-            problem(
-                f"data.fields.{name}", "data.format",
-                text=f"data.fields: '{name}' is not a field of data.format: {data.format} (its fields: "
+            yield (
+                (f"data.fields.{name}", "data.format"),
+                f"data.fields: '{name}' is not a field of data.format: {data.format} (its fields: "
                 f"{', '.join(names)}). Rename it, or change data.format.",
-            )  # fmt: skip
+            )
     # (In messages, role and content are names inside a message: they may repeat one outside.)
     if data.format == "prompt_completion" and len(set(data.fields.values())) < len(data.fields):
-        problem("data.fields", text="data.fields: two fields are read from the same name; give each its own.")
+        yield ("data.fields",), "data.fields: two fields are read from the same name; give each its own."
     if train.optimizer.startswith("paged_") and train.device == "cpu":
-        problem(
-            "train.optimizer", "train.device",
-            text=f"train.optimizer: {train.optimizer} with train.device: cpu: paged state needs CUDA. Set "
+        yield (
+            ("train.optimizer", "train.device"),
+            f"train.optimizer: {train.optimizer} with train.device: cpu: paged state needs CUDA. Set "
             f"train.optimizer: {train.optimizer.removeprefix('paged_')}, or train.device: cuda.",
-        )  # fmt: skip
+        )
     if train.optimizer.startswith("paged_") and parallel.cpu_offload:
-        problem(
-            "train.optimizer", "parallel.cpu_offload",
-            text=f"train.optimizer: {train.optimizer} with parallel.cpu_offload: true: its state is in host memory "
+        yield (
+            ("train.optimizer", "parallel.cpu_offload"),
+            f"train.optimizer: {train.optimizer} with parallel.cpu_offload: true: its state is in host memory "
             f"already and there is nothing to page. Set train.optimizer: {train.optimizer.removeprefix('paged_')}, or "
             "parallel.cpu_offload: false.",
-        )  # fmt: skip
+        )
     if train.device is not None and ":" in train.device:
         for name, size in (("shard", parallel.shard), ("expert", parallel.expert), ("replicate", parallel.replicate)):
             if size is not None and size > 1:
-                problem(
-                    "train.device", f"parallel.{name}",
-                    text=f"train.device: {train.device} with parallel.{name}: {size}: several processes can't share "
+                yield (
+                    ("train.device", f"parallel.{name}"),
+                    f"train.device: {train.device} with parallel.{name}: {size}: several processes can't share "
                     "one GPU; each takes one of its own. Set train.device: cuda (or leave it out).",
-                )  # fmt: skip
+                )
                 break
     if train.balance == "none" and train.balance_rate is not None:
-        problem(
-            "train.balance_rate", "train.balance",
-            text="train.balance_rate with train.balance: none: there is nothing that it would be the rate of. Set "
+        yield (
+            ("train.balance_rate", "train.balance"),
+            "train.balance_rate with train.balance: none: there is nothing that it would be the rate of. Set "
             "train.balance_rate: null (or leave it out), or train.balance: aux_loss or bias_update.",
-        )  # fmt: skip
+        )
     if train.balance == "bias_update" and adapter.kind == "lora":
-        problem(
-            "train.balance", "adapter.kind",
-            text="train.balance: bias_update with adapter.kind: lora: it changes the routers' bias, which an adapter "
+        yield (
+            ("train.balance", "adapter.kind"),
+            "train.balance: bias_update with adapter.kind: lora: it changes the routers' bias, which an adapter "
             "can't hold, so the saved adapter would not compute what was trained. Set train.balance: none, or "
             "adapter.kind: none.",
-        )  # fmt: skip
-    return found
+        )
 
 
 def _adapter_problems(adapter: AdapterConfig) -> Found:
-    found: Found = []
     if not adapter.targets:
         text = (
             "adapter.targets: [] with adapter.kind: lora: nothing would be trained. Name targets, e.g. [attention, "
             "experts], or set adapter.kind: none for full fine-tuning."
         )
-        found.append((("adapter.targets", "adapter.kind"), text))
+        yield ("adapter.targets", "adapter.kind"), text
     for name in sorted({target for target in adapter.targets if adapter.targets.count(target) > 1}):
-        found.append((("adapter.targets",), f"adapter.targets: '{name}' is listed twice."))
+        yield ("adapter.targets",), f"adapter.targets: '{name}' is listed twice."
     if adapter.layers is not None and len(set(adapter.layers)) < len(adapter.layers):
-        found.append((("adapter.layers",), "adapter.layers: a layer is listed twice."))
-    listed = [target for target in adapter.targets if target in GROUPS]
+        yield ("adapter.layers",), "adapter.layers: a layer is listed twice."
+    listed = [target for target in adapter.targets if target in TARGET_GROUPS]
     for key, value in (("adapter.rank", adapter.rank), ("adapter.alpha", adapter.alpha)):
         if not isinstance(value, dict):
             continue
         for group in value:
-            if group not in GROUPS:
-                near = nearest(group, GROUPS)
-                hint = f"Did you mean '{near}'?" if near else f"The groups are {', '.join(GROUPS)}."
-                found.append(((f"{key}.{group}",), f"{key}: '{group}' is not a group. {hint}"))
+            if group not in TARGET_GROUPS:
+                near = nearest(group, TARGET_GROUPS)
+                hint = f"Did you mean '{near}'?" if near else f"The groups are {', '.join(TARGET_GROUPS)}."
+                yield (f"{key}.{group}",), f"{key}: '{group}' is not a group. {hint}"
             # A target named in the hub's spelling belongs to a group that only the model knows.
             elif group not in listed and len(listed) == len(adapter.targets):
                 text = f"{key} gives a value for '{group}', which adapter.targets does not list. Add or drop it."
-                found.append(((f"{key}.{group}", "adapter.targets"), text))
+                yield (f"{key}.{group}", "adapter.targets"), text
         for group in dict.fromkeys(listed):
             if group not in value:
                 text = (
                     f"{key} has no value for '{group}', which adapter.targets lists. Add {group}: N, or use one number."
                 )
-                found.append(((key, "adapter.targets"), text))
-    return found
+                yield (key, "adapter.targets"), text

@@ -1,33 +1,18 @@
-"""The config of a run: its keys, what may be combined, and reading it from YAML and `--set`.
+"""The sections of a config: every key with its type, its default and what it does.
 
-Nothing heavy is imported here (no torch): a mistake in a config must show at once.
+Nothing heavy is imported in this folder (no torch): a mistake in a config must show at once.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, WithJsonSchema, model_validator
 
-from quant.common.errors import NibbleError
-from train.config import schema
-from train.config import yaml_text as config_yaml
-from train.config.errors import problems_of
-from train.config.rules import FOUR_BIT, combination_problems
-from train.config.yaml_text import Document, Place, Problem, dotted
+from models.blocks.groups import TARGET_GROUPS
+
+FOUR_BIT = ("nf4", "fp4")
 
 
 def _from_home(path: str) -> str:
@@ -42,6 +27,16 @@ Tuple = Strict(False)
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+Format = Literal["messages", "prompt_completion", "text"]
+
+# Names that `data.fields` can map, per format; the first ones must be there in a row.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {"messages": ("tools", "role", "content")}
 
 
 class Section(BaseModel):
@@ -93,9 +88,8 @@ class AdapterConfig(Section):
     )
     targets: Annotated[tuple[Text, ...], Tuple] = Field(
         default=("attention", "experts"),
-        description="Matrices that get LoRA: groups (attention, linear_attention, experts, shared_experts, dense_mlp, "
-        "router) or names in the hub's spelling (o_proj, mlp.experts.gate_up_proj, mlp.gate.weight). One that matches "
-        "nothing is an error.",
+        description=f"Matrices that get LoRA: groups ({', '.join(TARGET_GROUPS)}) or names in the hub's spelling "
+        "(o_proj, mlp.experts.gate_up_proj, mlp.gate.weight). One that matches nothing is an error.",
     )
     init_from: PathText | None = Field(
         default=None,
@@ -120,7 +114,7 @@ class DataConfig(Section):
         description="Share of the training rows that is held out for evaluation; null: none. Left out beside data.eval "
         "it is null.",
     )
-    format: Literal["messages", "prompt_completion", "text"] = Field(
+    format: Format = Field(
         default="messages",
         description="What a row holds: messages (a chat: list of {role, content}; loss on the assistant's turns), "
         "prompt_completion (two texts; loss on the completion), text (loss on everything).",
@@ -211,7 +205,14 @@ class TrainConfig(Section):
         description="Steps between two evaluations; null: only before the first step and after the last one.",
     )
     save_every: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Steps between two checkpoints; null: only at the end, or when interrupted."
+        default=None,
+        description="Steps between two checkpoints; null: by the clock alone (save_minutes), at the end and when "
+        "interrupted.",
+    )
+    save_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=10.0,
+        description="Minutes after the last checkpoint at which the next one is written, at the end of a step; null: "
+        "never by the clock.",
     )
     save_async: bool = Field(
         default=False,
@@ -280,9 +281,9 @@ class ParallelConfig(Section):
         "layer by layer. Slower; for a model that is larger than the memory of the GPUs, with one process too.",
     )
     lost_after: Annotated[float, Field(gt=0)] = Field(
-        default=30.0,
-        description="Seconds after which a process that gave no sign of life is taken for dead; the others then end "
-        "with a message that names it.",
+        default=20.0,
+        description="Seconds that a process waits in a training step or an evaluation for another one before it takes "
+        "it for lost and ends with an error. Raise it where processes differ that much in speed.",
     )
 
 
@@ -293,125 +294,3 @@ class OutputConfig(Section):
         description="Folder for the adapter, checkpoints, metrics, plots and the resolved config. A relative path "
         "starts at the current directory."
     )
-
-
-class Config(Section):
-    """Config of a nibble training run"""
-
-    model: ModelConfig
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
-    data: DataConfig
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
-    output: OutputConfig
-
-    @model_validator(mode="after")
-    def _check_combinations(self) -> Config:
-        found = combination_problems(self)
-        if found:
-            # The context takes the keys to `problems_of`, which knows the lines that they stand on.
-            raise PydanticCustomError("combination", "{text}", {"text": "\n".join(t for _, t in found), "found": found})
-        return self
-
-
-def config_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of the config, as `--print-schema` writes it."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Config of a YAML file with `KEY=VALUE` overrides laid over it.
-
-    NibbleError with one line for each mistake: its file and line or its --set, the key, and what would be right.
-    """
-    if not Path(path).exists():
-        near = schema.nearest(str(path), sorted(str(found) for found in Path(path).parent.glob("*.yaml")))
-        raise NibbleError(f"{path}: no such file." + (f" Did you mean {near}?" if near else ""))
-    return _validated(config_yaml.read_file(path), overrides)
-
-
-def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config") -> Config:
-    """Like `load_config`, from YAML text; `name` stands for the file in messages."""
-    return _validated(config_yaml.read_text(text, name), overrides)
-
-
-def dump_config(config: Config) -> str:
-    """The config as YAML with every key written out; `parse_config` gives the same config back."""
-    return config_yaml.write_text(config.model_dump(mode="json"))
-
-
-def _validated(document: Document, overrides: Sequence[str]) -> Config:
-    described = config_schema()
-    if document.values is None:
-        document.values = {}
-    if not isinstance(document.values, dict):
-        raise NibbleError(f"{document.name}: got {schema.got(document.values)}, wanted sections: {_section_names()}")
-    for name in Config.model_fields:
-        # A section whose keys are all commented out reads as null.
-        if name in document.values and document.values[name] is None:
-            document.values[name] = {}
-    found = list(document.problems)
-    for number, text in enumerate(overrides):
-        found += _override(document, text, number, described)
-    try:
-        config = Config.model_validate(document.values)
-        if not found:
-            return config
-    except ValidationError as error:
-        found += problems_of(error, document, described)
-    raise NibbleError("\n".join(str(problem) for problem in sorted(set(found))))
-
-
-def _section_names() -> str:
-    return ", ".join(Config.model_fields)
-
-
-def _override(document: Document, text: str, number: int, described: dict[str, Any]) -> list[Problem]:
-    """Lay one `KEY=VALUE` over the document; returns what is wrong with it."""
-    place = Place(1, number, f"--set {text}")
-    key, equals, value_text = text.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        return [Problem(place, "expected KEY=VALUE, as in --set train.max_steps=3")]
-    path = tuple(key.split("."))
-    if len(path) == 1 and key in Config.model_fields:
-        first = next(iter(schema.sections(described)[key]["properties"]))
-        return [Problem(place, f"'{key}' is a section; set one of its keys, as in --set {key}.{first}=…")]
-    entry = schema.keys(described).get(".".join(path[:2]))
-    if entry is None or len(path) > (3 if schema.takes_mapping(entry) else 2):
-        return [Problem(place, f"unknown key '{key}'. {schema.suggest_key(key, described)}")]
-    try:
-        value = config_yaml.parse_value(value_text, place.text)
-    except NibbleError as error:
-        return [Problem(place, str(error).removeprefix(f"{place.text}: "))]
-    section = document.values.setdefault(path[0], {})
-    if not isinstance(section, dict):
-        return []  # `train: 5` in the file is an error of its own
-    if len(path) == 3 and not isinstance(section.get(path[1]) or {}, dict):
-        whole = dotted(path[:2])
-        return [Problem(place, f"{whole} is not a mapping here; set it whole: --set '{whole}={{{path[2]}: …}}'")]
-    document.override(path, value, place)
-    return []
-
-
-def check_files(config: Config, rows: bool = True) -> None:
-    """NibbleError for each local file that the config names and that isn't there. (model.path is the loader's.)
-
-    rows: whether this process reads data.train and data.eval; of several only the first does.
-    """
-    here = f"Relative paths start at the current directory ({Path.cwd()})."
-    missing = [
-        f"{key}: {value}: no such file. {here}"
-        for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval))
-        if rows and value is not None and not Path(value).exists()
-    ]
-    folders = {"adapter.init_from": config.adapter.init_from}
-    if config.train.resume not in ("auto", "never"):
-        folders["train.resume"] = config.train.resume
-    missing += [
-        f"{key}: {value}: no such folder. {here}"
-        for key, value in folders.items()
-        if value is not None and not Path(value).is_dir()
-    ]
-    if missing:
-        raise NibbleError("\n".join(missing))

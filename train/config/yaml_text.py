@@ -1,14 +1,18 @@
 """YAML in and out: plain values that remember the line they came from, and `--set` overrides laid over them.
 
-Scalars follow the YAML 1.2 core schema. PyYAML's own rules are those of YAML 1.1, where `2e-4` is a string, `no` is
-false, `010` is 8 and `1:30` is 90: each of them a way to get another run than the one written down.
+PyYAML parses and quotes. Done here is what it would do worse for a user, and ruamel.yaml in its place too:
+- Places. ruamel.yaml stops at the first duplicate key and doesn't say where the key stood before.
+- Scalars, which follow the YAML 1.2 core schema. PyYAML reads `2e-4` as text, `no` as false, `010` as 8 and `1:30` as
+  90 (YAML 1.1); ruamel.yaml reads `1_000` as a number and `2024-01-01` as a date.
+- Writing, for readers of YAML 1.1 and 1.2 alike. Both turn U+0085 into a space; PyYAML writes the text `2e-4`, and
+  ruamel.yaml the text `no` and the number `1e-08`, such that the other version reads something else.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,7 +27,8 @@ _INT = re.compile(r"[-+]?[0-9]+")
 _HEX_OR_OCTAL = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_PREFIX = "tag:yaml.org,2002:"
+_TEXT_TAG = "tag:yaml.org,2002:str"
+_UNTAGGED = (_TEXT_TAG, "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 @dataclass(frozen=True, order=True)
@@ -96,25 +101,17 @@ def plain_scalar(text: str) -> str | int | float | bool | None:
     return text
 
 
-def read_file(path: str | Path) -> Document:
-    """Read one YAML file. Duplicate keys and the like are left in `problems`; what can't be read at all raises."""
-    name = str(path)
-    try:
-        # utf-8-sig: editors on Windows put a byte order mark at the start.
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise NibbleError(f"{name}: not a text file in UTF-8 (byte {error.start})") from error
-    except OSError as error:
-        raise NibbleError(f"{name}: {error.strerror or error}") from error
-    return read_text(text, name)
-
-
 def read_text(text: str, name: str) -> Document:
-    """Read YAML text; `name` stands for it in messages ("configs/my.yaml")."""
+    """Read YAML text; `name` stands for it in messages ("configs/my.yaml").
+
+    Duplicate keys and the like are left in `problems`; what can't be read at all raises NibbleError.
+    """
     document = Document(name)
     try:
         # BaseLoader resolves no scalar, so that every one arrives as it was written, with its mark.
         node = yaml.compose(text, Loader=yaml.BaseLoader)
+        if node is not None:
+            document.values = _construct(node, (), document, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -122,35 +119,25 @@ def read_text(text: str, name: str) -> Document:
         raise NibbleError(f"{where}: not valid YAML: {said}") from error
     except yaml.YAMLError as error:
         raise NibbleError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
-    if node is not None:
-        document.values = _construct(node, (), document, ())
+    except RecursionError as error:
+        raise NibbleError(f"{name}: not a config: lists or mappings are nested too deeply") from error
     return document
 
 
-def parse_value(text: str, name: str) -> Any:
-    """Value of the right side of `--set KEY=VALUE`, which is YAML too: `3`, `[a, b]`, `{prompt: question}`."""
-    try:
-        document = read_text(text, name)
-    except NibbleError as error:
-        # The line is always 1: leave it out.
-        raise NibbleError(str(error).replace(f"{name}:1:", f"{name}:", 1)) from error
-    if document.problems:
-        raise NibbleError("\n".join(f"{name}: {problem.text}" for problem in document.problems))
-    return document.values
-
-
 def _construct(node: yaml.Node, path: KeyPath, document: Document, above: tuple[int, ...]) -> Any:
-    place = Place(0, node.start_mark.line + 1, f"{document.name}:{node.start_mark.line + 1}")
+    def place(part: yaml.Node) -> Place:
+        line = part.start_mark.line + 1
+        return Place(0, line, f"{document.name}:{line}")
+
     if id(node) in above:
-        raise NibbleError(f"{place.text}: the YAML alias in '{dotted(path)}' contains itself")
-    if node.tag not in (f"{_PREFIX}str", f"{_PREFIX}map", f"{_PREFIX}seq"):
-        document.problems.append(Problem(place, f"'{dotted(path)}' has a YAML tag; plain values only"))
+        raise NibbleError(f"{place(node).text}: the YAML alias in '{dotted(path)}' contains itself")
+    if node.tag not in _UNTAGGED:
+        document.problems.append(Problem(place(node), f"'{dotted(path)}' has a YAML tag; plain values only"))
     above = (*above, id(node))
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            here = Place(0, line, f"{document.name}:{line}")
+            here = place(key_node)
             if not isinstance(key_node, yaml.ScalarNode):
                 document.problems.append(Problem(here, "a key must be a name, not a list or a mapping"))
                 continue
@@ -165,8 +152,7 @@ def _construct(node: yaml.Node, path: KeyPath, document: Document, above: tuple[
     if isinstance(node, yaml.SequenceNode):
         items = []
         for index, item in enumerate(node.value):
-            line = item.start_mark.line + 1
-            document.places[(*path, index)] = Place(0, line, f"{document.name}:{line}")
+            document.places[*path, index] = place(item)
             items.append(_construct(item, (*path, index), document, above))
         return items
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
@@ -175,36 +161,23 @@ def _construct(node: yaml.Node, path: KeyPath, document: Document, above: tuple[
 
 def write_text(values: dict[str, dict[str, Any]]) -> str:
     """YAML of a two-level mapping, one key a line; `read_text` gives the same values back."""
-    sections = [
-        (
-            _scalar(name),
-            yaml.MappingNode(f"{_PREFIX}map", [(_scalar(k), _node(v)) for k, v in section.items()], flow_style=False),
-        )
-        for name, section in values.items()
-    ]
-    root = yaml.MappingNode(f"{_PREFIX}map", sections, flow_style=False)
-    return str(yaml.serialize(root, Dumper=yaml.SafeDumper, allow_unicode=True, width=1000))
+    lines = []
+    for name, section in values.items():
+        lines += [f"{name}:", *(f"  {key}: {_on_one_line(value)}" for key, value in section.items())]
+    return "\n".join(lines) + "\n"
 
 
-def _node(value: Any) -> yaml.Node:
-    if isinstance(value, dict):
-        return yaml.MappingNode(f"{_PREFIX}map", [(_scalar(k), _node(v)) for k, v in value.items()], flow_style=True)
-    if isinstance(value, (list, tuple)):
-        return yaml.SequenceNode(f"{_PREFIX}seq", [_node(item) for item in value], flow_style=True)
-    return _scalar(value)
+def _on_one_line(value: Any) -> str:
+    listed = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return str(listed).removeprefix("[").removesuffix("]\n")
 
 
-def _scalar(value: Any) -> yaml.ScalarNode:
-    if value is None:
-        return yaml.ScalarNode(f"{_PREFIX}null", "null")
-    if isinstance(value, bool):
-        return yaml.ScalarNode(f"{_PREFIX}bool", "true" if value else "false")
-    if isinstance(value, int):
-        return yaml.ScalarNode(f"{_PREFIX}int", str(value))
-    if isinstance(value, float):
-        text = repr(value)
-        # 1e-08 is a number in YAML 1.2 only; 1.0e-08 is one for every reader.
-        return yaml.ScalarNode(f"{_PREFIX}float", text if "." in text else text.replace("e", ".0e", 1))
-    # PyYAML quotes what YAML 1.1 would misread; the quotes that 1.2 needs besides ("2e-4") are asked for here.
-    style = None if plain_scalar(value) == value else '"'
-    return yaml.ScalarNode(f"{_PREFIX}str", value, style=style)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would take for something else than the text."""
+
+    def represent_data(self, data: Any) -> yaml.Node:
+        # PyYAML quotes what 1.1 would misread. Quoted here is what only 1.2 reads otherwise ("2e-4"), and what breaks
+        # lines: for PyYAML, U+0085 is a letter when it writes and a line break when it reads.
+        if isinstance(data, str) and not (plain_scalar(data) == data and data.isprintable()):
+            return self.represent_scalar(_TEXT_TAG, data, style='"')
+        return super().represent_data(data)

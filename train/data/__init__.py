@@ -1,4 +1,4 @@
 """From files of rows to the batches of a run: reading, chat templates, tokenising, packing.
 
-Imports train.config, train.output.report, parallel and quant.common.
+Imports train.config, train.loss, models.blocks, parallel and quant.common.
 """

@@ -34,9 +34,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.common.errors import NibbleError
+from train.config.sections import Format
 from train.data.chat import ChatTemplate, RenderError, Rendering, missing_template
 from train.data.packing import shuffled
-from train.data.rows import BadRow, Chat, Completion, Format, Row, RowLog, SkippedRow, parse_row, read_rows
+from train.data.rows import BadRow, Chat, Completion, Row, RowLog, SkippedRow, parse_row, read_rows
 from train.data.tokenizer import Encoded, Tokenizer
 
 _CHUNK = 512  # rows tokenised at a time: enough for the library's threads, little memory

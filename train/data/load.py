@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -9,14 +10,13 @@ from pathlib import Path
 from parallel.share import Array, share_arrays
 from parallel.world import ALONE, World
 from quant.common.progress import Bar
-from train.config.sections import Config
+from train.config.load import Config
 from train.data.batches import EvalBatches, StepBatches
 from train.data.chat import load_chat_template
 from train.data.examples import DataReport, Examples, build_examples, split_examples
 from train.data.packing import Packing, pack
 from train.data.rows import write_skipped_rows
 from train.data.tokenizer import load_tokenizer
-from train.output.report import Report
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class Data:
 
 
 def load_data(
-    config: Config, folder: Path, skipped_path: Path, report: Report, now: datetime, world: World = ALONE
+    config: Config, folder: Path, skipped_path: Path, note: Callable[[str], None], now: datetime, world: World = ALONE
 ) -> Data:
     """Read, tokenise, split and pack the rows of `config.data` with the tokenizer and template in `folder`.
 
     Rows that could not be used are written to `skipped_path` (which is removed when there are none). `now` is what a
-    chat template that writes the date takes for today; a resumed run passes the day on which it began.
+    chat template that writes the date takes for today; a resumed run passes the day on which it began. `note` is told
+    what a user should know of the rows.
 
     Of several processes the first reads, writes and reports; the others need neither files nor tokenizer and get its
     tokens. What is made of these (split, packing, order) each process makes for itself, the same.
@@ -52,12 +53,13 @@ def load_data(
     reports: list[DataReport] = []
     arrays: list[Array] | None = None
     if world.first:
-        read, reports = _read(config, folder, report, now)
+        read, reports = _read(config, folder, note, now)
         arrays = [array for examples in read for array in _arrays(examples)]
         skipped = [row for one in reports for row in one.skipped_rows]
         skipped_path.unlink(missing_ok=True)
         if skipped:
             write_skipped_rows(skipped_path, skipped)
+    world.wait(note, "read the rows")
     shared = share_arrays(world, arrays)
     number = len(fields(Examples))
     examples, *others = (Examples(*shared[start : start + number]) for start in range(0, len(shared), number))
@@ -86,14 +88,16 @@ def load_data(
     )
 
 
-def _read(config: Config, folder: Path, report: Report, now: datetime) -> tuple[list[Examples], list[DataReport]]:
+def _read(
+    config: Config, folder: Path, note: Callable[[str], None], now: datetime
+) -> tuple[list[Examples], list[DataReport]]:
     """The rows of data.train and, where it is given, of data.eval."""
     settings = config.data
     tokenizer = load_tokenizer(folder)
     template = load_chat_template(folder, tokenizer.special_tokens, now=now)
 
     def read(file: str, key: str) -> tuple[Examples, DataReport]:
-        with Bar(f"reading {Path(file).name}", show=not report.quiet) as bar:
+        with Bar(f"reading {Path(file).name}") as bar:
             return build_examples(
                 file,
                 form=settings.format,
@@ -103,7 +107,7 @@ def _read(config: Config, folder: Path, report: Report, now: datetime) -> tuple[
                 fields=settings.fields,
                 key=key,
                 on_bad_row=settings.on_bad_row,
-                warn=report.note,
+                warn=note,
                 progress=lambda share: bar.update(round(1000 * share), 1000),
             )
 

@@ -20,16 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from quant.common.errors import NibbleError
-
-Format = Literal["messages", "prompt_completion", "text"]
-
-# Names that `data.fields` can map, per format; the first ones must be there in a row.
-REQUIRED: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-OPTIONAL: dict[str, tuple[str, ...]] = {"messages": ("tools", "role", "content")}
+from train.config.sections import OPTIONAL, REQUIRED, Format
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # ShareGPT's names.

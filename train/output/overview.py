@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from models.adapters.targets import layer_of
-from models.attention.delta_rule import uses_fla
+from models.attention.fla import uses_fla
 from models.checkpoint.native import describe
 from models.decoder import CausalLM
 from parallel.device import device_name
 from parallel.mesh import MeshSizes
 from parallel.shards import local_tensor
 from quant.common.words import counted, format_bytes, format_seconds, table
-from train.config.sections import Config
+from train.config.load import Config
 from train.data.load import Data
 from train.output.parameter_table import GroupRow, WholeTensor, parameter_table, whole_tensors
 from train.schedule import learns

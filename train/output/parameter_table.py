@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.adapters.targets import GROUP_WORDS, module_name
+from models.adapters.targets import module_name
+from models.blocks.groups import GROUP_WORDS
 from models.blocks.linear import LoRA
 from models.checkpoint.keymap import Key, key_map_of
 from models.decoder import CausalLM
-from quant.storage import Storage, storage_tensors
+from quant.kinds import storage_tensors
+from quant.storage import Storage
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Checkpoints of a run: written whole or not at all, verified when read, no pickle.
 
     step-000123/
-      weights.safetensors     the trained tensors
-      optimizer.safetensors   the optimiser's tensors (train.optim.OptimizerState)
-      state.json              step, the run's own state, the optimiser's values, random number generators
+      weights/                the trained tensors, each process's parts in files of its own (parallel/checkpoint.py)
+      optimizer/              the optimiser's tensors (train.optim.OptimizerState), in the same way
+      state.json              step, the run's own state, the optimiser's values
       manifest.json           size and SHA-256 of the files above
 
-Several processes write folders weights/ and optimizer/ instead of the first two, each process its parts into files of
-its own (parallel/checkpoint.py). Any number of processes reads either.
+Any number of processes reads it, one included.
 
 A checkpoint is written to .partial-step-000123, flushed to the disk and renamed, so that a folder named step-… is
 complete whenever a process or a machine dies. Older ones are deleted only after that.
@@ -16,6 +15,7 @@ complete whenever a process or a machine dies. Older ones are deleted only after
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import sys
@@ -29,24 +29,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from models.checkpoint.tensorfile import DTYPE_NAMES, DTYPES, TensorWriter, read_header
+from models.checkpoint.tensorfile import DTYPE_NAMES, read_header
 from parallel.parts import Cut, Part
 from parallel.texts import gather_texts
 from parallel.world import World
 from quant.common.errors import NibbleError
-from quant.common.files import disk_error, sha256_file, sync_folder, write_atomically
-from train.optim import OptimizerState, empty_state, load_optimizer_state
+from quant.common.files import disk_error, sync_folder, write_atomically
+from train.optim import OptimizerState, load_optimizer_state, room_for_state
 from train.state.checkpoint_folder import (
-    ALONE,
+    FORMAT,
     MANIFEST,
     OPTIMIZER,
-    OPTIMIZER_FOLDER,
     PARTIAL,
     REPLACED,
-    SHARED,
     STATE,
     WEIGHTS,
-    WEIGHTS_FOLDER,
     folders,
     is_name,
     problem,
@@ -55,7 +52,6 @@ from train.state.checkpoint_folder import (
     tidy,
 )
 from train.state.fingerprint import resume_differences
-from train.state.rng import restore_rng, rng_state
 
 # parallel.checkpoint is imported where it is used: torch's distributed checkpoint takes a second to import.
 
@@ -92,8 +88,8 @@ def take_snapshot(
     state: dict[str, Any],
     parts: Mapping[str, Part] | None = None,
 ) -> Snapshot:
-    """The state of this moment, with the random number generators; the tensors are not copied."""
-    values = {"step": step, "run": state, "optimizer": optimizer.values, "rng": rng_state()}
+    """The state of this moment; the tensors are not copied."""
+    values = {"step": step, "run": state, "optimizer": optimizer.values}
     text = json.dumps(values, indent=1).encode()
     return Snapshot(step, tensors, optimizer.tensors, parts or {}, optimizer.cuts, text)
 
@@ -113,10 +109,10 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step` into `directory` and delete all but the newest `keep`; returns its folder.
 
-    `tensors` are the trained ones by name, in any dtype and on any device (one at a time is copied to the host).
-    `state` is whatever the run needs to go on, as JSON types; "fingerprint" in it is what `require_same_config`
-    compares. The random number generators are saved too. Checkpoints of later steps, left by a run that was taken up
-    again from an earlier one, are deleted. `report` is told of old checkpoints that couldn't be deleted.
+    `tensors` are the trained ones by name, in any dtype and on any device. `state` is whatever the run needs to go on,
+    as JSON types; "fingerprint" in it is what `require_same_config` compares. Checkpoints of later steps, left by a run
+    that was taken up again from an earlier one, are deleted. `report` is told of old checkpoints that couldn't be
+    deleted. Extra memory: `parallel.checkpoint.save_parts`.
 
     On several processes all call it, for a directory that all of them see. `tensors` are then what each holds: of
     those named in `parts` a part, of the others the whole. All else is saved as the first process has it.
@@ -147,16 +143,14 @@ def write_snapshot(
                 tidy(directory)
                 partial.mkdir()
         with _same_error(final, world, group):
-            written = _write_alone(partial, snapshot) if world.size == 1 else _write_parts(partial, snapshot, group)
-            entries = json.dumps({str(path.relative_to(partial)): _entry(path) for path in written})
-        everything = _texts(entries, world, group)
+            written = _write_tensors(partial, snapshot, group)
+        everything = _texts(json.dumps(written), world, group)
         with _same_error(final, world, group):
             if world.first:
                 write_atomically(partial / STATE, snapshot.text)
                 files = {name: entry for text in everything for name, entry in json.loads(text).items()}
-                files[STATE] = _entry(partial / STATE)
-                version = ALONE if world.size == 1 else SHARED
-                manifest = {"format": version, "step": snapshot.step, "files": files}
+                files[STATE] = {"size": len(snapshot.text), "sha256": hashlib.sha256(snapshot.text).hexdigest()}
+                manifest = {"format": FORMAT, "step": snapshot.step, "files": files}
                 write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
                 if final.exists():
                     final.rename(directory / f"{REPLACED}{final.name}")
@@ -189,36 +183,21 @@ def _texts(text: str, world: World, group: dist.ProcessGroup | None = None) -> l
     return [text] if world.size == 1 else gather_texts(text, group)
 
 
-def _write_alone(partial: Path, snapshot: Snapshot) -> list[Path]:
-    _write_tensors(partial / WEIGHTS, snapshot.weights)
-    _write_tensors(partial / OPTIMIZER, snapshot.optimizer)
-    return [partial / WEIGHTS, partial / OPTIMIZER]
-
-
-def _write_parts(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> list[Path]:
+def _write_tensors(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """The manifest's entries for the files that this process wrote."""
     from parallel.checkpoint import save_parts
 
-    weights, optimizer = partial / WEIGHTS_FOLDER, partial / OPTIMIZER_FOLDER
-    written = save_parts(weights, snapshot.weights, snapshot.cuts, group)
-    written += save_parts(optimizer, snapshot.optimizer, snapshot.optimizer_cuts, group)
-    for folder in (weights, optimizer, partial):
-        sync_folder(folder)
+    contents = {
+        WEIGHTS: (snapshot.weights, snapshot.cuts),
+        OPTIMIZER: (snapshot.optimizer, snapshot.optimizer_cuts),
+    }
+    written = {}
+    for folder, (tensors, cuts) in contents.items():
+        for name, entry in save_parts(partial / folder, tensors, cuts, group).items():
+            written[f"{folder}/{name}"] = entry
+        sync_folder(partial / folder)
+    sync_folder(partial)
     return written
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    writer = TensorWriter(path, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
-    try:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _what_is_left(directory: Path, step: int) -> str:
@@ -241,8 +220,6 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
     optimizer_values: dict[str, Any]
-    rng: dict[str, Any]
-    format: int = ALONE
 
     def load_tensors(
         self, named_tensors: Iterable[tuple[str, Tensor]], parts: Mapping[str, Part] | None = None
@@ -255,7 +232,7 @@ class Checkpoint:
         from parallel.checkpoint import load_parts
 
         tensors, parts = dict(named_tensors), parts or {}
-        folder, saved = self._saved(WEIGHTS, WEIGHTS_FOLDER)
+        folder, saved = self._saved(WEIGHTS)
         missing = [name for name in tensors if name not in saved]
         unexpected = [name for name in saved if name not in tensors]
         if missing or unexpected:
@@ -276,35 +253,35 @@ class Checkpoint:
                 )
         load_parts(folder, tensors, parts)
 
-    def load_optimizer(self, optimizer: Optimizer, parts: Mapping[str, Part] | None = None) -> None:
+    def load_optimizer(self, optimizer: Optimizer, parts: Mapping[str, Part] | None = None) -> tuple[str, ...]:
         """Put the saved state into a new optimiser of the same kind over the same parameters.
 
-        parts: of the parameters of which the optimiser has a part. Each process reads what it holds. Raises NibbleError
-        when kind, parameters or shapes differ.
+        parts: of the parameters of which the optimiser has a part. Each process reads what it holds. Returns the names
+        of the parameters whose state starts anew (`train.optim.room_for_state`), the same on all processes. Raises
+        NibbleError when kind, parameters or shapes differ.
         """
-        load_optimizer_state(optimizer, self.optimizer_state(parts), parts)
+        state = self.optimizer_state(parts)
+        load_optimizer_state(optimizer, state, parts)
+        return state.anew
 
     def optimizer_state(self, parts: Mapping[str, Part] | None = None) -> OptimizerState:
         """For `train.optim.load_optimizer_state`; a part of those named in `parts`. Tensors are on the host."""
         from parallel.checkpoint import load_parts
 
-        folder, saved = self._saved(OPTIMIZER, OPTIMIZER_FOLDER)
-        room = empty_state(saved, parts or {})
-        load_parts(folder, room.tensors, room.cuts)
-        return OptimizerState(room.tensors, self.optimizer_values, room.cuts)
+        folder, saved = self._saved(OPTIMIZER)
+        state = room_for_state(saved, self.optimizer_values, parts or {})
+        load_parts(folder, state.tensors, state.cuts)
+        return state
 
-    def _saved(self, file: str, folder: str) -> tuple[Path, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
-        """The folder to read from, and shapes and dtypes of the tensors in one of the two files or folders."""
-        if self.format == SHARED:
-            from parallel.checkpoint import saved_tensors
+    def _saved(self, what: str) -> tuple[Path, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+        """The folder to read the weights or the optimiser's state from, and shapes and dtypes of its tensors."""
+        from parallel.checkpoint import saved_tensors
 
-            return self.path / folder, saved_tensors(self.path / folder)
-        header = read_header(self.path / file)
-        return self.path, {name: (info.shape, DTYPES[info.dtype]) for name, info in header.items()}
-
-    def restore_rng(self) -> None:
-        """Set the random number generators to where they were (CUDA's where there are as many devices)."""
-        restore_rng(self.rng)
+        alone = self.path / f"{what}.safetensors"  # of format 1: two files in one folder
+        if alone.is_file():
+            names, both = read_header(alone), saved_tensors(self.path)
+            return self.path, {name: both[name] for name in names}
+        return self.path / what, saved_tensors(self.path / what)
 
     def require_same_config(self, fingerprint: dict[str, Any]) -> None:
         """Raises NibbleError naming the keys in which state["fingerprint"] differs from this run's `fingerprint`."""
@@ -330,7 +307,7 @@ def latest_checkpoint(
     directory, world = Path(directory), world or World()
     found: list[str] = []
     with _same_error(directory, world, None):
-        if world.first and directory.is_dir():
+        if world.first:
             recover(directory)
             found = [path.name for path in folders(directory)]
     found = json.loads(_texts(json.dumps(found), world)[0])
@@ -367,13 +344,12 @@ def read_checkpoint(path: Path, world: World | None = None) -> Checkpoint:
     if wrong is not None:
         raise UnusableCheckpointError(f"{path} can't be used: {wrong}.\nContinue from another one, or {_START_ANEW}.")
     text = json.loads((path / STATE).read_bytes())
-    version = json.loads((path / MANIFEST).read_bytes())["format"]
-    return Checkpoint(path, text["step"], text["run"], text["optimizer"], text["rng"], version)
+    return Checkpoint(path, text["step"], text["run"], text["optimizer"])
 
 
 def _require_checkpoint(path: Path) -> None:
     if not path.is_dir() or not ((path / MANIFEST).exists() or is_name(path.name)):
-        inside = next((d for d in (path, path / "checkpoints") if d.is_dir() and folders(d)), None)
+        inside = next((d for d in (path, path / "checkpoints") if folders(d)), None)
         hint = f"Did you mean {folders(inside)[0]}?" if inside else "Checkpoints are the step-… folders of a run."
         raise NibbleError(f"{path} is {'not a checkpoint' if path.exists() else 'not there'}. {hint}")
 

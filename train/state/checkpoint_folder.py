@@ -10,10 +10,10 @@ from pathlib import Path
 
 from quant.common.files import sha256_file
 
-# What a checkpoint of one process has (format 1), and what one of several has instead of the first two (format 2).
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-WEIGHTS_FOLDER, OPTIMIZER_FOLDER = "weights", "optimizer"
-ALONE, SHARED = 1, 2
+WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights", "optimizer", "state.json", "manifest.json"
+# Read are also 1, in which one process wrote weights.safetensors and optimizer.safetensors in place of the folders, and
+# 2, which has in state.json the states of random number generators that nothing drew from.
+FORMAT, READABLE = 3, (1, 2, 3)
 
 _NAME = re.compile(r"step-(\d{6,})")
 # Folders on their way in or out. A replaced one comes back when the process died before its successor was in place.
@@ -26,8 +26,8 @@ def is_name(name: str) -> bool:
 
 
 def folders(directory: Path) -> list[Path]:
-    """The checkpoints in `directory`, newest first."""
-    found = [path for path in directory.iterdir() if is_name(path.name)]
+    """The checkpoints in `directory`, newest first; none where there is no such folder."""
+    found = [path for path in directory.iterdir() if is_name(path.name)] if directory.is_dir() else []
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -76,10 +76,10 @@ def problem(path: Path, hashes: bool, share: tuple[int, int] = (0, 1)) -> str | 
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        if manifest["format"] not in (ALONE, SHARED):
-            return f"it has format {manifest['format']}, this version of nibble reads {ALONE} and {SHARED}"
+        if manifest["format"] not in READABLE:
+            return f"it has format {manifest['format']}, this version of nibble reads {READABLE[0]} to {READABLE[-1]}"
         files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
-        if not {STATE, *((WEIGHTS, OPTIMIZER) if manifest["format"] == ALONE else ())} <= manifest["files"].keys():
+        if STATE not in manifest["files"]:
             return f"{MANIFEST} can't be read"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from train.config.sections import Config
+from train.config.load import Config
 
 # Files may have moved: what they hold counts, and is compared by train.resume.
 _FILES = ("model.path", "data.train", "data.eval")
@@ -20,6 +20,7 @@ _FREE_ON_RESUME = (
     "train.log_every",
     "train.eval_every",
     "train.save_every",
+    "train.save_minutes",
     "train.save_async",
     "train.keep_checkpoints",
     "train.resume",

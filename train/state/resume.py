@@ -10,23 +10,28 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from models.checkpoint.fingerprint import is_sampled
+from models.checkpoint.hub import HubCheckpoint
+from models.load import ModelFolder
 from parallel.shards import Shards
 from parallel.texts import gather_texts
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
-from train.config.sections import Config
+from quant.common.words import counted
+from train.config.load import Config
 from train.data.load import Data
 from train.loop import Progress
 from train.model import trained_tensors
 from train.output.report import Report
 from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
+from train.state.checkpoint_folder import folders
 from train.state.fingerprint import flat_config, resume_fingerprint, run_identity
 from train.state.run_folder import RunFolder
 
 
 def find_checkpoint(config: Config, folder: RunFolder, report: Report, world: World = ALONE) -> Checkpoint | None:
     """The checkpoint that `train.resume` says to go on from. Raises NibbleError rather than overwrite another run's."""
-    wanted, here = config.train.resume, sorted(folder.checkpoints.glob("step-*"))
+    wanted, here = config.train.resume, folders(folder.checkpoints)
     if wanted == "auto":
         checkpoint = latest_checkpoint(folder.checkpoints, report.note, world)
     else:
@@ -34,7 +39,7 @@ def find_checkpoint(config: Config, folder: RunFolder, report: Report, world: Wo
         foreign = checkpoint is None or checkpoint.path.resolve().parent != folder.checkpoints.resolve()
         if here and foreign:
             raise NibbleError(
-                f"train.resume: {wanted}, but {folder.checkpoints} holds checkpoints (the newest: {here[-1].name}).\n"
+                f"train.resume: {wanted}, but {folder.checkpoints} holds checkpoints (the newest: {here[0].name}).\n"
                 f"Name another output.dir, or delete them first (rm -r {folder.checkpoints}); "
                 "train.resume: auto goes on from them."
             )
@@ -75,25 +80,40 @@ def require_same_config(config: Config, device: torch.device) -> None:
             )
 
 
-def require_same_model(fingerprint: str, config: Config) -> None:
-    """Raises NibbleError where a machine has another model under the same name than the others."""
+def require_same_model(fingerprint: str, config: Config) -> str:
+    """Rank 0's fingerprint of the base model. fingerprint: this process's, "" for all but the first of each machine.
+
+    Raises NibbleError where a machine has another model under the same name than the others.
+    """
     found = gather_texts(fingerprint)
-    others = [str(rank) for rank, text in enumerate(found) if text != found[0]]
+    others = [str(rank) for rank, text in enumerate(found) if text not in ("", found[0])]
     if others:
         raise NibbleError(
             f"model.path: {config.model.path} is another model for rank {', '.join(others)} than for rank 0: its "
             "config.json or weights differ.\nCopy the same folder to every machine, or use one that all of them see."
         )
+    return found[0]
 
 
-def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], config: Config) -> None:
+def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], config: Config, source: ModelFolder) -> None:
     """Raises NibbleError when the checkpoint was trained on another base model, wherever that lay.
 
-    base: name and fingerprint (train.model.content_fingerprint) of this run's.
+    base: name and fingerprint (train.model.content_fingerprint) of this run's, which is in `source`.
     """
     if checkpoint is None or checkpoint.state["base"]["fingerprint"] == base["fingerprint"]:
         return
-    was = checkpoint.state["base"]["name"]
+    fingerprint, was = checkpoint.state["base"]["fingerprint"], checkpoint.state["base"]["name"]
+    if is_sampled(fingerprint) != is_sampled(base["fingerprint"]):  # one of them is of an earlier version of nibble
+        if source.manifest is None:
+            renew = "Checkpoints from now on hold a fingerprint of all its data."
+            if HubCheckpoint(source.path).has_fingerprint(fingerprint, renew):
+                return
+        else:
+            raise NibbleError(
+                f"whether {config.model.path} is the model that {checkpoint.path} was trained on ({was}) can't be\n"
+                "told: one of them was made by an earlier version of nibble, with another kind of fingerprint.\n"
+                f"Set model.path to the hub's folder ({source.manifest.source})."
+            )
     was = "what was there then" if was == base["name"] else was
     raise NibbleError(
         f"model.path: {config.model.path} is not the model that {checkpoint.path} was trained on ({was}):\n"
@@ -134,10 +154,14 @@ def restore(
     if checkpoint is None:
         return Progress()
     checkpoint.load_tensors(trained_tensors(shards).items(), shards.parts)
-    checkpoint.load_optimizer(optimizer, shards.parts)
-    checkpoint.restore_rng()
+    anew = checkpoint.load_optimizer(optimizer, shards.parts)
     elsewhere = checkpoint.path.parent.parent / folder.metrics.name
     if world.first and not folder.metrics.exists() and elsewhere.exists():
         shutil.copyfile(elsewhere, folder.metrics)  # the checkpoint of another folder brings its history with it
     report.note(f"resuming from {checkpoint.path}, after step {checkpoint.step} of {total_steps}")
+    if anew:
+        report.note(
+            f"the 8-bit optimiser state of {counted(len(anew), 'tensor')} starts anew: here it is cut into other parts "
+            "than in the checkpoint, and blocks of 8-bit values can't be cut again"
+        )
     return Progress(**checkpoint.state["progress"])

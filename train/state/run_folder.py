@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from parallel.texts import gather_texts
-from parallel.world import World
+from parallel.world import ProcessLostError, World, lost_contact
 from quant.common.errors import NibbleError
 from quant.common.files import disk_error, write_atomically
+from train.state.checkpoint_folder import folders
 
 
 class RunFolder:
@@ -88,15 +89,17 @@ def require_shared(folder: Path, world: World) -> None:
 
 
 def last_checkpoint(folder: RunFolder) -> str:
-    found = sorted(folder.checkpoints.glob("step-*"))
+    found = folders(folder.checkpoints)
     if not found:
-        return "No checkpoint was written yet (train.save_every)."
-    return f"The last checkpoint is {found[-1]}."
+        return "No checkpoint was written yet (train.save_minutes, train.save_every)."
+    return f"The last checkpoint is {found[0]}."
 
 
 @contextlib.contextmanager
 def explained_errors(folder: Path) -> Iterator[None]:
-    """Memory and disk can be full in any step of a run that writes to `folder`: no step has to see to it by itself."""
+    """Memory and disk can be full, or another process lost, in any step of a run that writes to `folder`: no step has
+    to see to it by itself.
+    """
     try:
         yield
     except OSError as error:
@@ -108,4 +111,13 @@ def explained_errors(folder: Path) -> Iterator[None]:
             f"the GPU's memory is full: {str(error).splitlines()[0]}\n"
             "Lower train.micro_batch_size, data.sequence_length or adapter.rank, take model.storage nf4,\n"
             "or switch train.activation_checkpointing on."
+        ) from error
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        reason = str(error).partition("\n")[0].partition("] ")[2].partition(". ")[0] or str(error)
+        raise ProcessLostError(
+            f"another process doesn't answer any more: {reason}\n"
+            "It has ended, failed with an error of its own, hangs, or takes longer than parallel.lost_after.\n"
+            f"{last_checkpoint(RunFolder(folder))}"
         ) from error

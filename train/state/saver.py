@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.parts import Part
-from parallel.world import World
+from parallel.texts import gather_texts
+from parallel.world import NO_LIMIT, World
 from train.optim import OptimizerState
 from train.state.checkpoint import take_snapshot, to_stderr, write_snapshot
+
+_LAST_CHANCE = 10.0  # seconds that a checkpoint has to get ready when the run ends with an error
 
 
 class CheckpointSaver:
@@ -48,11 +51,16 @@ class CheckpointSaver:
     def __enter__(self) -> CheckpointSaver:
         if self._asynchronous:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            if self._world.size > 1:  # its messages must not mix with those of the training
-                self._group = dist.new_group(backend="gloo")
+        if self._world.size > 1:
+            # Its messages must not mix with those of the training, nor its time be limited: disks differ.
+            self._group = dist.new_group(backend="gloo", timeout=NO_LIMIT)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None and self._group is not None:
+            # The others may never write their part, or wait for this process where it isn't.
+            wait([self._under_way] if self._under_way else [], _LAST_CHANCE)
+            return
         try:
             # Where the run has failed already, that is what is to be said.
             with contextlib.suppress(*([] if kind is None else [Exception])):
@@ -79,6 +87,8 @@ class CheckpointSaver:
         arguments = (self._directory, snapshot, self._keep, self._report, self._world, self._group)
         if self._thread is None:
             write_snapshot(*arguments)
+            if self._group is not None:
+                gather_texts("", self._group)  # while the first deletes old checkpoints
         else:
             self._under_way = self._thread.submit(write_snapshot, *arguments)
 

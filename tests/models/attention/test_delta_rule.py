@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.delta_rule import check_equal_results, report
-from models.attention import delta_rule
+from models.attention import delta_rule, fla
 from models.attention.delta_rule import Blocking, chunked_gated_delta_rule, gated_delta_rule, stepwise_gated_delta_rule
 from models.blocks.documents import Documents
 from models.registry import architecture_for
@@ -289,8 +289,48 @@ def test_a_run_on_a_gpu_says_which_form_it_uses(monkeypatch: pytest.MonkeyPatch)
 
     assert "gated delta rule" not in shown("cpu")
     for found, text in (
-        (None, "by torch, slower than flash-linear-attention"),
-        (object(), "by flash-linear-attention"),
+        (False, "by torch, slower than flash-linear-attention"),
+        (True, "by flash-linear-attention"),
     ):
-        monkeypatch.setattr(delta_rule, "find_spec", lambda name, found=found: found)
+        monkeypatch.setattr(overview, "uses_fla", lambda device, dtype, found=found: found)
         assert f"gated delta rule {text}" in shown("cuda")
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version", "right"),
+    [
+        ("fla_core", "0.4.2", False),
+        ("fla_core", "0.5.0", True),
+        ("fla_core", "0.10.1", True),
+        ("fla_core", "1.0", True),
+        ("flash_linear_attention", "0.1.2", False),
+        (None, "of unknown version", False),
+    ],
+)
+def test_an_old_flash_linear_attention_is_not_used(
+    distribution: str | None,
+    version: str,
+    right: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An installation that is found as any other is; nothing of it is imported."""
+    (tmp_path / "fla").mkdir()
+    (tmp_path / "fla" / "__init__.py").write_text("raise AssertionError")
+    if distribution is not None:
+        (tmp_path / f"{distribution}-{version}.dist-info").mkdir()
+        about = f"Metadata-Version: 2.1\nName: {distribution.replace('_', '-')}\nVersion: {version}\n"
+        (tmp_path / f"{distribution}-{version}.dist-info" / "METADATA").write_text(about)
+    monkeypatch.syspath_prepend(tmp_path)
+    fla._fla_is_right.cache_clear()
+    try:
+        for _ in range(2):
+            assert fla.uses_fla(torch.device("cuda"), torch.bfloat16) == right
+        assert not fla.uses_fla(torch.device("cpu"), torch.bfloat16)
+        assert not fla.uses_fla(torch.device("cuda"), torch.float32)
+    finally:
+        fla._fla_is_right.cache_clear()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (not right)
+    assert right or f"flash-linear-attention {version} isn't used: before 0.5.0 it" in said[0]

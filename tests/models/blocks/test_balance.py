@@ -27,7 +27,7 @@ from tests.helpers import assert_close
 from tests.run_helpers import World, curve, error_of, make_world, messages, questions, settings, write_tokenizer
 from tests.tiny import save_tiny
 from train.__main__ import main
-from train.config.sections import Config, parse_config
+from train.config.load import Config, parse_config
 from train.data.batches import IGNORED, Batch, empty_batch
 from train.evaluate import batch_loss, held_out_loss
 from train.loop import StepResult, training_step

@@ -13,7 +13,7 @@ from models.load import ModelFolder
 from quant.common.errors import NibbleError
 from tests.text_helpers import save_checkpoint_texts, write_json
 from tests.tiny import TINY
-from train.config.sections import Config
+from train.config.load import Config
 from train.data.tokenizer import load_tokenizer
 from train.model import check_model
 

@@ -76,6 +76,39 @@ def test_dtype_of_the_export_is_in_its_config(tmp_path: Path) -> None:
     assert tensors["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
 
 
+@pytest.mark.parametrize(("first", "then"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_model_that_was_cast_is_exported_as_what_it_is_now(first: str, then: str, tmp_path: Path) -> None:
+    reference = save_tiny_glm(tmp_path / "hub")
+    model = load_model(tmp_path / "hub", "none", getattr(torch, first)).to(getattr(torch, then))
+    assert model.dtype == getattr(torch, then)
+    export_hub(model, tmp_path / "out", tmp_path / "hub")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == then
+    # Both ways round through bfloat16; what stays in float32 (routers) does.
+    tensors = tensors_in(tmp_path / "out")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    expected = reference.state_dict()["model.layers.1.mlp.experts.gate_up_proj"][2].chunk(2)[1]
+    assert torch.equal(tensors[name], expected.bfloat16().to(getattr(torch, then)))
+    wide = {key for key, tensor in tensors.items() if tensor.dtype == torch.float32}
+    assert wide == (tensors.keys() if then == "float32" else {key for key in tensors if ".mlp.gate." in key})
+    loaded = load_model(tmp_path / "out", "none", getattr(torch, then))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("storage", ["none", "nf4"])
+def test_float16_is_refused_as_configs_refuse_it(storage: str, tmp_path: Path) -> None:
+    save_tiny_glm(tmp_path / "hub")
+    said = r"^float16 needs loss scaling, which is not supported; use bfloat16 or float32\.$"
+    with pytest.raises(NibbleError, match=said):
+        load_model(tmp_path / "hub", storage, torch.float16)
+    model = load_model(tmp_path / "hub", storage, torch.float32)
+    for cast in (model.half, lambda: model.to(torch.float16), lambda: model.to("cpu", torch.half)):
+        with pytest.raises(NibbleError, match=said):
+            cast()
+    assert model.dtype == torch.float32
+    assert torch.float16 not in {tensor.dtype for tensor in model.state_dict().values()}
+    assert model.bfloat16().dtype == torch.bfloat16
+
+
 def test_prediction_layer_is_carried_through(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_tiny_glm(tmp_path / "hub")
     extra = {"model.layers.3.eh_proj.weight": torch.randn(3, 5).half()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.checkpoint import fingerprint
 from models.checkpoint.hub import INDEX, SINGLE, HubCheckpoint, local_folder, looks_like_hub_id, resolve_model
 from models.checkpoint.tensorfile import TensorWriter, read_header
 from quant.common.errors import NibbleError
@@ -209,15 +212,91 @@ def test_keys_that_the_index_forgets_are_not_lost(tmp_path: Path) -> None:
 def test_fingerprint_follows_content_and_not_the_files_names(tmp_path: Path) -> None:
     tensors = write_checkpoint(tmp_path / "a", shards=2)
     write_checkpoint(tmp_path / "b", shards=2)
-    fingerprint = HubCheckpoint(tmp_path / "a").fingerprint()
-    assert fingerprint.startswith("sha256:")
-    assert HubCheckpoint(tmp_path / "b").fingerprint() == fingerprint
+    content = HubCheckpoint(tmp_path / "a").fingerprint()
+    assert content.startswith("full:")
+    assert HubCheckpoint(tmp_path / "b").fingerprint() == content
     (tmp_path / "b" / INDEX).unlink()
     save_file(tensors, tmp_path / "b" / SINGLE)
-    assert HubCheckpoint(tmp_path / "b").fingerprint() == fingerprint
+    assert HubCheckpoint(tmp_path / "b").fingerprint() == content
     tensors["layer.3.weight"][0, 0, 0] += 1  # same shapes, other values: a fine-tuned model
     save_file(tensors, tmp_path / "b" / SINGLE)
-    assert HubCheckpoint(tmp_path / "b").fingerprint() != fingerprint
+    assert HubCheckpoint(tmp_path / "b").fingerprint() != content
+
+
+def test_fingerprint_sees_the_last_byte_and_says_when_only_samples_are_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a tensor of 5 MiB an earlier version read 4 KiB at its beginning and 4 KiB at 4 MiB."""
+    caplog.set_level("INFO", "nibble")
+    tensors = {"embedding": torch.zeros(5, 2**20, dtype=torch.uint8), "scale": torch.ones(3)}
+    (tmp_path / "config.json").write_text("{}")
+
+    def saved() -> HubCheckpoint:
+        save_file(tensors, tmp_path / SINGLE)
+        return HubCheckpoint(tmp_path)
+
+    digest = hashlib.sha256(b"{}")  # as the version before made it
+    digest.update(b"\nembedding U8 [5, 1048576]\n\nscale F32 [3]\n")
+    digest.update(bytes(2 * 4096) + tensors["scale"].numpy().tobytes())
+    sampled = f"sha256:{digest.hexdigest()}"
+    content = saved().fingerprint()
+    assert saved().has_fingerprint(content, "")
+    assert caplog.messages == []
+    assert saved().has_fingerprint(sampled, "Do this.")
+    assert caplog.messages == [
+        f"{tmp_path}: taken for the same by samples of its data, all that an earlier version of nibble recorded; a "
+        "small change goes unseen. Do this."
+    ]
+    tensors["embedding"][-1, -1] = 1
+    assert not saved().has_fingerprint(content, "")
+    assert saved().has_fingerprint(sampled, "")
+    tensors["scale"][1] = 2
+    assert not saved().has_fingerprint(sampled, "")
+
+
+def test_a_large_checkpoint_is_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "nibble")
+    folder, cache = tmp_path / "hub", tmp_path / "cache"
+    tensors = write_checkpoint(folder, shards=2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    small = HubCheckpoint(folder).fingerprint()
+    assert not cache.exists()
+    monkeypatch.setattr(fingerprint, "_SMALL", 1)
+
+    def of_age() -> str:
+        for path in folder.glob("*.safetensors"):
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 10))
+        return HubCheckpoint(folder).fingerprint()
+
+    def hashed() -> int:
+        return sum("hashed" in message for message in caplog.messages)
+
+    assert HubCheckpoint(folder).fingerprint() == small
+    assert hashed() == 1
+    assert not cache.exists(), "a file that was written just now may change without another date"
+    assert of_age() == small == HubCheckpoint(folder).fingerprint()
+    assert hashed() == 2
+    assert len(list(cache.rglob("*.json"))) == 1 and not list(folder.glob("*.partial"))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        {"config.json", INDEX, *(path.name for path in folder.glob("*.safetensors"))}
+    )
+
+    # Another value under the same size; then a damaged memory; then one that can't be written.
+    tensors["layer.3.weight"][0, 0, 0] += 1
+    for shard in folder.glob("*.safetensors"):
+        held = load_file(shard)
+        save_file({name: tensors[name] for name in held}, shard)
+    other = of_age()
+    assert other != small and hashed() == 3
+    assert HubCheckpoint(folder).fingerprint() == other and hashed() == 3
+    next(cache.rglob("*.json")).write_text("{")
+    assert HubCheckpoint(folder).fingerprint() == other and hashed() == 4
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert HubCheckpoint(folder).fingerprint() == other
+    assert "will be hashed again the next time, as that can't be remembered" in caplog.messages[-1]
 
 
 def test_resolve_existing_folder_and_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,19 +393,52 @@ def test_writer_in_pieces_equals_the_tensors(tmp_path: Path) -> None:
         "empty": torch.empty(0, 3),
     }
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    writer = TensorWriter(tmp_path / "x.safetensors", shapes)
+    writer = TensorWriter(tmp_path / "x.safetensors", shapes, hashed=True)
     for expert in (2, 0, 1):
         writer.write("packed", tensors["packed"][expert : expert + 1], expert)
         writer.write("scale", tensors["scale"][expert : expert + 1], expert)
-    with pytest.raises(ValueError, match=r"not fully written: \['offset', 'bf16'\]"):
+    with pytest.raises(ValueError, match=r"bf16 is not fully written"):
         writer.finish()
     assert not (tmp_path / "x.safetensors").exists()
     for name in ("offset", "bf16", "empty"):
         writer.write(name, tensors[name])
-    writer.finish()
+    with pytest.raises(ValueError, match=r"the bytes at [\d,]+ are written twice"):
+        writer.write("packed", tensors["packed"][:1], 0)
+    digest = writer.finish()
+    assert digest == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
     assert not list(tmp_path.glob("*.partial"))
     found = load_file(tmp_path / "x.safetensors")
     assert set(found) == set(tensors)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     header = read_header(tmp_path / "x.safetensors")
     assert all(info.begin % tensors[name].dtype.itemsize == 0 for name, info in header.items())
+
+
+@pytest.mark.parametrize("order", ["as they lie", "by expert", "backwards"])
+def test_a_file_is_hashed_while_it_is_written(order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written as it lies, nothing is read again; expert by expert, as conversions do, only what is small."""
+    read: list[int] = []
+    pread = os.pread
+
+    def counted(file: int, count: int, offset: int) -> bytes:
+        read.append(count)
+        return pread(file, count, offset)
+
+    monkeypatch.setattr("models.checkpoint.tensorfile.os.pread", counted)
+    monkeypatch.setattr("models.checkpoint.tensorfile._READ_AT_ONCE", 1000)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{matrix}.{name}": torch.randint(0, 256, (4, 64, width), dtype=torch.uint8, generator=generator)
+        for matrix in ("gate_up", "down")
+        for name, width in (("packed", 32), ("absmax", 1))
+    }
+    writer = TensorWriter(
+        tmp_path / "x.safetensors", {name: ((4, 64, t.shape[2]), t.dtype) for name, t in tensors.items()}, hashed=True
+    )
+    rows = [(name, expert) for name in tensors for expert in range(4)]
+    if order == "by expert":
+        rows.sort(key=lambda row: (not row[0].startswith("gate_up"), row[1]))
+    for name, expert in rows[::-1] if order == "backwards" else rows:
+        writer.write(name, tensors[name][expert : expert + 1], expert)
+    assert writer.finish() == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+    assert sum(read) == {"as they lie": 0, "by expert": 2 * 3 * 64, "backwards": 2 * 4 * 64 * 33 - 64 * 32}[order]

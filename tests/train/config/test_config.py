@@ -10,20 +10,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from models.groups import TARGET_GROUPS
 from quant.common.errors import NibbleError
-from train.config.rules import GROUPS
+from train.config.load import Config, check_files, config_schema, dump_config, load_config, parse_config
 from train.config.schema import help_text, keys, required_keys
-from train.config.sections import (
-    Config,
-    OutputConfig,
-    check_files,
-    config_schema,
-    dump_config,
-    load_config,
-    parse_config,
-)
-from train.data.rows import OPTIONAL, REQUIRED
+from train.config.sections import OPTIONAL, REQUIRED, OutputConfig
 from train.optim import NAMES
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -426,6 +416,7 @@ def test_text_stays_text(text: str) -> None:
         ("model: *x\n", "my.yaml:1: not valid YAML: "),
         ("model: \x00\n", "my.yaml: not valid YAML: "),
         ("model: &m {path: *m}\n", "my.yaml:1: the YAML alias in 'model.path' contains itself"),
+        ("model: " + "[" * 3000, "my.yaml: not a config: lists or mappings are nested too deeply"),
     ],
 )
 def test_yaml_syntax_error_names_the_line(text: str, expected: str) -> None:
@@ -498,6 +489,8 @@ def test_overrides_are_yaml() -> None:
             "not valid YAML: while parsing a flow mapping; expected ',' or '}', but got '<stream end>'",
         ),
         ("data.fields={a: b, a: c}", "duplicate key 'a' (first on line 1)"),
+        ("data.fields={a: !b c}", "'a' has a YAML tag; plain values only"),
+        ("data.fields=&a {a: *a}", "the YAML alias in 'a' contains itself"),
     ],
 )
 def test_wrong_override(override: str, expected: str) -> None:
@@ -578,7 +571,6 @@ def test_schema_is_complete_json() -> None:
 
 
 def test_choices_are_those_of_the_parts() -> None:
-    assert GROUPS == TARGET_GROUPS
     assert tuple(keys(config_schema())["train.optimizer"]["enum"]) == NAMES
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from quant.common.errors import NibbleError
+from train.config.load import Config, config_schema, dump_config, parse_config
 from train.config.schema import help_text, keys
-from train.config.sections import Config, config_schema, dump_config, parse_config
 
 MINIMAL = "model: {path: some/model}\ndata: {train: rows.jsonl}\noutput: {dir: out}\n"
 
@@ -24,7 +24,7 @@ def wrong(*overrides: str) -> str:
 def test_defaults_are_those_of_one_process() -> None:
     parallel = with_keys("").parallel
     assert (parallel.shard, parallel.expert, parallel.replicate) == (None, 1, 1)
-    assert (parallel.reshard_after_forward, parallel.cpu_offload, parallel.lost_after) == (True, False, 30.0)
+    assert (parallel.reshard_after_forward, parallel.cpu_offload, parallel.lost_after) == (True, False, 20.0)
     assert with_keys("").train.save_async is False
 
 
@@ -43,7 +43,7 @@ def test_help_shows_the_section_with_its_defaults() -> None:
     shown = help_text(config_schema(), width=200)
     assert "\nparallel: how a run is spread over the processes that torchrun starts" in shown
     assert "\n  parallel.shard  (default null; an integer ≥ 1, or null)\n" in shown
-    assert "\n  parallel.lost_after  (default 30.0; a number > 0)\n" in shown
+    assert "\n  parallel.lost_after  (default 20.0; a number > 0)\n" in shown
     assert "\n  train.save_async  (default false; true or false)\n" in shown
 
 

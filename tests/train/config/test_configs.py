@@ -24,7 +24,7 @@ from parallel.plan import cuts
 from quant.storage import StorageSpec
 from tests.helpers import key_map_for
 from train.__main__ import main
-from train.config.sections import dump_config, load_config, parse_config
+from train.config.load import dump_config, load_config, parse_config
 from train.demo import __main__ as demo
 from train.demo.models import MODELS
 from train.output.metrics import read_metrics

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import get_scheduler
 
 from models import load_model
@@ -25,7 +26,7 @@ from parallel.shards import Shards
 from quant.common.errors import NibbleError
 from tests.helpers import save_tiny_glm
 from tests.text_helpers import save_checkpoint_texts, say, write_lines
-from train.config.sections import Config, parse_config
+from train.config.load import Config, parse_config
 from train.data.load import Data, load_data
 from train.loop import training_step
 from train.model import load_trainable_model
@@ -81,7 +82,7 @@ def configured(folder: Path, out: Path, *overrides: str) -> Config:
 def data_of(config: Config, out: Path) -> Data:
     out.mkdir(exist_ok=True)
     with Report(out / "log") as report:
-        return load_data(config, Path(config.model.path), out / "skipped.jsonl", report, datetime(2025, 1, 1))
+        return load_data(config, Path(config.model.path), out / "skipped.jsonl", report.note, datetime(2025, 1, 1))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -177,13 +178,16 @@ def test_checkpoints_in_the_background(folder: Path, tmp_path: Path, monkeypatch
     assert threads == ["MainThread"] * 3 + ["checkpoint_0"] * 3
     plain, background = (
         {
-            path.relative_to(tmp_path / name): path.read_bytes()
-            for path in (tmp_path / name).rglob("step-*/*.safetensors")
+            path.relative_to(tmp_path / name): load_file(path)
+            for path in (tmp_path / name).rglob("step-*/*/*.safetensors")
         }
         for name in ("plain", "background")
     )
-    assert {path.parent.name for path in plain} == {"step-000002", "step-000004", "step-000005"}
-    assert plain == background
+    assert {path.parts[1] for path in plain} == {"step-000002", "step-000004", "step-000005"}
+    assert plain.keys() == background.keys()
+    for path, tensors in plain.items():
+        assert tensors.keys() == background[path].keys()
+        assert all(torch.equal(tensor, background[path][name]) for name, tensor in tensors.items()), path
 
 
 # --- parallel, as far as one process has use for it

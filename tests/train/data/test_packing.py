@@ -83,9 +83,9 @@ def test_nothing_to_pack_and_impossible_lengths() -> None:
 
 def test_time_grows_with_the_number_of_documents_only() -> None:
     lengths = lengths_of("chat", 100_000, 32_768, 0)
-    start = time.perf_counter()
+    start = time.process_time()  # this process's own, whatever else has the cores
     pack(lengths, 32_768)
-    assert time.perf_counter() - start < 5  # under half a second when nothing else runs
+    assert time.process_time() - start < 5  # under half a second is what it takes
 
 
 def test_shuffles_do_not_depend_on_the_library_version() -> None:

@@ -18,6 +18,7 @@ from models.convert import main as convert
 from models.registry import architecture_for
 from quant.storage import StorageSpec
 from tests.helpers import key_map_for, relative_error
+from tests.processes import LIMIT
 from train.__main__ import main as train
 from train.data.chat import load_chat_template
 from train.data.tokenizer import load_tokenizer
@@ -291,7 +292,7 @@ def test_help_has_an_example() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
         check=False,
     )
     assert done.returncode == 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import random
 import resource
 import shutil
 import subprocess
@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.checkpoint.tensorfile import read_header
 from quant.common.errors import NibbleError
-from train.optim import OptimizerState, build_optimizer, load_optimizer_state, optimizer_state
+from train.optim import OptimizerState, build_optimizer, optimizer_state
 from train.state.checkpoint import (
     UnusableCheckpointError,
     latest_checkpoint,
@@ -50,6 +51,13 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
+def weights_of(path: Path) -> Path:
+    return next((path / "weights").iterdir())
+
+
 # ------------------------------------------------------------------------------------------------------------- content
 
 
@@ -63,7 +71,8 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     }
     path = save(tmp_path / "checkpoints", 123, **state)
     assert path == tmp_path / "checkpoints" / "step-000123"
-    assert names(path) == ["manifest.json", "optimizer.safetensors", "state.json", "weights.safetensors"]
+    assert names(path) == ["manifest.json", "optimizer", "state.json", "weights"]
+    assert names(path / "weights") == ["shard-00001-model-00001-of-00001.safetensors"]
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.path == path
@@ -80,66 +89,100 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
 
 def test_no_pickle_in_the_files(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    for file in path.iterdir():
-        assert file.suffix in (".json", ".safetensors")
+    for file in (file for file in path.rglob("*") if file.is_file()):
         if file.suffix == ".json":
             json.loads(file.read_text())
+        else:
+            read_header(file)  # which sees that it is JSON, with the tensors behind it and nothing else
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str) -> None:
-    """Weights, optimiser and random numbers after 5 steps, and after 2 steps, a checkpoint and 3 more."""
+    """Weights and optimiser after 5 steps, and after 2 steps, a checkpoint and 3 more."""
 
     def start() -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         torch.manual_seed(1)
         parameters = {"A": nn.Parameter(torch.randn(2, 16, 150)), "b": nn.Parameter(torch.randn(30))}
         return parameters, build_optimizer(name, parameters.items(), 0.01, weight_decay=0.1)
 
-    def run(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: int) -> None:
-        for _ in range(steps):
+    def run(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
             for parameter in parameters.values():
-                parameter.grad = torch.randn_like(parameter) * random.random() * float(np.random.rand())
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
             optimizer.step()
 
-    random.seed(5)
-    np.random.seed(6)
-    before = random.getstate(), np.random.get_state()
     whole, optimizer = start()
-    run(whole, optimizer, 5)
+    run(whole, optimizer, range(5))
 
-    random.setstate(before[0])
-    np.random.set_state(before[1])
     first, optimizer = start()
-    run(first, optimizer, 2)
+    run(first, optimizer, range(2))
     save_checkpoint(tmp_path, 2, first, optimizer_state(optimizer), {}, 2)
-    run(first, optimizer, 1)  # a step that the kill loses
+    run(first, optimizer, range(2, 3))  # a step that the kill loses
 
     second, optimizer = start()
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
     checkpoint.load_tensors(second.items())
-    load_optimizer_state(optimizer, checkpoint.optimizer_state())
-    checkpoint.restore_rng()
-    run(second, optimizer, 3)
+    assert checkpoint.load_optimizer(optimizer) == ()
+    run(second, optimizer, range(2, 5))
     for key, parameter in whole.items():
         assert torch.equal(parameter, second[key]), key
 
 
-def test_random_number_generators_are_restored(tmp_path: Path) -> None:
-    def draw() -> list[float]:
-        # Gaussian: Python and numpy keep half of a pair for the next call.
-        return [random.gauss(0, 1), float(np.random.randn()), float(torch.randn(())), random.random()]
+def as_older_format(path: Path, version: int) -> None:
+    """Turn a checkpoint of one process into what versions before wrote."""
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "rng": {"torch": "AAAA", "cuda": []}}))
+    if version == 1:
+        for what in ("weights", "optimizer"):
+            save_file(load_file(path / what / SHARD), path / f"{what}.safetensors", metadata={"format": "pt"})
+            shutil.rmtree(path / what)
+    files = {
+        str(file.relative_to(path)): {
+            "size": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for file in path.rglob("*")
+        if file.is_file() and file.name != "manifest.json"
+    }
+    (path / "manifest.json").write_text(json.dumps({"format": version, "step": state["step"], "files": files}))
 
-    draw()
-    save(tmp_path, 1)
-    expected = [draw() for _ in range(3)]
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_older_formats_are_read(tmp_path: Path, name: str, version: int) -> None:
+    parameters = {"A": nn.Parameter(torch.ones(2, 16, 150)), "b": nn.Parameter(torch.ones(30))}
+    optimizer = build_optimizer(name, parameters.items(), 0.01)
+    for parameter in parameters.values():
+        parameter.grad = torch.arange(float(parameter.numel())).view(parameter.shape)
+    optimizer.step()
+    path = save_checkpoint(tmp_path, 1, parameters, optimizer_state(optimizer), {"rows": 7}, 2)
+    as_older_format(path, version)
+    assert (path / "weights").is_dir() == (version == 2)
+
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
-    checkpoint.restore_rng()
-    assert [draw() for _ in range(3)] == expected
+    assert (checkpoint.step, checkpoint.state) == (1, {"rows": 7})
+    loaded = parameters_like(parameters)
+    checkpoint.load_tensors(loaded.items())
+    assert all(torch.equal(loaded[key], parameters[key]) for key in parameters)
+    other = build_optimizer(name, loaded.items(), 0.01)
+    assert checkpoint.load_optimizer(other) == ()
+    expected, actual = optimizer_state(optimizer), optimizer_state(other)
+    assert actual.values == expected.values
+    assert actual.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(tensor, actual.tensors[key]) for key, tensor in expected.tensors.items())
+
+
+def test_an_optimiser_that_has_made_no_step(tmp_path: Path) -> None:
+    parameters = {"a": nn.Parameter(torch.ones(3))}
+    path = save_checkpoint(
+        tmp_path, 0, parameters, optimizer_state(build_optimizer("adamw", parameters.items(), 0.1)), {}, 1
+    )
+    for _ in range(2):
+        assert read_checkpoint(path).load_optimizer(build_optimizer("adamw", parameters.items(), 0.1)) == ()
+        shutil.rmtree(path / "optimizer", ignore_errors=True)  # as a copy that leaves out empty folders
 
 
 # ---------------------------------------------------------------------------------------------------- keeping, deleting
@@ -156,7 +199,7 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
 def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
     for step in (2, 4):
         save(tmp_path, step)
-    (tmp_path / "step-000004" / "weights.safetensors").unlink()
+    weights_of(tmp_path / "step-000004").unlink()
     save(tmp_path, 6, keep=2)
     assert names(tmp_path) == ["step-000002", "step-000006"]
 
@@ -238,6 +281,15 @@ def attempt(prepare, number, new, cleaned):
     return os.WIFSIGNALED(status), value
 
 save(root / "start", 1, 1)
+if (child := os.fork()) == 0:  # what it writes is not read again: the checksums are made on the way
+    opened = []
+    sys.addaudithook(lambda event, arguments: opened.append(arguments) if event == "open" else None)
+    save(root / "read", 1, 1)
+    ours = [(Path(name).name, flags) for name, _, flags in opened if str(name).startswith(str(root))]
+    read = [name for name, flags in ours if name.endswith((".safetensors", "state.json")) and not flags & os.O_WRONLY]
+    assert len(ours) > 4 and not read, ours
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
 for new in (2, 1):  # the next step, and the same step again
     cleaned, outcomes = set(), []
     for k in itertools.count():
@@ -267,7 +319,7 @@ def test_killed_at_any_point(tmp_path: Path) -> None:
 
 
 def damage(path: Path, how: str) -> None:
-    weights = path / "weights.safetensors"
+    weights = weights_of(path)
     if how == "flipped bit":
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
@@ -275,7 +327,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "cut short":
         os.truncate(weights, 100)
     elif how == "missing file":
-        (path / "optimizer.safetensors").unlink()
+        shutil.rmtree(path / "optimizer")
     elif how == "missing manifest":
         (path / "manifest.json").unlink()
     elif how == "broken manifest":
@@ -284,25 +336,25 @@ def damage(path: Path, how: str) -> None:
         (path / "manifest.json").write_text('{"format": 1, "files": {}}')
     else:
         manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 4}))
 
 
 @pytest.mark.parametrize(
     ("how", "problem"),
     [
-        ("flipped bit", "weights.safetensors is not what was written (its SHA-256 differs)"),
-        ("cut short", "weights.safetensors has 100 bytes instead of {size}"),
-        ("missing file", "optimizer.safetensors can't be read (No such file or directory)"),
+        ("flipped bit", f"weights/{SHARD} is not what was written (its SHA-256 differs)"),
+        ("cut short", f"weights/{SHARD} has 100 bytes instead of {{size}}"),
+        ("missing file", f"optimizer/{SHARD} can't be read (No such file or directory)"),
         ("missing manifest", "manifest.json is missing"),
         ("broken manifest", "manifest.json can't be read"),
         ("other manifest", "manifest.json can't be read"),
-        ("other format", "it has format 3, this version of nibble reads 1 and 2"),
+        ("other format", "it has format 4, this version of nibble reads 1 to 3"),
     ],
 )
 def test_damaged_checkpoint(tmp_path: Path, how: str, problem: str) -> None:
     save(tmp_path, 2)
     path = save(tmp_path, 4)
-    problem = problem.format(size=(path / "weights.safetensors").stat().st_size)
+    problem = problem.format(size=weights_of(path).stat().st_size)
     damage(path, how)
 
     messages: list[str] = []
@@ -405,7 +457,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value) == (
-        f"the disk is full: {tmp_path}/.partial-step-000004/weights.safetensors.partial can't be written"
+        f"the disk is full: {tmp_path}/.partial-step-000004/weights can't be written"
         " (File too large).\nMake room and run again.\n"
         f"The checkpoint of step 4 was not written; {path} is as it was."
     )

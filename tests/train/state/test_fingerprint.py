@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from train.config.load import Config, config_schema, parse_config
 from train.config.schema import keys
-from train.config.sections import Config, config_schema, parse_config
 from train.state.fingerprint import fingerprint_hash, resume_differences, resume_fingerprint, run_identity
 
 MINIMAL = "model: {path: some/model}\ndata: {train: rows.jsonl}\noutput: {dir: out}\n"
@@ -61,6 +61,7 @@ FREE = {
     "train.log_every": "7",
     "train.eval_every": "7",
     "train.save_every": "7",
+    "train.save_minutes": "7",
     "train.save_async": "true",
     "train.keep_checkpoints": "7",
     "train.resume": "never",

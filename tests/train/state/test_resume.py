@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from models.checkpoint.conversion import convert
+from models.checkpoint.fingerprint import sampled_fingerprint
+from models.checkpoint.hub import HubCheckpoint
+from models.load import open_folder
+from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
 from tests.helpers import save_tiny_glm
+from tests.processes import LIMIT
 from tests.run_helpers import ROOT, SIZES, World, curve, error_of, in_a_process, losses, make_world, settings
 from train.__main__ import main
+from train.config.load import load_config
+from train.model import content_fingerprint
 from train.output.metrics import read_metrics
+from train.state.checkpoint import Checkpoint
+from train.state.resume import require_same_base
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +107,7 @@ def test_a_run_whose_reader_died_goes_on_to_its_end(world: World, tmp_path: Path
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "train", *settings(world, tmp_path / "run", train__max_steps=2)]
-    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=writing, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=writing, timeout=LIMIT, check=False)
     os.close(writing)
     assert done.returncode == 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
@@ -248,6 +259,37 @@ def test_files_may_move_but_not_change(
     shutil.copytree(world.model, moved / "model")
     assert main(arguments) == 0
     assert "step-000005, after step 5 of 6" in capsys.readouterr().err
+
+
+def test_the_base_that_an_earlier_version_recorded(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its fingerprint was made of samples ("sha256:…")."""
+    hub = HubCheckpoint(world.model)
+    sampled = sampled_fingerprint(world.model, hub.config_bytes, hub._tensors())
+    convert(world.model, tmp_path / "converted", StorageSpec("nf4"), torch.float32)
+    config = load_config(settings(world, tmp_path / "run")[1])
+
+    def check(recorded: str, path: Path) -> None:
+        state = {"base": {"name": "the base", "fingerprint": recorded}}
+        checkpoint = cast(Checkpoint, SimpleNamespace(path=Path("step-000001"), state=state))
+        source = open_folder(path)
+        require_same_base(checkpoint, {"name": source.name, "fingerprint": content_fingerprint(source)}, config, source)
+
+    for path in (world.model, tmp_path / "converted"):
+        check(hub.fingerprint(), path)
+    assert caplog.messages == []
+    check(sampled, world.model)
+    assert caplog.messages[0].endswith("Checkpoints from now on hold a fingerprint of all its data.")
+    with pytest.raises(NibbleError, match=r"is not the model that step-000001 was trained on \(the base\)"):
+        check(sampled[:-1] + "x", world.model)
+    with pytest.raises(NibbleError, match=r"another kind of fingerprint\.\nSet model\.path to the hub's folder \("):
+        check(sampled, tmp_path / "converted")
+
+    manifest = json.loads((tmp_path / "converted" / "nibble.json").read_text())
+    manifest["source"]["fingerprint"] = sampled
+    (tmp_path / "converted" / "nibble.json").write_text(json.dumps(manifest))
+    check(sampled, tmp_path / "converted")  # both of the earlier version
 
 
 def test_a_converted_copy_is_the_same_base(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

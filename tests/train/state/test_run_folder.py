@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from parallel.world import ALONE
+from quant.common.errors import NibbleError
 from tests.processes import run_processes
-from train.state.run_folder import require_shared
+from train.config.load import Config
+from train.output.report import Report
+from train.state.resume import find_checkpoint
+from train.state.run_folder import RunFolder, last_checkpoint, require_shared
 
 
 def test_a_folder_that_is_not_shared_is_named_on_every_process(tmp_path: Path) -> None:
@@ -21,6 +27,25 @@ def test_a_folder_that_is_not_shared_is_named_on_every_process(tmp_path: Path) -
     )
     assert second[1] == first[1].replace(str(same), str(other))
     assert not list(same.iterdir()) and not list(other.iterdir())
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert last_checkpoint(folder) == "No checkpoint was written yet (train.save_minutes, train.save_every)."
+    for name in ("step-999999", "step-1000000", "step-2000000.old"):
+        (folder.checkpoints / name).mkdir(parents=True)
+    assert last_checkpoint(folder) == f"The last checkpoint is {folder.checkpoints / 'step-1000000'}."
+    config = Config.model_validate(
+        {
+            "model": {"path": "none"},
+            "data": {"train": "none"},
+            "train": {"resume": "never"},
+            "output": {"dir": str(tmp_path)},
+        }
+    )
+    with Report(tmp_path / "run.log", quiet=True) as report, pytest.raises(NibbleError) as caught:
+        find_checkpoint(config, folder, report)
+    assert "holds checkpoints (the newest: step-1000000)." in str(caught.value)
 
 
 def test_one_process_needs_no_other(tmp_path: Path) -> None:

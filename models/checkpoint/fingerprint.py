@@ -1,0 +1,133 @@
+"""What identifies the content of a hub checkpoint: a hash of all of it, made once and remembered.
+
+Earlier versions of nibble recorded a fingerprint of samples ("sha256:…"), which misses a change that lies between two
+samples. Where such a one was recorded, it is compared as it was made, and that is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from models.checkpoint.tensorfile import TensorInfo
+from quant.common.errors import NibbleError
+from quant.common.files import write_atomically
+from quant.common.progress import Bar
+from quant.common.words import gib
+
+log = logging.getLogger("nibble")
+
+_KIND = "full:"
+_AT_ONCE = 4 * 2**20  # bytes
+_THREADS = 4
+_SMALL = 2**28  # bytes: so little is hashed in less than a second, each time
+# A file that is changed twice within a tick of its file system's clock keeps its date: so young a one isn't remembered.
+_YOUNG = 2.0  # seconds
+_SAMPLE = 4096  # bytes
+_SAMPLE_EVERY = 4 * 2**20  # bytes
+
+# By hub key: the file that holds the tensor, and where.
+Tensors = Mapping[str, tuple[str, TensorInfo]]
+
+
+def full_fingerprint(folder: Path, config: bytes, tensors: Tensors) -> str:
+    """ "full:…": SHA-256 over the bytes of config.json, and every tensor's key, dtype, shape and data.
+
+    File names, dates and the division into files don't count. Where every file has the size, date and inode that it had
+    when it was last hashed, the hash remembered in the user's cache folder is taken. Raises NibbleError where a file
+    can't be read.
+    """
+    total = sum(info.end - info.begin for _, info in tensors.values())
+    data = _hash_tensors(folder, tensors) if total < _SMALL else _remembered_hash(folder, tensors, total)
+    return _KIND + hashlib.sha256(config + b"\n" + data.encode()).hexdigest()
+
+
+def _remembered_hash(folder: Path, tensors: Tensors, total: int) -> str:
+    found = {name: (folder / name).stat() for name in sorted({name for name, _ in tensors.values()})}
+    # Which file holds which tensor belongs to it: of two copies the index says which one counts.
+    places = hashlib.sha256(repr(sorted((key, name) for key, (name, _) in tensors.items())).encode()).hexdigest()
+    state = [places, [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found.items()]]
+    name = str(folder.resolve())
+    path = _cache_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        record = json.loads(path.read_bytes())
+        if record["state"] == state:
+            return str(record["sha256"])
+    begun = time.monotonic()
+    with Bar("hashing the checkpoint, once") as bar:
+        data = _hash_tensors(folder, tensors, lambda done: bar.update(done, total))
+    log.info("%s: hashed %s in %.0f s, to know it by its content", folder, gib(total), time.monotonic() - begun)
+    if time.time() - max(stat.st_mtime for stat in found.values()) > _YOUNG:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps({"folder": name, "state": state, "sha256": data}).encode())
+        except (OSError, NibbleError) as error:
+            log.warning("%s will be hashed again the next time, as that can't be remembered: %s", folder, error)
+    return data
+
+
+def sampled_fingerprint(folder: Path, config: bytes, tensors: Tensors) -> str:
+    """ "sha256:…", as earlier versions made it: of each tensor's data 4 KiB out of every 4 MiB."""
+    digest = hashlib.sha256(config)
+    for key in sorted(tensors):
+        digest.update(_described(key, tensors[key][1]))
+    with contextlib.ExitStack() as opened:
+        files = {
+            name: opened.enter_context((folder / name).open("rb", 0)) for name in {name for name, _ in tensors.values()}
+        }
+        for key in sorted(tensors):
+            name, info = tensors[key]
+            for begin in range(info.begin, info.end, _SAMPLE_EVERY):
+                digest.update(os.pread(files[name].fileno(), min(_SAMPLE, info.end - begin), begin))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def is_sampled(fingerprint: str) -> bool:
+    return not fingerprint.startswith(_KIND)
+
+
+def _described(key: str, info: TensorInfo) -> bytes:
+    return f"\n{key} {info.dtype} {list(info.shape)}\n".encode()
+
+
+def _hash_tensors(folder: Path, tensors: Tensors, progress: Callable[[int], None] = lambda done: None) -> str:
+    """Tensor by tensor, some at a time in threads; SHA-256 over their descriptions and hashes in the order of keys."""
+    by_place = sorted(tensors, key=lambda key: (tensors[key][0], tensors[key][1].begin))
+    hashes: dict[str, bytes] = {}
+    done = 0
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda key: _hash_tensor(folder / tensors[key][0], tensors[key][1]), by_place)
+        for key, value in zip(by_place, found, strict=True):
+            hashes[key] = value
+            done += tensors[key][1].end - tensors[key][1].begin
+            progress(done)
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(_described(key, tensors[key][1]) + hashes[key])
+    return digest.hexdigest()
+
+
+def _hash_tensor(path: Path, info: TensorInfo) -> bytes:
+    digest, position = hashlib.sha256(), info.begin
+    try:
+        with path.open("rb", 0) as file:
+            while position < info.end:
+                part = os.pread(file.fileno(), min(_AT_ONCE, info.end - position), position)
+                if not part:
+                    raise OSError("it ends too early")
+                digest.update(part)
+                position += len(part)
+    except OSError as error:
+        raise NibbleError(f"{path} can't be read: {error.strerror or error}.") from error
+    return digest.digest()
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nibble" / "fingerprints"
