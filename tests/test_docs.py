@@ -161,7 +161,7 @@ def test_the_worked_example_is_the_code() -> None:
     text = (ROOT / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
     code = "".join((ROOT / "models" / name).read_text(encoding="utf-8") for name in ("glm4_moe.py", "registry.py"))
     quoted = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(quoted) > 5
+    assert len(quoted) >= 5
     for block in quoted:
         assert block in code, block
     for name in re.findall(r"`(check_\w+)`", text):
