@@ -29,22 +29,22 @@ from models.blocks.experts import LocalExperts, combine, count_choices
 
 
 @dataclass(frozen=True)
-class _Way:
+class _Routes:
     """How many rows go to each process of the group, and how many come from each."""
 
     sent: list[int]
     received: list[int]
     group: dist.ProcessGroup
 
-    def there(self, rows: Tensor) -> Tensor:
+    def dispatch(self, rows: Tensor) -> Tensor:
         """The rows of all processes that are for this one, in the order of their senders."""
-        return _travel(rows, self.sent, self.received, self.group)
+        return _all_to_all(rows, self.sent, self.received, self.group)
 
-    def back(self, rows: Tensor) -> Tensor:
-        return _travel(rows, self.received, self.sent, self.group)
+    def collect(self, rows: Tensor) -> Tensor:
+        return _all_to_all(rows, self.received, self.sent, self.group)
 
 
-def _travel(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     arrived = rows.new_empty(sum(received), rows.shape[1])
     dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
     return arrived
@@ -74,14 +74,14 @@ class ExpertExchange:
         dist.all_to_all_single(theirs, mine, group=self.group)
         counts = torch.stack((mine, theirs)).view(2, processes, -1).tolist()  # the wait for the device
         sent, received = ([sum(of_process) for of_process in side] for side in counts)
-        way = _Way(sent, received, self.group)
+        routes = _Routes(sent, received, self.group)
         rows = tuple(sum(of_expert) for of_expert in zip(*counts[1], strict=True))
 
         expert = torch.arange(len(rows), device=x.device).repeat(processes)
         expert = expert.repeat_interleave(theirs, output_size=sum(received))
-        arrived = _Send.apply(x, slots, choices, way)
-        arrived_weights = _Send.apply(weights.reshape(-1, 1), slots, 1, way)
-        return _Return.apply(compute(arrived, expert[:, None], arrived_weights, rows), slots, choices, way)
+        arrived = _Send.apply(x, slots, choices, routes)
+        arrived_weights = _Send.apply(weights.reshape(-1, 1), slots, 1, routes)
+        return _Return.apply(compute(arrived, expert[:, None], arrived_weights, rows), slots, choices, routes)
 
 
 # Two autograd functions, each the other's transpose. Nothing behind the experts is saved for the backward pass: under
@@ -93,28 +93,28 @@ class ExpertExchange:
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Tensor, choices: int, way: _Way) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slots: Tensor, choices: int, routes: _Routes) -> Tensor:
         """x [N, H], K = `choices` rows of each token: [n, H]."""
         ctx.save_for_backward(slots)
-        ctx.choices, ctx.way = choices, way
-        return way.there(x.index_select(0, slots // choices))
+        ctx.choices, ctx.routes = choices, routes
+        return routes.dispatch(x.index_select(0, slots // choices))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slots,) = ctx.saved_tensors
-        return _by_token(ctx.way.back(grads[0]), slots, ctx.choices), None, None, None
+        return _by_token(ctx.routes.collect(grads[0]), slots, ctx.choices), None, None, None
 
 
 class _Return(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, slots: Tensor, choices: int, way: _Way) -> Tensor:
+    def forward(ctx: Any, y: Tensor, slots: Tensor, choices: int, routes: _Routes) -> Tensor:
         """y [n, H]: [N, H], each token the sum of its K rows."""
-        ctx.slots, ctx.choices, ctx.way = slots, choices, way
-        return _by_token(way.back(y), slots, choices)
+        ctx.slots, ctx.choices, ctx.routes = slots, choices, routes
+        return _by_token(routes.collect(y), slots, choices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.way.there(grads[0].index_select(0, ctx.slots // ctx.choices)), None, None, None
+        return ctx.routes.dispatch(grads[0].index_select(0, ctx.slots // ctx.choices)), None, None, None
 
 
 def _by_token(rows: Tensor, slots: Tensor, choices: int) -> Tensor:

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+
+import pytest
 
 # The models of the tests are so small that threads cost more than they bring. Set before torch is first imported, and
 # in the environment, so that the commands which tests start have it too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def signals_heeded() -> Iterator[None]:
+    """Ctrl-C and a closed terminal do here, and in what a test starts, what they usually do. In the background of a
+    script, or under nohup, they are ignored.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -161,7 +161,7 @@ def test_the_worked_example_is_the_code() -> None:
     text = (ROOT / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
     code = "".join((ROOT / "models" / name).read_text(encoding="utf-8") for name in ("glm4_moe.py", "registry.py"))
     quoted = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(quoted) >= 5
+    assert len(quoted) > 4
     for block in quoted:
         assert block in code, block
     for name in re.findall(r"`(check_\w+)`", text):
@@ -177,14 +177,6 @@ def test_each_block_of_the_table_is_in_its_file() -> None:
         source = (ROOT / file).read_text(encoding="utf-8")
         for name in re.findall(r"`(\w+)`", names):
             assert re.search(rf"^(class|def) {name}\b", source, re.M), f"{name} is not in {file}"
-
-
-def test_the_map_of_models_names_every_file() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    section = text.split("## The files of models/\n")[1].split("\n## ")[0]
-    rows = "".join(line for line in section.splitlines() if line.startswith("|"))
-    files = {path.stem for path in (ROOT / "models").glob("*.py")} - {"__init__"}
-    assert set(re.findall(r"`(\w+)`", rows)) == files
 
 
 def test_every_target_of_the_makefile_is_explained() -> None:

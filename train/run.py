@@ -125,7 +125,7 @@ def _run(
         train.weight_decay,
         sizes={name: math.prod(part.shape) for name, part in shards.parts.items()},
     )
-    progress = restore(checkpoint, folder, shards, optimizer, total_steps, report, world)
+    progress = Progress(**restore(checkpoint, folder, shards, optimizer, total_steps, report, world))
 
     def draw() -> None:
         if world.first:
@@ -195,11 +195,11 @@ def _run(
 def save_result(config: Config, shards: Shards, source: ModelFolder, folder: RunFolder, world: World) -> Path:
     """Write the adapter in PEFT's format, or the whole model in the hub's; returns its folder."""
     shards.reshard()
-    model, whole, writes = shards.model, shards.whole, world.first
+    model, gather, writes = shards.model, shards.whole, world.first
     if config.adapter.kind == "none":
-        saved = export_hub(model, folder.model, source.path, overwrite=True, whole=whole, writes=writes)
+        saved = export_hub(model, folder.model, source.path, overwrite=True, gather=gather, writes=writes)
     else:
-        save_adapter(model, folder.adapter, source.name, whole=whole, writes=writes)
+        save_adapter(model, folder.adapter, source.name, gather=gather, writes=writes)
         saved = folder.adapter
     world.wait()
     return saved

@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from models.adapters.lora import Put, adapted, attach_lora, copy_whole
+from models.adapters.lora import Assign, adapted, assign_whole, attach_lora
 from models.adapters.peft_config import CONFIG, WEIGHTS, config_targets, describe, peft_config, read_config
 from models.adapters.targets import AdapterSpec, Target, module_name, resolve
 from models.blocks.linear import LoRA
-from models.checkpoint.export import Whole, as_it_is
+from models.checkpoint.export import Gather, local_value
 from models.checkpoint.keymap import Key, KeyMap, key_map_of
 from models.checkpoint.layout import Layout, Spelling, spellings
 from models.checkpoint.tensorfile import DTYPES, TensorInfo, TensorWriter, read_header
@@ -77,7 +77,7 @@ def save_adapter(
     base_model_name_or_path: str,
     *,
     names: Literal["checkpoint"] | Spelling = "checkpoint",
-    whole: Whole = as_it_is,
+    gather: Gather = local_value,
     writes: bool = True,
 ) -> None:
     """Write the LoRA of `model` to `directory` so that PEFT and `load_adapter` read it.
@@ -85,7 +85,7 @@ def save_adapter(
     base_model_name_or_path: hub id or folder of the base checkpoint, for PEFT to find it.
     names: `checkpoint` names matrices as the base checkpoint does. PEFT applies an adapter to the class whose names it
         has: `text` is for AutoModelForCausalLM, also of a vision-language checkpoint; `vision-language` for the whole.
-    whole, writes: where the model lies in parts on several processes, all of them call this: `whole` makes one tensor
+    gather, writes: where the model lies in parts on several processes, all of them call this: `gather` makes one tensor
         of the parts of a parameter, one at a time, and only the process that `writes` touches the disk.
     The tensors keep their dtype. The same adapter always gives the same bytes. A save that fails or is interrupted
     leaves the old adapter or, for a moment at the end, none; never a mixture. Raises NibbleError when the model has no
@@ -99,7 +99,7 @@ def save_adapter(
         raise NibbleError("this model has no adapter to save; add_lora or load_adapter gives it one.")
     prefixes = _tensor_names([key for key, _ in found])
     if not writes:
-        for _ in _file_tensors(found, prefixes, whole):
+        for _ in _file_tensors(found, prefixes, gather):
             pass
         return
     directory = Path(directory)
@@ -116,7 +116,7 @@ def save_adapter(
             tensors[f"{prefixes[key.native]}.lora_{letter}.weight"] = (shape, lora.A.dtype)
     writer = TensorWriter(directory / WEIGHTS, tensors)
     try:
-        for name, tensor in _file_tensors(found, prefixes, whole):
+        for name, tensor in _file_tensors(found, prefixes, gather):
             writer.write(name, tensor)
     except BaseException:
         writer.abandon()
@@ -128,10 +128,10 @@ def save_adapter(
 
 
 def _file_tensors(
-    found: Sequence[tuple[Key, LoRA]], prefixes: Mapping[str, str], whole: Whole
+    found: Sequence[tuple[Key, LoRA]], prefixes: Mapping[str, str], gather: Gather
 ) -> Iterator[tuple[str, Tensor]]:
     for key, lora in found:
-        a, b = whole(lora.A), whole(lora.B)
+        a, b = gather(lora.A), gather(lora.B)
         if b.ndim == 3:
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         yield f"{prefixes[key.native]}.lora_A.weight", a
@@ -175,7 +175,7 @@ def load_adapter(
     return adapter_spec(model)
 
 
-def read_adapter_weights(model: CausalLM, directory: str | Path, put: Put = copy_whole) -> None:
+def read_adapter_weights(model: CausalLM, directory: str | Path, assign: Assign = assign_whole) -> None:
     """Read the tensors of the adapter that `load_adapter` gave to `model`, once more: for a model that was on the meta
     device then. One tensor at a time is in memory.
     """
@@ -192,8 +192,8 @@ def read_adapter_weights(model: CausalLM, directory: str | Path, put: Put = copy
             if len(key.shape) == 3:
                 experts = key.shape[0]
                 a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-            put(lora.A, a)
-            put(lora.B, b)
+            assign(lora.A, a)
+            assign(lora.B, b)
 
 
 def adapter_spec(model: CausalLM) -> AdapterSpec:

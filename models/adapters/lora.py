@@ -18,11 +18,11 @@ from models.checkpoint.keymap import Key, KeyMap, key_map_of
 from models.decoder import CausalLM
 from quant.common.errors import NibbleError
 
-# Puts a whole tensor into a parameter of the model. Where the model lies in parts, it keeps the part that is here.
-Put = Callable[[Tensor, Tensor], None]
+# Assigns a whole tensor to a parameter of the model; where the model is sharded, the part of it that is here.
+Assign = Callable[[Tensor, Tensor], None]
 
 
-def copy_whole(parameter: Tensor, whole: Tensor) -> None:
+def assign_whole(parameter: Tensor, whole: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(whole)
 
@@ -41,12 +41,12 @@ def add_lora(model: CausalLM, spec: AdapterSpec, seed: int = 0) -> None:
         initialise_lora(model, seed)
 
 
-def initialise_lora(model: CausalLM, seed: int, put: Put = copy_whole) -> None:
+def initialise_lora(model: CausalLM, seed: int, assign: Assign = assign_whole) -> None:
     """The starting values of every LoRA of `model`, a matrix or stack at a time; see `add_lora`."""
     for key, lora in adapted(model):
         *experts, out_features, in_features = key.shape
-        put(lora.A, initial_a((*experts, lora.rank, in_features), module_name(key.native), seed))
-        put(lora.B, torch.zeros(*experts, out_features, lora.rank))
+        assign(lora.A, initial_a((*experts, lora.rank, in_features), module_name(key.native), seed))
+        assign(lora.B, torch.zeros(*experts, out_features, lora.rank))
 
 
 def initial_a(shape: tuple[int, ...], name: str, seed: int) -> Tensor:

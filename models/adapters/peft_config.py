@@ -21,7 +21,7 @@ from quant.common.errors import NibbleError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-Found = Sequence[tuple[Key, LoRA]]  # the adapted matrices of a model, in its order
+Adapted = Sequence[tuple[Key, LoRA]]  # the adapted matrices of a model, in its order
 
 
 # --- naming a set of matrices
@@ -102,7 +102,7 @@ def _leaf(name: str, key_map: KeyMap) -> str:
 # --- writing
 
 
-def peft_config(key_map: KeyMap, found: Found, base: str) -> dict[str, Any]:
+def peft_config(key_map: KeyMap, found: Adapted, base: str) -> dict[str, Any]:
     from peft import LoraConfig  # imports transformers: seconds, and only here
 
     layout = _layout(key_map, [key for key, _ in found])
@@ -125,7 +125,7 @@ def peft_config(key_map: KeyMap, found: Found, base: str) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
 
 
-def _pattern(found: Found, layout: _Layout, number: Callable[[LoRA], Any]) -> tuple[Any, dict[str, Any]]:
+def _pattern(found: Adapted, layout: _Layout, number: Callable[[LoRA], Any]) -> tuple[Any, dict[str, Any]]:
     """A number per matrix as PEFT has it: a default, and the exceptions by pattern."""
     # PEFT warns of patterns that fit no target *module* although it applies them to parameters all the same. With the
     # parameters' usual number as the default, most adapters have no such pattern.
@@ -152,7 +152,7 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def describe(key_map: KeyMap, found: Found) -> AdapterSpec:
+def describe(key_map: KeyMap, found: Adapted) -> AdapterSpec:
     """The spec that adapts these matrices, in the shortest terms that `resolve` understands."""
     layout = _layout(key_map, [key for key, _ in found])
     return AdapterSpec(

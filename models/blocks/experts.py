@@ -173,21 +173,21 @@ class Experts(nn.Module):
             lora = projection.lora
             a, b = (lora.A, lora.B) if lora is not None else (None, None)
             tensors += [a, b, trained(projection.weight)]
-        remembered = _Remember.apply(x, weights, *tensors, routing, self)
+        saved = _SaveForBackward.apply(x, weights, *tensors, routing, self)
         x, weights = x.detach(), weights.detach()
-        return _Compute.apply(remembered, lambda: _forward(self, x, weights, routing))
+        return _Compute.apply(saved, lambda: _forward(self, x, weights, routing))
 
     def chunk_size(self, device: torch.device) -> int:
         return self.experts_at_a_time or (1 if device.type == "cpu" else EXPERTS_AT_A_TIME)
 
 
-# The block is two autograd functions in a row. `_Remember` comes first and computes nothing: it saves what the
+# The block is two autograd functions in a row. `_SaveForBackward` comes first and computes nothing: it saves what the
 # backward pass needs, and its backward is the whole block's. `_Compute` comes second, computes the output and saves
 # nothing. Under activation checkpointing a layer's recomputation ends as soon as everything saved has been seen
 # again, so the experts, last in their layer, are not multiplied a second time only to reach their own backward.
 
 
-class _Remember(torch.autograd.Function):
+class _SaveForBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -219,7 +219,7 @@ class _Remember(torch.autograd.Function):
 class _Compute(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, remembered: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    def forward(ctx: Any, saved: Tensor, run: Callable[[], Tensor]) -> Tensor:
         return run()
 
     @staticmethod
@@ -244,7 +244,7 @@ class _Scratch:
         return self.storage.dense(experts, out=self.buffer[: experts.stop - experts.start])
 
 
-class _Adapted:
+class _LowRank:
     """A projection's LoRA on one chunk of experts: the low-rank path x Aᵀ, then Bᵀ, and its gradients."""
 
     def __init__(self, projection: ExpertWeights, chunk: Chunk, dtype: torch.dtype) -> None:
@@ -315,7 +315,7 @@ def _forward(module: Experts, x: Tensor, weights: Tensor, routing: Routing) -> T
     def project(rows: Tensor, projection: ExpertWeights, dense: _Scratch, chunk: Chunk) -> Tensor:
         y = grouped_linear(rows, dense(chunk.experts), chunk.groups)
         if projection.lora is not None:
-            lora = _Adapted(projection, chunk, dtype)
+            lora = _LowRank(projection, chunk, dtype)
             lora.add_output(lora.inner(rows), y)
         return y
 
@@ -340,7 +340,7 @@ class _Gradients:
         value = trained(projection.weight)
         self.value = torch.zeros_like(value) if needs_value and value is not None else None
 
-    def add(self, chunk: Chunk, dy: Tensor, rows: Tensor, lora: tuple[_Adapted, Tensor, Tensor] | None) -> None:
+    def add(self, chunk: Chunk, dy: Tensor, rows: Tensor, lora: tuple[_LowRank, Tensor, Tensor] | None) -> None:
         """dy [n, out] and rows [n, in] of a chunk; for LoRA its inner activation and that one's gradient, [n, R]."""
         if lora is not None:
             _, inner, d_inner = lora
@@ -380,7 +380,7 @@ def _backward(
         # Forward again, up to h.
         w_gate_up = dense_gate_up(chunk.experts)
         y = grouped_linear(rows, w_gate_up, chunk.groups)
-        gate_up_lora = _Adapted(gate_up, chunk, dtype) if gate_up.lora is not None else None
+        gate_up_lora = _LowRank(gate_up, chunk, dtype) if gate_up.lora is not None else None
         gate_up_inner = gate_up_lora.inner(rows) if gate_up_lora is not None else None
         if gate_up_lora is not None and gate_up_inner is not None:
             gate_up_lora.add_output(gate_up_inner, y)
@@ -390,7 +390,7 @@ def _backward(
         u = grouped_linear_input(d_out, dense_down(chunk.experts), chunk.groups)
         down_lora = None
         if down.lora is not None:
-            adapted = _Adapted(down, chunk, dtype)
+            adapted = _LowRank(down, chunk, dtype)
             d_inner = adapted.inner_gradient(d_out)
             adapted.add_input_gradient(d_inner, u)
             down_lora = (adapted, adapted.inner(hidden), d_inner.mul_(row_weights))

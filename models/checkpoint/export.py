@@ -29,10 +29,10 @@ from quant.storage import DenseStorage, Storage
 log = logging.getLogger("nibble")
 
 # Makes one tensor of a parameter that may lie in parts.
-Whole = Callable[[Tensor], Tensor]
+Gather = Callable[[Tensor], Tensor]
 
 
-def as_it_is(parameter: Tensor) -> Tensor:
+def local_value(parameter: Tensor) -> Tensor:
     return parameter.detach()
 
 
@@ -57,7 +57,7 @@ def export_hub(
     *,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
-    whole: Whole = as_it_is,
+    gather: Gather = local_value,
     writes: bool = True,
 ) -> Path:
     """Write `model`, whose storage is none, to `directory`: weights in shards, index, config, tokenizer.
@@ -69,7 +69,7 @@ def export_hub(
         converted from; where that is gone, a warning says what is left out. A copy of a tied head is not written.
     max_shard_bytes: a tensor larger than that gets a shard of its own.
     overwrite: replace a checkpoint that is there already.
-    whole, writes: as for `models.adapters.files.save_adapter`, where the model lies in parts on several processes.
+    gather, writes: as for `models.adapters.files.save_adapter`, where the model lies in parts on several processes.
 
     Everything is written in the model's dtype, except what the model keeps in float32 all the same (routers, their
     biases, Trinity's norms, DeltaNet's decay): that is float32, unless the source has it in the model's dtype and
@@ -90,7 +90,7 @@ def export_hub(
         )
     config = _config(source, model.dtype)
     if not writes:
-        _take_part(model, source, whole)
+        _take_part(model, source, gather)
         return directory
     if directory.exists() and not (overwrite and (directory / CONFIG).is_file()):
         raise NibbleError(f"{directory} exists already. Name a folder that doesn't.")
@@ -102,7 +102,7 @@ def export_hub(
         manifest = Manifest.load(source) if is_converted(source) else None
         with _origin(source, manifest) or contextlib.nullcontext() as origin:
             key_map = _layout(key_map_of(model), origin, manifest)
-            items = list(_items(model, key_map, origin, whole))
+            items = list(_items(model, key_map, origin, gather))
             if origin is not None:
                 items += _carried(key_map, origin)
             _write_shards(items, partial, max_shard_bytes)
@@ -117,19 +117,19 @@ def export_hub(
     return directory
 
 
-def _take_part(model: CausalLM, source: Path, whole: Whole) -> None:
+def _take_part(model: CausalLM, source: Path, gather: Gather) -> None:
     """What a process does while another one writes: give its parts, in the order in which they are written."""
     manifest = Manifest.load(source) if is_converted(source) else None
     with _origin(source, manifest) or contextlib.nullcontext() as origin:
         key_map = _layout(key_map_of(model), origin, manifest)
-        for item in list(_items(model, key_map, origin, whole)):
+        for item in list(_items(model, key_map, origin, gather)):
             item.read()
 
 
-def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None, whole: Whole) -> Iterator[_Item]:
+def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None, gather: Gather) -> Iterator[_Item]:
     """Hub tensors in the key map's order; stacks are split into experts and their parts where the hub has them so."""
     for key in key_map.keys:
-        value = _Once(_value(model, key), whole)
+        value = _Gathered(_value(model, key), gather)
         dtype = _written(key, value, model.dtype, origin)
         if not key.parts or key.fused:
             yield _Item(key.hub, key.shape, dtype, lambda value=value, dtype=dtype: value.take().to(dtype))  # type: ignore[misc]
@@ -140,7 +140,7 @@ def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None, whole
             for index, part in enumerate(key.parts):
 
                 def block(
-                    value: _Once = value, expert: int = expert, index: int = index, height: int = height,
+                    value: _Gathered = value, expert: int = expert, index: int = index, height: int = height,
                     last: tuple[int, int] = last,
                 ) -> Tensor:  # fmt: skip
                     stack = value.take() if (expert, index) == last else value.get()
@@ -149,16 +149,16 @@ def _items(model: CausalLM, key_map: KeyMap, origin: HubCheckpoint | None, whole
                 yield _Item(part.format(e=expert), (height, columns), dtype, block)
 
 
-class _Once:
-    """A parameter made whole when it is first asked for, for as long as it is needed."""
+class _Gathered:
+    """A parameter, gathered when it is first asked for and kept until its last use."""
 
-    def __init__(self, parameter: Tensor, whole: Whole) -> None:
-        self.parameter, self._whole = parameter, whole
+    def __init__(self, parameter: Tensor, gather: Gather) -> None:
+        self.parameter, self._gather = parameter, gather
         self._made: Tensor | None = None
 
     def get(self) -> Tensor:
         if self._made is None:
-            self._made = self._whole(self.parameter)
+            self._made = self._gather(self.parameter)
         return self._made
 
     def take(self) -> Tensor:
@@ -167,7 +167,7 @@ class _Once:
         return made
 
 
-def _written(key: Key, value: _Once, dtype: torch.dtype, origin: HubCheckpoint | None) -> torch.dtype:
+def _written(key: Key, value: _Gathered, dtype: torch.dtype, origin: HubCheckpoint | None) -> torch.dtype:
     """The dtype to write a tensor in: see `export_hub` for those that are float32 in a model of another dtype."""
     has = value.parameter.dtype
     if has == dtype:

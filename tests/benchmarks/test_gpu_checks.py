@@ -32,7 +32,8 @@ from models.blocks.documents import Documents
 from models.blocks.router import Router
 from models.decoder import CausalLM
 from models.registry import ARCHITECTURES
-from quant.storage import Storage, StorageSpec, new_storage
+from quant.kinds import new_storage
+from quant.storage import Storage, StorageSpec
 from tests.helpers import relative_error
 
 CPU = torch.device("cpu")

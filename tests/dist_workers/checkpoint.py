@@ -19,7 +19,7 @@ from parallel.parts import Part, bounds
 from parallel.world import World
 from quant.common.errors import NibbleError
 from train.optim import NonFiniteError, OptimizerState, build_optimizer, clip_gradients, optimizer_state
-from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint, save_checkpoint
+from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from train.state.saver import CheckpointSaver
 
 # Name: shape and the dimension that is cut. Above and below the 4096 values from which 8-bit states are kept.
@@ -66,10 +66,10 @@ class Run:
     def state(self) -> OptimizerState:
         return optimizer_state(self.optimizer, self.parts)
 
-    def save(self, directory: str, step: int, world: World, **more: Any) -> Path:
-        state = {"fingerprint": {}, "from": world.rank}
-        arguments = Path(directory), step, self.parameters, self.state(), state, 2
-        return save_checkpoint(*arguments, world=world, parts=self.parts, **more)
+    def save(self, directory: str, step: int, world: World) -> Path:
+        saver = CheckpointSaver(Path(directory), 2, world=world)
+        saver.save(step, self.parameters, self.state(), {"fingerprint": {}, "from": world.rank}, self.parts)
+        return Path(directory, f"step-{step:06d}")
 
     def load(self, checkpoint: Checkpoint) -> Run:
         checkpoint.load_tensors(self.parameters.items(), self.parts)

@@ -151,9 +151,9 @@ def saved_steps(
 
 def save_result(shards: Shards, folder: Path, case: dict[str, Any], world: World) -> None:
     if case.get("adapter", {}).get("kind") == "none":
-        export_hub(shards.model, folder, case["model"]["path"], whole=shards.whole, writes=world.first)
+        export_hub(shards.model, folder, case["model"]["path"], gather=shards.whole, writes=world.first)
     else:
-        save_adapter(shards.model, folder, "base", whole=shards.whole, writes=world.first)
+        save_adapter(shards.model, folder, "base", gather=shards.whole, writes=world.first)
     world.wait()
 
 

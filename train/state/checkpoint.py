@@ -71,57 +71,14 @@ def to_stderr(message: str) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint is written from. The tensors are this process's; `cuts` says which of them are parts."""
+    """What a checkpoint is written from. The tensors are this process's; the cuts say which of them are parts."""
 
     step: int
     weights: Mapping[str, Tensor]
+    cuts: Mapping[str, Cut]
     optimizer: Mapping[str, Tensor]
-    cuts: Mapping[str, Cut]  # of the weights
     optimizer_cuts: Mapping[str, Cut]
     text: bytes  # state.json
-
-
-def take_snapshot(
-    step: int,
-    tensors: Mapping[str, Tensor],
-    optimizer: OptimizerState,
-    state: dict[str, Any],
-    parts: Mapping[str, Part] | None = None,
-) -> Snapshot:
-    """The state of this moment; the tensors are not copied."""
-    values = {"step": step, "run": state, "optimizer": optimizer.values}
-    text = json.dumps(values, indent=1).encode()
-    return Snapshot(step, tensors, optimizer.tensors, parts or {}, optimizer.cuts, text)
-
-
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    optimizer: OptimizerState,
-    state: dict[str, Any],
-    keep: int,
-    report: Callable[[str], None] = to_stderr,
-    *,
-    world: World | None = None,
-    parts: Mapping[str, Part] | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Write the checkpoint of `step` into `directory` and delete all but the newest `keep`; returns its folder.
-
-    `tensors` are the trained ones by name, in any dtype and on any device. `state` is whatever the run needs to go on,
-    as JSON types; "fingerprint" in it is what `require_same_config` compares. Checkpoints of later steps, left by a run
-    that was taken up again from an earlier one, are deleted. `report` is told of old checkpoints that couldn't be
-    deleted. Extra memory: `parallel.checkpoint.save_parts`.
-
-    On several processes all call it, for a directory that all of them see. `tensors` are then what each holds: of
-    those named in `parts` a part, of the others the whole. All else is saved as the first process has it.
-
-    Raises NibbleError naming the path when the disk is full or not writable, on all processes when on one; earlier
-    checkpoints are then as before.
-    """
-    snapshot = take_snapshot(step, tensors, optimizer, state, parts)
-    return write_snapshot(directory, snapshot, keep, report, world or World(), group)
 
 
 def write_snapshot(
@@ -132,20 +89,19 @@ def write_snapshot(
     world: World,
     group: dist.ProcessGroup | None,
 ) -> Path:
-    """`save_checkpoint` of a state that was taken before."""
-    directory = Path(directory)
+    """The work of `train.state.saver.CheckpointSaver.save`, on all processes of `group`; returns the folder."""
     final = directory / f"step-{snapshot.step:06d}"
     partial = directory / f"{PARTIAL}{final.name}"
     try:
-        with _same_error(final, world, group):
+        with _same_error(final, group):
             if world.first:
                 directory.mkdir(parents=True, exist_ok=True)
                 tidy(directory)
                 partial.mkdir()
-        with _same_error(final, world, group):
+        with _same_error(final, group):
             written = _write_tensors(partial, snapshot, group)
-        everything = _texts(json.dumps(written), world, group)
-        with _same_error(final, world, group):
+        everything = gather_texts(json.dumps(written), group)
+        with _same_error(final, group):
             if world.first:
                 write_atomically(partial / STATE, snapshot.text)
                 files = {name: entry for text in everything for name, entry in json.loads(text).items()}
@@ -166,7 +122,7 @@ def write_snapshot(
 
 
 @contextlib.contextmanager
-def _same_error(path: Path, world: World, group: dist.ProcessGroup | None) -> Iterator[None]:
+def _same_error(path: Path, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """A NibbleError, or an OSError concerning `path`, in here on one process is a NibbleError on all of them."""
     message, cause = "", None
     try:
@@ -174,13 +130,9 @@ def _same_error(path: Path, world: World, group: dist.ProcessGroup | None) -> It
     except (OSError, NibbleError) as error:
         cause = error
         message = str(disk_error(error, Path(error.filename or path)) if isinstance(error, OSError) else error)
-    for said in _texts(message, world, group):
+    for said in gather_texts(message, group):
         if said:
             raise NibbleError(said) from cause
-
-
-def _texts(text: str, world: World, group: dist.ProcessGroup | None = None) -> list[str]:
-    return [text] if world.size == 1 else gather_texts(text, group)
 
 
 def _write_tensors(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -306,11 +258,11 @@ def latest_checkpoint(
     """
     directory, world = Path(directory), world or World()
     found: list[str] = []
-    with _same_error(directory, world, None):
+    with _same_error(directory):
         if world.first:
             recover(directory)
             found = [path.name for path in folders(directory)]
-    found = json.loads(_texts(json.dumps(found), world)[0])
+    found = json.loads(gather_texts(json.dumps(found))[0])
     unusable: list[str] = []
     for name in found:
         try:
@@ -337,9 +289,9 @@ def read_checkpoint(path: Path, world: World | None = None) -> Checkpoint:
     Raises NibbleError when it isn't a checkpoint, UnusableCheckpointError when it is damaged or of another format.
     """
     path, world = Path(path), world or World()
-    with _same_error(path, world, None):
+    with _same_error(path):
         _require_checkpoint(path)
-    found = _texts(problem(path, hashes=True, share=(world.rank, world.size)) or "", world)
+    found = gather_texts(problem(path, hashes=True, share=(world.rank, world.size)) or "")
     wrong = next((text for text in found if text), None)
     if wrong is not None:
         raise UnusableCheckpointError(f"{path} can't be used: {wrong}.\nContinue from another one, or {_START_ANEW}.")

@@ -20,7 +20,6 @@ from quant.common.errors import NibbleError
 from quant.common.words import counted
 from train.config.load import Config
 from train.data.load import Data
-from train.loop import Progress
 from train.model import trained_tensors
 from train.output.report import Report
 from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
@@ -149,10 +148,13 @@ def restore(
     total_steps: int,
     report: Report,
     world: World = ALONE,
-) -> Progress:
-    """Put everything back to where the checkpoint was taken, so that the run goes on as if it had not stopped."""
+) -> dict[str, Any]:
+    """Put everything back to where the checkpoint was taken, so that the run goes on as if it had not stopped.
+
+    Returns how far the run had come (the fields of train.loop.Progress); empty without a checkpoint.
+    """
     if checkpoint is None:
-        return Progress()
+        return {}
     checkpoint.load_tensors(trained_tensors(shards).items(), shards.parts)
     anew = checkpoint.load_optimizer(optimizer, shards.parts)
     elsewhere = checkpoint.path.parent.parent / folder.metrics.name
@@ -164,4 +166,5 @@ def restore(
             f"the 8-bit optimiser state of {counted(len(anew), 'tensor')} starts anew: here it is cut into other parts "
             "than in the checkpoint, and blocks of 8-bit values can't be cut again"
         )
-    return Progress(**checkpoint.state["progress"])
+    progress: dict[str, Any] = checkpoint.state["progress"]
+    return progress

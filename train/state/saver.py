@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from parallel.parts import Part
 from parallel.texts import gather_texts
 from parallel.world import NO_LIMIT, World
 from train.optim import OptimizerState
-from train.state.checkpoint import take_snapshot, to_stderr, write_snapshot
+from train.state.checkpoint import Snapshot, to_stderr, write_snapshot
 
 _LAST_CHANCE = 10.0  # seconds that a checkpoint has to get ready when the run ends with an error
 
@@ -51,7 +51,7 @@ class CheckpointSaver:
     def __enter__(self) -> CheckpointSaver:
         if self._asynchronous:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        if self._world.size > 1:
+        if dist.is_initialized():
             # Its messages must not mix with those of the training, nor its time be limited: disks differ.
             self._group = dist.new_group(backend="gloo", timeout=NO_LIMIT)
         return self
@@ -79,11 +79,25 @@ class CheckpointSaver:
         state: dict[str, Any],
         parts: Mapping[str, Part] | None = None,
     ) -> None:
-        """`train.state.checkpoint.save_checkpoint` of this moment, after the one before is finished."""
+        """Write the checkpoint of `step`, after the one before is finished, and delete all but the newest.
+
+        `tensors` are the trained ones by name, in any dtype and on any device. `state` is whatever the run needs to go
+        on, as JSON types; "fingerprint" in it is what `Checkpoint.require_same_config` compares. Checkpoints of later
+        steps, left by a run that was taken up again from an earlier one, are deleted. Extra memory: that of
+        `parallel.checkpoint.save_parts`.
+
+        On several processes all call it, for a directory that all of them see. `tensors` are then what each holds: of
+        those named in `parts` a part, of the others the whole. All else is saved as the first process has it.
+
+        Raises NibbleError naming the path when the disk is full or not writable, on all processes when on one; earlier
+        checkpoints are then as before.
+        """
         self.wait()
-        snapshot = take_snapshot(step, tensors, optimizer, state, parts)
+        text = json.dumps({"step": step, "run": state, "optimizer": optimizer.values}, indent=1).encode()
+        weights, moments = tensors, optimizer.tensors
         if self._thread is not None:
-            snapshot = replace(snapshot, weights=_copies(snapshot.weights), optimizer=_copies(snapshot.optimizer))
+            weights, moments = _copies(weights), _copies(moments)
+        snapshot = Snapshot(step, weights, parts or {}, moments, optimizer.cuts, text)
         arguments = (self._directory, snapshot, self._keep, self._report, self._world, self._group)
         if self._thread is None:
             write_snapshot(*arguments)

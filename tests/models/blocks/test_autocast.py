@@ -126,7 +126,7 @@ def test_every_autograd_function_is_among_them() -> None:
         for path in (ROOT / package).rglob("*.py"):
             found.update(re.findall(r"class (\w+)\(torch\.autograd\.Function\)", path.read_text()))
     assert found == {
-        *("_LoRALinear", "_Remember", "_Compute", "_WideRMSNorm", "_Chunked", "_ShortConvolution"),
+        *("_LoRALinear", "_SaveForBackward", "_Compute", "_WideRMSNorm", "_Chunked", "_ShortConvolution"),
         *("_SelectedAttention", "_LinearCrossEntropy", "_Send", "_Return"),
     }
 

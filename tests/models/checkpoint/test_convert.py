@@ -339,6 +339,7 @@ def test_killed_conversion_goes_on_and_gives_the_same_bytes(hub: Path, tmp_path:
     assert contents(target) == contents(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("signals_heeded")
 def test_ctrl_c_says_how_to_go_on(
     hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

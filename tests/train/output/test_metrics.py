@@ -291,6 +291,7 @@ def test_table_aligns_its_columns() -> None:
     assert table(rows, right=[1]) == "  group      size\n  experts   1,024\n  head          8"
 
 
+@pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_asks_and_the_second_interrupts(
     first: signal.Signals, capfd: pytest.CaptureFixture[str]

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from train.state.checkpoint import (
     UnusableCheckpointError,
     latest_checkpoint,
     read_checkpoint,
-    save_checkpoint,
 )
+from train.state.saver import CheckpointSaver
 
 START_ANEW = "start anew in another output.dir"
 
@@ -41,6 +42,13 @@ def tensors_of(step: int) -> dict[str, Tensor]:
 def save(directory: Path, step: int, keep: int = 2, **state: Any) -> Path:
     optimizer = OptimizerState({"step.layers.0.A": torch.tensor(float(step))}, {"kind": "test", "steps": {}})
     return save_checkpoint(directory, step, tensors_of(step), optimizer, {"step": step, **state}, keep)
+
+
+def save_checkpoint(
+    directory: Path, step: int, tensors: Mapping[str, Tensor], optimizer: OptimizerState, state: Any, keep: int
+) -> Path:
+    CheckpointSaver(directory, keep).save(step, tensors, optimizer, state)
+    return directory / f"step-{step:06d}"
 
 
 def parameters_like(tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -234,14 +242,15 @@ KILLS = """
 import itertools, os, resource, shutil, signal, sys
 from pathlib import Path
 import torch
-from train.state.checkpoint import latest_checkpoint, save_checkpoint
 from train.optim import OptimizerState
+from train.state.checkpoint import latest_checkpoint
+from train.state.saver import CheckpointSaver
 
 root = Path(sys.argv[1])
 
 def save(directory, step, value):
     optimizer = OptimizerState({"a.b": torch.full((50,), float(value))}, {})
-    save_checkpoint(directory, step, {"big": torch.full((9000,), float(value))}, optimizer, {"value": value}, keep=1)
+    CheckpointSaver(directory, 1).save(step, {"big": torch.full((9000,), float(value))}, optimizer, {"value": value})
 
 def die_at(k):
     seen = itertools.count()

@@ -116,6 +116,7 @@ def test_a_run_whose_reader_died_goes_on_to_its_end(world: World, tmp_path: Path
     assert "Traceback" not in log
 
 
+@pytest.mark.usefixtures("signals_heeded")
 def test_a_closed_terminal_stops_as_sigterm_does(world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
     hang_up = "os.kill(os.getpid(), signal.SIGHUP)"
@@ -125,6 +126,7 @@ def test_a_closed_terminal_stops_as_sigterm_does(world: World, tmp_path: Path) -
     assert (out / "checkpoints" / "step-000002").is_dir()
 
 
+@pytest.mark.usefixtures("signals_heeded")
 def test_a_second_interrupt_stops_at_once(world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
     interrupts = "signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)"
@@ -136,6 +138,7 @@ def test_a_second_interrupt_stops_at_once(world: World, tmp_path: Path) -> None:
     assert not (out / "checkpoints").exists()
 
 
+@pytest.mark.usefixtures("signals_heeded")
 def test_a_signal_during_the_first_evaluation_loses_nothing(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
