@@ -11,6 +11,7 @@ TINY_glm4_moe_lite := glm47_tiny
 TINY_glm_moe_dsa := glm5_tiny
 TINY_qwen3_5_moe := qwen35_tiny
 TINY_qwen3_5_moe_text := qwen35_text_tiny
+TINY_qwen3_moe := qwen3_tiny
 ARCHS := $(sort $(patsubst TINY_%,%,$(filter TINY_%,$(.VARIABLES))))
 TINY = $(or $(TINY_$(ARCH)),$(error ARCH=$(ARCH) is no architecture of the demo. Choose one of: $(ARCHS)))
 DEMO = $(if $(TINY),outputs/demo$(patsubst %,-%,$(filter-out glm4_moe_lite,$(ARCH))))

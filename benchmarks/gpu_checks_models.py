@@ -70,6 +70,7 @@ TINY: dict[str, dict[str, Any]] = {
         "mup_enabled": True,
         "route_scale": 2.8,
     },
+    "qwen3_moe": {**_COMMON, "num_experts": 24, "head_dim": 128, "norm_topk_prob": True, "mlp_only_layers": [0]},
     "qwen3_5_moe_text": {
         **_COMMON,
         "num_experts": 24,

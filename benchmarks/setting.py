@@ -145,6 +145,22 @@ SETTINGS: dict[str, Setting] = {
         _PROJECTIONS,
         ("lm_head", "router.gate"),
     ),
+    "qwen3_moe": Setting(
+        _COMMON
+        | {
+            "model_type": "qwen3_moe",
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "intermediate_size": 2048,
+            "mlp_only_layers": [0],  # a dense layer, as the others have
+            "num_experts": 32,
+            "norm_topk_prob": True,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-6,
+        },
+        _TINY | {"intermediate_size": 256, "num_experts": 8, "head_dim": 32},
+        _PROJECTIONS,
+    ),
     "qwen3_5_moe_text": Setting(
         _COMMON
         | {

@@ -24,7 +24,7 @@ from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
 from models.blocks.moe import SharedExpertsMoE
 from models.blocks.norm import RMSNorm
-from models.blocks.router import RoutingRule
+from models.blocks.router import RoutingRule, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm, Run
 from quant.common.errors import NibbleError
 
@@ -63,11 +63,7 @@ class AfmoeConfig:
         _refuse_other_routing(config, where)
         hidden, heads = integer(config, "hidden_size", 2048, where), integer(config, "num_attention_heads", 16, where)
         head_dim, bias = integer(config, "head_dim", 128, where), flag(config, "attention_bias", False, where)
-        experts, chosen = integer(config, "num_experts", 64, where), integer(config, "num_experts_per_tok", 6, where)
-        if chosen > experts:
-            raise NibbleError(
-                f"{where}: num_experts_per_tok is {chosen}, but num_experts is {experts}; choose at most that many."
-            )
+        experts, chosen = expert_counts(config, 64, 6, where)
         return AfmoeConfig(
             vocabulary=integer(config, "vocab_size", 200192, where),
             hidden=hidden,

@@ -215,11 +215,15 @@ def _copy(tensors: dict[str, Tensor], name: str, value: Tensor, row: int | None)
 
 def allocate(model: CausalLM, device: torch.device | str) -> None:
     """Replace a model's meta tensors by uninitialised ones on `device`, one by one, keeping tied ones tied."""
+
+    def empty(tensor: Tensor) -> Tensor:  # not empty_like, which of a meta tensor brings sympy: 0.7 s
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                made[id(parameter)] = nn.Parameter(empty(parameter), requires_grad=False)
             setattr(module, name, made[id(parameter)])
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty_like(buffer, device=device))
+            setattr(module, name, empty(buffer))

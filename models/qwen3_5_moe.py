@@ -33,7 +33,7 @@ from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.mlp import SwiGLU
 from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
-from models.blocks.router import SoftmaxRouter
+from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm
 from quant.common.errors import NibbleError
 
@@ -99,11 +99,7 @@ class Qwen3_5MoeConfig:
         hidden, eps = integer(config, "hidden_size", 2048, where), number(config, "rms_norm_eps", 1e-6, where)
         heads, head_dim = integer(config, "num_attention_heads", 16, where), integer(config, "head_dim", 256, where)
         bias = flag(config, "attention_bias", False, where)
-        experts, chosen = integer(config, "num_experts", 256, where), integer(config, "num_experts_per_tok", 8, where)
-        if chosen > experts:
-            raise NibbleError(
-                f"{where}: num_experts_per_tok is {chosen}, but num_experts is {experts}; choose at most that many."
-            )
+        experts, chosen = expert_counts(config, 256, 8, where)
         return Qwen3_5MoeConfig(
             vision_language=vision_language,
             vocabulary=integer(config, "vocab_size", 248320, where),

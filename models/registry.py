@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from models import afmoe, glm4_moe, glm4_moe_lite, glm_moe_dsa, qwen3_5_moe
+from models import afmoe, glm4_moe, glm4_moe_lite, glm_moe_dsa, qwen3_5_moe, qwen3_moe
 from models.blocks.factory import Factory
 from models.decoder import CausalLM
 from quant.common.errors import NibbleError
@@ -39,6 +39,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("glm_moe_dsa", glm_moe_dsa.GlmMoeDsaConfig.parse, glm_moe_dsa.build),
         Architecture("glm4_moe", glm4_moe.Glm4MoeConfig.parse, glm4_moe.build),
         Architecture("afmoe", afmoe.AfmoeConfig.parse, afmoe.build),
+        Architecture("qwen3_moe", qwen3_moe.Qwen3MoeConfig.parse, qwen3_moe.build),
         Architecture("qwen3_5_moe", qwen3_5_moe.Qwen3_5MoeConfig.parse_vision_language, qwen3_5_moe.build),
         Architecture("qwen3_5_moe_text", qwen3_5_moe.Qwen3_5MoeConfig.parse_text, qwen3_5_moe.build),
     )

@@ -10,15 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.tiny import save_tiny
+from tests.tiny import TINY, save_tiny
 
 # The same tensors in several forms are several entries. "vision-language" has model_type qwen3_5_moe.
 FORMS = (
-    "glm4_moe_lite",
-    "glm4_moe",
-    "glm_moe_dsa",
-    "afmoe",
-    "qwen3_5_moe_text",
+    *(model_type for model_type in TINY if model_type != "qwen3_5_moe"),
+    "qwen3_moe, fused",  # as transformers has it in memory
     "vision-language",  # as the hub has it: fused experts, a vision tower, layers for multi-token prediction
     "vision-language, per expert",  # as transformers saves a model that was not read from fused experts
     "text out of vision-language",  # as transformers saves the text model that it has read from the above
@@ -35,7 +32,7 @@ def save_form(folder: Path, form: str, dtype: torch.dtype = torch.float32, **cha
 
     dtype: of the tensors in the file; the reference has the same values. changes: to the config of the text model.
     """
-    model_type = "qwen3_5_moe" if "vision-language" in form else form
+    model_type = "qwen3_5_moe" if "vision-language" in form else form.removesuffix(", fused")
     reference = save_tiny(folder, model_type, **changes)
     reference.load_state_dict({name: value.to(dtype) for name, value in reference.state_dict().items()})
     reference.save_pretrained(folder)
@@ -45,7 +42,8 @@ def save_form(folder: Path, form: str, dtype: torch.dtype = torch.float32, **cha
         reference = AutoModelForCausalLM.from_pretrained(folder)
         reference.save_pretrained(folder)
     tensors = {name: value.to(dtype) for name, value in tensors_in(folder).items()} | predicting(form)
-    save_file(fused(tensors) if form == "vision-language" else tensors, folder / "model.safetensors", {"format": "pt"})
+    stacked = form == "vision-language" or form.endswith(", fused")
+    save_file(fused(tensors) if stacked else tensors, folder / "model.safetensors", {"format": "pt"})
     if dtype != torch.float32:
         config = (folder / "config.json").read_text()
         (folder / "config.json").write_text(config.replace("float32", str(dtype).removeprefix("torch.")))

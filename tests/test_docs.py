@@ -28,7 +28,7 @@ TEXTS = [
     *sorted(ROOT.glob("benchmarks/*.md")),
 ]
 # Slow to import, so they are imported in the function that needs them.
-SLOW = {"bitsandbytes", "fla", "peft", "matplotlib", "tensorboard", "pyarrow", "huggingface_hub"}
+SLOW = {"bitsandbytes", "fla", "matplotlib", "tensorboard", "pyarrow", "huggingface_hub"}
 # Tests are lists of cases, so theirs may be longer.
 MOST_LINES, MOST_TEST_LINES = 450, 700
 
@@ -66,7 +66,7 @@ def test_imports_only_go_down(path: Path) -> None:
         for name in imported(node):
             top = name.split(".")[0]
             assert top not in above, f"{name_of(path)}:{getattr(node, 'lineno', 0)} imports {name}, a floor above it"
-            assert top not in ("transformers", "tests", "benchmarks"), f"{name_of(path)} imports {name}"
+            assert top not in ("transformers", "peft", "tests", "benchmarks"), f"{name_of(path)} imports {name}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

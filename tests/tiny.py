@@ -60,6 +60,15 @@ TINY: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "mup_enabled": True,
     },
+    "qwen3_moe": {
+        **_COMMON,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
     "qwen3_5_moe_text": {**_COMMON, **_QWEN},
     "qwen3_5_moe": {**_COMMON, **_QWEN},
 }
@@ -75,20 +84,26 @@ _VISION = {
 _OUTER = ("tie_word_embeddings",)  # keys of a vision-language config that stand outside its text_config
 
 
-def _reference(model_type: str, settings: dict[str, Any]) -> Any:
+def classes_of(model_type: str) -> tuple[Any, Any]:
+    """transformers' config and model."""
     import transformers as tf
 
-    if model_type == "qwen3_5_moe":
-        outer = {key: settings[key] for key in _OUTER if key in settings}
-        config = tf.Qwen3_5MoeConfig(text_config=settings, vision_config=_VISION, **outer)
-        return tf.Qwen3_5MoeForConditionalGeneration(config)
-    config_class, model_class = {
+    return {
         "glm4_moe_lite": (tf.Glm4MoeLiteConfig, tf.Glm4MoeLiteForCausalLM),
         "glm4_moe": (tf.Glm4MoeConfig, tf.Glm4MoeForCausalLM),
         "glm_moe_dsa": (tf.GlmMoeDsaConfig, tf.GlmMoeDsaForCausalLM),
         "afmoe": (tf.AfmoeConfig, tf.AfmoeForCausalLM),
+        "qwen3_moe": (tf.Qwen3MoeConfig, tf.Qwen3MoeForCausalLM),
         "qwen3_5_moe_text": (tf.Qwen3_5MoeTextConfig, tf.Qwen3_5MoeForCausalLM),
+        "qwen3_5_moe": (tf.Qwen3_5MoeConfig, tf.Qwen3_5MoeForConditionalGeneration),
     }[model_type]
+
+
+def _reference(model_type: str, settings: dict[str, Any]) -> Any:
+    config_class, model_class = classes_of(model_type)
+    if model_type == "qwen3_5_moe":
+        outer = {key: settings[key] for key in _OUTER if key in settings}
+        settings = {"text_config": settings, "vision_config": _VISION, **outer}
     return model_class(config_class(**settings))
 
 

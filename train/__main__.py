@@ -132,6 +132,9 @@ def print_error(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
+    # A run needs nothing of torch.compile. bitsandbytes marks fallbacks of its kernels for it when it is imported,
+    # which without this setting loads torch's compiler: 2 seconds.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
         code = main()
     finally:

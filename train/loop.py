@@ -1,4 +1,4 @@
-"""The training loop: steps, and between them evaluations, checkpoints and what is to be said about it."""
+"""The training loop: steps, and between them evaluations, checkpoints and log lines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch.optim import Optimizer
@@ -27,7 +28,7 @@ from train.signals import StopOnSignal
 
 @dataclass
 class Progress:
-    """How far a run has come, over all its sessions; a part of every checkpoint.
+    """Totals of a run over all its sessions, kept in every checkpoint.
 
     tokens: trained on, without padding. labelled_tokens: those of them that carried loss. seconds: spent in steps.
     """
@@ -64,8 +65,8 @@ def training_step(
 ) -> StepResult:
     """One optimiser step over all its micro-batches; `step` is for messages. The learning rate is the optimiser's.
 
-    On several processes each has its own micro-batches, equally many; what is returned is of all of them. Alone, a
-    micro-batch without a label has no gradient and is passed over, unless `model.balance` counts its tokens.
+    On several processes each has its own micro-batches, equally many; the result is that of all of them. A single
+    process skips a micro-batch without a label, which has no gradient, unless `model.balance` counts its tokens.
 
     Raises NonFiniteError for a loss or gradient that is infinite or not a number, before any weight has changed.
     """
@@ -79,17 +80,17 @@ def training_step(
     if balance is not None:
         balance.begin_step()
     for number, batch in enumerate(batches, start=1):
-        # Weights in parts are gathered by all processes together: none of them can leave a pass out.
+        # Gathering a sharded model is collective, so every process runs every pass.
         if balance is None and batch.labelled == 0 and shards.meshes is None:
             continue
-        # Every token weighs the same, in whichever micro-batch it lies: one denominator for the whole step.
+        # One denominator for the whole step, so that every labelled token has the same weight.
         part = batch_loss(model, batch.to(device), denominator=labelled)
         loss += part.detach()
         extra = balance.collect(batch.real_tokens / tokens) if balance is not None else None
         shards.before_pass(last=number == len(batches))
         (part if extra is None else part + extra).backward()
     shards.take_gradients()
-    mean = world.sum(loss).item()  # only now, when the device has been given the whole backward pass
+    mean = world.sum(loss).item()  # waits for the device, so not before the whole backward pass is queued
     check_loss(mean, step)
     grad_norm = clip_gradients(
         shards.parameters, max_grad_norm, step, total=shards.sum_of_parts, replicated=shards.replicated
@@ -101,7 +102,7 @@ def training_step(
 
 @dataclass
 class Loop:
-    """Everything that the steps of a run work with. `run` is the loop itself."""
+    """The objects of a run's training loop, and the loop: `run`."""
 
     settings: TrainConfig
     shards: Shards
@@ -110,30 +111,30 @@ class Loop:
     held_out: EvalBatches | None
     total_steps: int
     device: torch.device
-    metrics: MetricsLog | None  # of the first process
+    metrics: MetricsLog | None  # only on the first process
     report: Report
     stop: StopOnSignal
-    save: Callable[[], None]  # writes a checkpoint of all this
-    last_checkpoint: Callable[[], str]  # for messages
+    save: Callable[[], None]  # writes a checkpoint
+    last_checkpoint: Callable[[], str]  # a sentence for error messages
     progress: Progress = field(default_factory=Progress)
     world: World = ALONE
     clock: Callable[[], float] = time.monotonic  # seconds, for train.save_minutes
 
     def run(self) -> bool:
-        """Train to the last step and evaluate; False when a signal asked to stop. Either way everything is saved."""
+        """Train to the last step and evaluate; False when stopped by a signal. Either way a checkpoint is written."""
         progress, saved = self.progress, self.progress.step if self.progress.step else None
         window, saved_at = _Window(), self.clock()
         model = self.shards.model
         model.train()
         model.activation_checkpointing = self.settings.activation_checkpointing
         while progress.step < self.total_steps:
-            # Evaluating before a step rather than after one makes a resumed run catch up on what a kill cut off.
+            # Before a step rather than after one, so that a resumed run makes up for an evaluation that was killed.
             if self._evaluation_due():
                 self._evaluate()
             if self._stopping():
                 break
-            result, rate, late = self._step(window, saved_at)
-            self._log(result, rate, window)
+            rate, late = self._step(window, saved_at)
+            self._log(rate, window)
             if late or (self.settings.save_every and progress.step % self.settings.save_every == 0):
                 self._save()
                 saved, saved_at = progress.step, self.clock()
@@ -145,11 +146,11 @@ class Loop:
         return progress.step == self.total_steps and not self._stopping()
 
     def _stopping(self) -> bool:
-        """Whether a signal has reached any of the processes: they stop after the same step."""
+        """Whether a signal has reached any process; all of them then stop after the same step."""
         return bool(self.world.max(torch.tensor([int(self.stop.requested)])))
 
-    def _step(self, window: _Window, saved_at: float) -> tuple[StepResult, float, bool]:
-        """A step, its learning rate, and whether it is time for a checkpoint by the first process's clock."""
+    def _step(self, window: _Window, saved_at: float) -> tuple[float, bool]:
+        """One step; returns its learning rate, and whether a checkpoint is due by the first process's clock."""
         settings, progress, started = self.settings, self.progress, time.perf_counter()
         warmup = warmup_steps(self.total_steps, settings.warmup_ratio)
         rate = learning_rate(settings.schedule, settings.learning_rate, progress.step, self.total_steps, warmup)
@@ -173,14 +174,14 @@ class Loop:
         progress.seconds += seconds
         minutes = settings.save_minutes
         late = self.world.first and minutes is not None and self.clock() - saved_at >= 60 * minutes
-        # Of the process that needed most, and whether the first one says so.
+        # The largest peak of all processes, and the first one's clock.
         peak, late = self.world.max(torch.tensor([peak_memory_bytes(self.device), late])).tolist()
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)
-        window.add(result.tokens, seconds)
-        return result, rate, bool(late)
+        window.add(result, seconds)
+        return rate, bool(late)
 
-    def _log(self, result: StepResult, rate: float, window: _Window) -> None:
-        progress = self.progress
+    def _log(self, rate: float, window: _Window) -> None:
+        progress, result = self.progress, window.mean()
         due = progress.step % self.settings.log_every == 0 or progress.step == self.total_steps
         tokens_per_second = window.tokens_per_second
         if due and self.metrics is not None:
@@ -214,7 +215,7 @@ class Loop:
 
     def _save(self) -> None:
         parameters = self.shards.parameters
-        # Some may be on the host and some on the device.
+        # Parameters may be on the host or on the device.
         norms = [parameter.detach().norm(dtype=torch.float32).to(self.device) for _, parameter in parameters]
         broken = self.world.max((~torch.stack(norms).isfinite()).to("cpu", torch.int64)).tolist()
         if any(broken):
@@ -253,29 +254,41 @@ class Loop:
         self.report.end_progress()
 
     def _evaluated(self, step: int) -> bool:
-        """Whether the held-out loss after `step` is already on record; the first process knows."""
+        """Whether metrics.jsonl, which the first process has, already holds the held-out loss after `step`."""
         known = self.metrics is not None and self.metrics.evaluated(step)
         return bool(self.world.max(torch.tensor([int(known)])))
 
 
 class _Window:
-    """Times of the steps since the last line, and of the last few steps."""
+    """The steps of this session since the last log line, and the times of the last few steps."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=20)
         self.start_line()
 
     def start_line(self) -> None:
-        self._tokens, self._seconds = 0, 0.0
+        self._steps: list[StepResult] = []
+        self._seconds = 0.0
 
-    def add(self, tokens: int, seconds: float) -> None:
+    def add(self, result: StepResult, seconds: float) -> None:
         self._recent.append(seconds)
-        self._tokens += tokens
+        self._steps.append(result)
         self._seconds += seconds
+
+    def mean(self) -> StepResult:
+        """loss: mean over all labelled tokens. grad_norm and balance: mean over the steps. Token counts are sums."""
+        steps, labelled = self._steps, sum(step.labelled for step in self._steps)
+        return StepResult(
+            loss=sum(step.loss * step.labelled for step in steps) / labelled,
+            grad_norm=fmean(step.grad_norm for step in steps),
+            tokens=sum(step.tokens for step in steps),
+            labelled=labelled,
+            balance={name: fmean(step.balance[name] for step in steps) for name in steps[-1].balance},
+        )
 
     @property
     def tokens_per_second(self) -> float:
-        return self._tokens / max(self._seconds, 1e-9)
+        return sum(step.tokens for step in self._steps) / max(self._seconds, 1e-9)
 
     @property
     def seconds_per_step(self) -> float:

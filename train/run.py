@@ -49,7 +49,7 @@ from train.state.saver import CheckpointSaver
 
 
 def run(config: Config, config_path: Path | None = None, world: World = ALONE) -> int:
-    """Do what `config` says; returns the exit code, 0. Raises NibbleError for what the user can mend.
+    """Carry out the run of `config`; returns the exit code, 0. Raises NibbleError for what the user can mend.
 
     `config_path` is the file that it was read from, for messages. All processes of `world` call this with the same
     config.
@@ -62,7 +62,7 @@ def run(config: Config, config_path: Path | None = None, world: World = ALONE) -
         device = choose_device(config.train.device, world.local_rank if world.size > 1 else None)
         parallel, sizes, meshes = config.parallel, None, None
         wanted = mesh_sizes(world, parallel.shard, parallel.expert, parallel.replicate)
-        # One process alone holds the whole model, without ado, unless the model is to be in host memory.
+        # A single process needs no process group, unless the model is kept in host memory (by FSDP).
         if world.size > 1 or parallel.cpu_offload:
             stack.enter_context(process_group(world, device))
             require_same_config(config, device)
@@ -87,7 +87,7 @@ def _run(
             report.result(f"This run finished on {result['finished']}; there is nothing left to do.")
             report.result(summary_text(result, config, folder.path))
         return 0
-    # What a small file can tell comes before large ones are read: first config.json, then rows, then weights.
+    # Cheap checks first: config.json, then the rows, then the weights.
     if world.local_rank == 0:
         open_folder(config.model.path)  # a hub id is fetched here, once on each machine
     world.wait(report.note, f"fetch {config.model.path}")
@@ -179,7 +179,7 @@ def _run(
             saver.wait()
         except NibbleError:
             with contextlib.suppress(NibbleError):  # of a full disk, which is then what is being raised
-                draw()  # where a loss went wrong is a thing to see
+                draw()  # the curve shows when the loss went wrong
             raise
         draw()
         if not complete:

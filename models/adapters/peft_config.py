@@ -21,6 +21,8 @@ from quant.common.errors import NibbleError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+FIRST_VERSION = "0.19.1"  # of PEFT, with today's layout of expert tensors
+
 Adapted = Sequence[tuple[Key, LoRA]]  # the adapted matrices of a model, in its order
 
 
@@ -103,26 +105,33 @@ def _leaf(name: str, key_map: KeyMap) -> str:
 
 
 def peft_config(key_map: KeyMap, found: Adapted, base: str) -> dict[str, Any]:
-    from peft import LoraConfig  # imports transformers: seconds, and only here
+    """The entries that describe a plain LoRA; PEFT takes its defaults for all others.
 
+    Written without PEFT, whose import takes seconds and brings transformers; a test compares with its LoraConfig.
+    """
     layout = _layout(key_map, [key for key, _ in found])
-    rslora = _is_rslora(lora for _, lora in found)
     rank, rank_pattern = _pattern(found, layout, lambda lora: lora.rank)
     alpha, alpha_pattern = _pattern(found, layout, lambda lora: _whole(lora.alpha))
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-        r=rank,
-        lora_alpha=alpha,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        use_rslora=rslora,
-        target_modules=layout.target_modules,
-        target_parameters=layout.target_parameters or None,
-        layers_to_transform=list(layout.layers) if layout.layers is not None else None,
-    )
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    return {
+        "peft_type": "LORA",
+        "peft_version": FIRST_VERSION,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": _is_rslora(lora for _, lora in found),
+        "target_modules": sorted(layout.target_modules),
+        "target_parameters": layout.target_parameters or None,
+        "layers_to_transform": list(layout.layers) if layout.layers is not None else None,
+        # PEFT's defaults, said for other programs that read adapters.
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
 
 
 def _pattern(found: Adapted, layout: _Layout, number: Callable[[LoRA], Any]) -> tuple[Any, dict[str, Any]]:

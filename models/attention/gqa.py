@@ -1,7 +1,7 @@
 """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): several query heads share one key and value head.
 
-As Qwen3.5, Trinity and GLM-4.5 use it: with biases or norms on queries and keys, an output gate, rotary positions on
-a part of a head's dimensions or on none, and a sliding window.
+As Qwen3, Qwen3.5, Trinity and GLM-4.5 use it: with biases or norms on queries and keys, an output gate, rotary
+positions on a part of a head's dimensions or on none, and a sliding window.
 
 Shapes: N tokens, H hidden, h heads, d dimensions of a head.
 """

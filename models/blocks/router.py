@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from models.blocks.configjson import integer
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
+from quant.common.errors import NibbleError
 
 # Takes the chosen experts int64 [N, K] and all scores float32 [N, E], differentiable.
 Observer = Callable[[Tensor, Tensor], None]
@@ -30,6 +32,21 @@ class RoutingRule:
     chosen_groups: int = 1
     normalise: bool = True
     scale: float = 1.0
+
+
+def expert_counts(
+    config: dict[str, Any], experts: int, chosen: int, where: str, key: str = "num_experts"
+) -> tuple[int, int]:
+    """How many experts a layer has, by `key` of config.json, and how many of them a token chooses.
+
+    experts, chosen: where the file leaves them out.
+    """
+    experts, chosen = integer(config, key, experts, where), integer(config, "num_experts_per_tok", chosen, where)
+    if chosen > experts:
+        raise NibbleError(
+            f"{where}: num_experts_per_tok is {chosen}, but {key} is {experts}; choose at most that many."
+        )
+    return experts, chosen
 
 
 class Router(KeptInFloat32, Linear):
@@ -87,14 +104,16 @@ class SigmoidRouter(Router):
 
 
 class SoftmaxRouter(Router):
-    """The K most probable experts, with their probabilities scaled to sum to one (Qwen3's)."""
+    """The K most probable experts, with their probabilities, which `normalise` scales to sum to one (Qwen3's)."""
 
-    def __init__(self, hidden: int, experts: int, chosen: int, factory: Factory) -> None:
+    def __init__(self, hidden: int, experts: int, chosen: int, factory: Factory, *, normalise: bool = True) -> None:
         super().__init__(hidden, experts, factory)
-        self.chosen = chosen
+        self.chosen, self.normalise = chosen, normalise
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         probabilities = self.logits(x).softmax(-1)
         weights, chosen = probabilities.topk(self.chosen, dim=-1)
         self.observe(chosen, probabilities)
-        return chosen, weights / weights.sum(-1, keepdim=True)
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return chosen, weights

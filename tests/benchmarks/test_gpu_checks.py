@@ -212,7 +212,7 @@ def test_checks_of_blocks_notice_what_is_left_out(monkeypatch: pytest.MonkeyPatc
     assert not any(check.passed for check in sequence.delta_rule(CPU))
 
 
-WHOLE = dict(zip(gpu_checks_models.TINY, ("none", "nf4", "none", "int8", "int8"), strict=True))
+WHOLE = dict(zip(gpu_checks_models.TINY, ("none", "nf4", "none", "int8", "nf4", "int8"), strict=True))
 
 
 @pytest.mark.parametrize("model_type", WHOLE)

@@ -14,8 +14,9 @@ import torch
 from models.checkpoint.conversion import count_parameters
 from models.checkpoint.keymap import KeyMap, key_map_of
 from models.decoder import CausalLM
-from models.registry import architecture_for
+from models.registry import ARCHITECTURES, architecture_for
 from quant.storage import StorageSpec
+from tests.tiny import TINY, classes_of
 
 GLM_45: dict[str, Any] = {
     "num_hidden_layers": 92,
@@ -77,6 +78,19 @@ SIZES = {
     ),
     "GLM-4.7": Size("glm4_moe", GLM_45, 352_797_814_784, 171.88),
     "GLM-5": Size("glm_moe_dsa", {}, 743_911_199_232, 361.46),
+    "Qwen3-30B-A3B": Size("qwen3_moe", {"num_hidden_layers": 48, "head_dim": 128}, 30_532_122_624, 15.57),
+    "Qwen3-235B-A22B": Size(
+        "qwen3_moe",
+        {
+            "num_hidden_layers": 94,
+            "hidden_size": 4096,
+            "num_attention_heads": 64,
+            "head_dim": 128,
+            "moe_intermediate_size": 1536,
+        },
+        235_093_634_560,
+        114.83,
+    ),
     "Qwen3.5-35B-A3B": Size("qwen3_5_moe_text", {}, 34_660_610_688, 18.13),
     "Qwen3.5-35B-A3B with vision": Size("qwen3_5_moe", {"text_config": {}}, 34_660_610_688, 18.13),
     "Qwen3.5-122B-A10B": Size("qwen3_5_moe", {"text_config": QWEN_122B}, 122_111_526_912, 60.92),
@@ -141,19 +155,14 @@ def native(size: Size, spec: StorageSpec) -> tuple[CausalLM, KeyMap]:
 
 def counted_by_transformers(size: Size) -> int:
     """Without the vision tower, which isn't loaded for text."""
-    import transformers as tf
-
-    config_class, model_class = {
-        "glm4_moe_lite": (tf.Glm4MoeLiteConfig, tf.Glm4MoeLiteForCausalLM),
-        "glm4_moe": (tf.Glm4MoeConfig, tf.Glm4MoeForCausalLM),
-        "glm_moe_dsa": (tf.GlmMoeDsaConfig, tf.GlmMoeDsaForCausalLM),
-        "afmoe": (tf.AfmoeConfig, tf.AfmoeForCausalLM),
-        "qwen3_5_moe_text": (tf.Qwen3_5MoeTextConfig, tf.Qwen3_5MoeForCausalLM),
-        "qwen3_5_moe": (tf.Qwen3_5MoeConfig, tf.Qwen3_5MoeForConditionalGeneration),
-    }[size.model_type]
+    config_class, model_class = classes_of(size.model_type)
     with torch.device("meta"):
         model = model_class(config_class(**size.config))
     return sum(tensor.numel() for name, tensor in model.named_parameters() if "visual." not in name)
+
+
+def test_every_architecture_is_tested_at_a_tiny_and_at_its_real_size() -> None:
+    assert set(TINY) == {size.model_type for size in SIZES.values()} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", SIZES)

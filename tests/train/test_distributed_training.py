@@ -56,8 +56,8 @@ def _send_everything_to_one_expert(folder: Path) -> None:
 # What every change is tried on; the others take minutes and are marked slow.
 QUICK = {
     2: (
-        "glm4_moe_lite-nf4", "glm_moe_dsa-none", "afmoe-experts", "qwen3_5_moe_text-experts", "one expert-experts",
-        "full bfloat16",
+        "glm4_moe_lite-nf4", "glm_moe_dsa-none", "afmoe-experts", "qwen3_moe-experts", "qwen3_5_moe_text-experts",
+        "one expert-experts", "full bfloat16",
     ),
     4: (
         "glm4_moe-int8", "glm_moe_dsa-experts", "afmoe-replicated", "qwen3_5_moe-nf4", "replicated experts",

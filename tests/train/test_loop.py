@@ -25,7 +25,7 @@ from tests.processes import run_processes
 from train import loop
 from train.data.batches import IGNORED, Batch, empty_batch
 from train.evaluate import batch_loss, held_out_loss
-from train.loop import training_step
+from train.loop import StepResult, training_step
 from train.optim import NonFiniteError, build_optimizer
 
 CPU = torch.device("cpu")
@@ -256,10 +256,12 @@ def test_the_first_processs_clock_decides_for_all(checkpoint: tuple[Path, Any], 
 
 def test_window_measures_between_lines() -> None:
     window = loop._Window()
-    window.add(tokens=100, seconds=0.5)
-    window.add(tokens=300, seconds=0.5)
+    window.add(StepResult(loss=4.0, grad_norm=1.0, tokens=100, labelled=10, balance={"aux_loss": 1.0}), seconds=0.5)
+    window.add(StepResult(loss=1.0, grad_norm=3.0, tokens=300, labelled=90, balance={"aux_loss": 2.0}), seconds=0.5)
     assert window.tokens_per_second == pytest.approx(400)
+    assert window.mean() == StepResult(1.3, 2.0, 400, 100, {"aux_loss": 1.5})  # (4 · 10 + 1 · 90) / 100
     window.start_line()
-    window.add(tokens=50, seconds=2.0)
+    window.add(StepResult(loss=7.0, grad_norm=5.0, tokens=50, labelled=5), seconds=2.0)
     assert window.tokens_per_second == pytest.approx(25)
+    assert window.mean() == StepResult(7.0, 5.0, 50, 5)
     assert window.seconds_per_step == pytest.approx(1.0)

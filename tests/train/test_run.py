@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
+import subprocess
+import sys
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -186,6 +189,73 @@ def test_full_fine_tuning_exports_a_model_that_transformers_reads(
 
 
 # --- the same result in other ways
+
+
+def test_a_record_is_the_mean_over_the_steps_since_the_one_before(world: World, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "model__storage": "none",
+        "adapter__kind": "none",
+        "train__max_steps": 7,
+        "train__save_every": 4,
+        "train__balance": "bias_update",
+    }
+    every, third = tmp_path / "every", tmp_path / "third"
+    assert main(settings(world, every, **changes)) == 0
+    steps = [record for record in read_metrics(every / "metrics.jsonl") if record["kind"] == "train"]
+    ends = [record["labelled_tokens"] for record in steps]
+    labelled = [end - start for start, end in pairwise((0, *ends))]
+    assert len(set(labelled)) > 3, "or a plain mean would do"
+
+    def check(covered: dict[int, range]) -> None:
+        records = [record for record in read_metrics(third / "metrics.jsonl") if record["kind"] == "train"]
+        assert [record["step"] for record in records] == list(covered)
+        for record, places in zip(records, covered.values(), strict=True):
+            total = sum(labelled[i] for i in places)
+            loss = sum(steps[i]["loss"] * labelled[i] for i in places) / total
+            means = [sum(steps[i][name] for i in places) / len(places) for name in ("grad_norm", "load_imbalance")]
+            assert record["loss"] == pytest.approx(loss, rel=1e-6)
+            assert [record["grad_norm"], record["load_imbalance"]] == pytest.approx(means, rel=1e-6)
+            assert [record[name] for name in ("tokens", "learning_rate")] == [
+                steps[places[-1]][name] for name in ("tokens", "learning_rate")
+            ]
+
+    arguments = settings(world, third, **changes, train__log_every=3)
+    assert main(arguments) == 0
+    check({3: range(3), 6: range(3, 6), 7: range(6, 7)})
+    # Killed after step 4 and resumed: the fourth step was the other session's.
+    (third / "run.json").unlink()
+    shutil.rmtree(third / "checkpoints" / "step-000007")
+    assert main(arguments) == 0
+    check({3: range(3), 6: range(4, 6), 7: range(6, 7)})
+
+
+@pytest.mark.parametrize(("storage", "needed"), [("none", []), ("nf4", ["bitsandbytes"])])
+def test_a_run_imports_slow_libraries_only_where_it_needs_them(
+    world: World, tmp_path: Path, storage: str, needed: list[str]
+) -> None:
+    slow = ["bitsandbytes", "matplotlib", "peft", "pyarrow", "tensorboard", "torch._inductor.scheduler", "transformers"]
+    code = (
+        "import runpy, sys\n"
+        "import train.loop\n"
+        "step = train.loop.training_step\n"
+        f"def show(when): print(when, [name for name in {slow} if name in sys.modules])\n"
+        "def shown(*args, **options):\n"
+        "    show('BEFORE')\n"
+        "    return step(*args, **options)\n"
+        "train.loop.training_step = shown\n"
+        "try:\n"
+        "    runpy.run_module('train', run_name='__main__', alter_sys=True)\n"
+        "finally:\n"
+        "    show('AFTER')\n"
+    )
+    arguments = settings(world, tmp_path / "run", model__storage=storage, train__max_steps=1)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("BEFORE", "AFTER"))]
+    assert lines == [f"BEFORE {needed}", f"AFTER {[*needed, 'matplotlib']}"]
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
 
 
 def test_accumulation_equals_larger_micro_batches(world: World, tmp_path: Path) -> None:

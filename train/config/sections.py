@@ -199,7 +199,9 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         default=True, description="Recompute each layer in the backward pass instead of keeping its activations."
     )
-    log_every: Annotated[int, Field(ge=1)] = Field(default=1, description="Steps between two log lines.")
+    log_every: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Steps between two log lines, which give the mean loss and gradient norm of these steps."
+    )
     eval_every: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="Steps between two evaluations; null: only before the first step and after the last one.",

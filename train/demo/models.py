@@ -220,6 +220,27 @@ MODELS: dict[str, DemoModel] = {
             "topk_group": 1,
         }
     ),
+    "qwen3_moe": DemoModel(
+        {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            **_COMMON,
+            "decoder_sparse_step": 1,
+            "head_dim": 32,
+            "intermediate_size": 256,
+            "max_window_layers": LAYERS,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "num_experts": 8,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 10000,
+            "router_aux_loss_coef": 0.001,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        }
+    ),
     "qwen3_5_moe_text": DemoModel({"architectures": ["Qwen3_5MoeForCausalLM"], **_QWEN_TEXT}),
     "qwen3_5_moe": DemoModel(
         {

@@ -1,4 +1,4 @@
-"""Lines for the terminal, which may go away while a run goes on: `| head`, a dead `tee`, a closed window."""
+"""Writing to a terminal or pipe that may be closed during a run: `| head`, a dead `tee`, a closed window."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TextIO
 
 
 def say(text: str, stream: TextIO) -> None:
-    """Print a line at once. Where nobody can read it any more, nothing happens: that is no reason to end a run."""
+    """Print a line and flush. A line that can no longer be written is dropped; no run ends because of it."""
     try:
         print(text, file=stream, flush=True)
     except OSError:
@@ -17,16 +17,16 @@ def say(text: str, stream: TextIO) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what `stream` still holds, and all that is to come, nowhere; Python would stumble over it when it exits."""
-    with contextlib.suppress(OSError, ValueError):  # not a file of the system's, or closed
+    """Redirect `stream`, and what is still in its buffer, to /dev/null; Python's flush at exit would fail otherwise."""
+    with contextlib.suppress(OSError, ValueError):  # has no file descriptor, or is closed
         target = stream.fileno()
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, target)
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, target)
+        os.close(null)
 
 
 def flush_streams() -> None:
-    """To be called last: what can't be written is dropped, without a complaint and without changing the exit code."""
+    """Flush both streams before exit; what can't be written is dropped, without a message or a change of exit code."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before Python started (>&-)
         try:
             stream.flush()

@@ -1,7 +1,6 @@
-"""TensorBoard's event files, for scalars.
+"""TensorBoard event files with scalars, written through TensorBoard's own record writer.
 
-TensorBoard's own writer does its work in a thread: on a full disk that thread dies with a traceback on the terminal,
-and the run hears of it at some later write. Scalars are few and small, so here they are written at once.
+Not by SummaryWriter: it writes in a thread, which on a full disk prints a traceback beside the error message.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from pathlib import Path
 
 
 class ScalarEvents:
-    """One event file in `folder`, which TensorBoard shows together with those that are there.
+    """One new event file in `folder`; TensorBoard shows all files of a folder together.
 
-    purge_step: TensorBoard never rewrites its files, so this tells it to hide what earlier files have from there on.
-    Every method raises OSError where the file can't be written.
+    purge_step: TensorBoard hides what earlier files have of this step and of later ones.
+    Every method raises OSError when the file can't be written.
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
@@ -26,7 +25,7 @@ class ScalarEvents:
         self._event, self._summary, self.folder = event_pb2.Event, summary_pb2.Summary, folder
         folder.mkdir(parents=True, exist_ok=True)
         now = time.time_ns()
-        # TensorBoard reads files in the order of their names, and takes those with "tfevents" in them.
+        # TensorBoard reads files whose names contain "tfevents", in the order of the names.
         name = f"events.out.tfevents.{now // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{now % 10**9:09d}"
         self._file = (folder / name).open("xb")
         self._records = RecordWriter(self._file)

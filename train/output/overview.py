@@ -1,4 +1,4 @@
-"""What a run shows before its first step and after its last one. Every number is counted, measured or computed."""
+"""The texts that a run prints before its first step and after its last one."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def model_text(
     sizes: MeshSizes | None = None,
     machines: int = 1,
 ) -> str:
-    """Which model, how it is kept, on what; then the table of its groups.
+    """Name, storage and device of the model, then the table of its parameter groups.
 
-    sizes: how the model is cut over the processes of the run, which run on so many machines; None: it isn't.
+    sizes: how the model is sharded over processes, None when it isn't. machines: that the processes run on.
     """
     sizes = sizes or MeshSizes()
     processes = sizes.replicate * sizes.parts
@@ -82,7 +82,7 @@ def _cells(row: GroupRow) -> tuple[str, ...]:
 
 
 def data_text(data: Data, config: Config, skipped_path: Path) -> str:
-    """What became of the rows: those trained on, those held out, and those that could not be used as they are."""
+    """How many rows are trained on, held out, skipped, cut or split."""
     length, examples = config.data.sequence_length, data.examples
     sequences = counted(len(data.packing), "packed sequence" if config.data.packing else "sequence")
     text = (
@@ -101,7 +101,7 @@ def data_text(data: Data, config: Config, skipped_path: Path) -> str:
 
 
 def plan_text(model: CausalLM, data: Data, config: Config, total_steps: int, sizes: MeshSizes | None = None) -> str:
-    """How long the run is, and the memory that is known beforehand; `sizes` as in `model_text`."""
+    """Number of steps and tokens, warnings, and the memory that can be computed; `sizes` as in `model_text`."""
     train = config.train
     per_step = round(data.examples.total_tokens / data.train.steps_per_epoch)
     epochs = total_steps / data.train.steps_per_epoch
@@ -134,7 +134,7 @@ def _warnings(config: Config, total_steps: int, sizes: MeshSizes) -> str:
 
 
 def _memory_text(model: CausalLM, config: Config, sizes: MeshSizes | None) -> str:
-    """What a process holds from the first step to the last, and, where the model is cut, what it gathers on the way."""
+    """Bytes that a process holds during the whole run and, of a sharded model, the most that it gathers at a time."""
     tensors, held = whole_tensors(model), dict((*model.named_parameters(), *model.named_buffers()))
     eight_bit = config.train.optimizer.endswith("8bit")
     weights = gradients = lora = state = 0

@@ -1,7 +1,7 @@
-"""The table that a run starts with: how many weights each group has, how they are stored, how many are trained.
+"""The parameter table of a run: of each group the number of parameters, their storage and how many are trained.
 
-It counts whole tensors, also where a process holds a part of each or some of the experts only: sizes come from the key
-map, and from the tensors held no more than how they are kept and whether they are trained.
+Shapes come from the key map, so that whole tensors are counted where a process holds parts of them; dtype, storage and
+requires_grad come from the tensors held.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The picture of a run: training and held-out loss over the steps."""
+"""The loss curve of a run: training and held-out loss over the steps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from train.output.metrics import Record
 def loss_curve(records: Sequence[Record], path: Path, title: str) -> None:
     """Write the loss curve of these records (metrics.jsonl's) to `path` as a PNG of 960 × 540 pixels.
 
-    A noisy training loss is drawn faint beneath its running mean, so that both the noise and the trend can be seen.
-    Raises NibbleError when the disk is full or not writable; a picture that was there before is then as it was.
+    A training loss of 40 records or more is drawn faintly, with its running mean above it.
+    Raises NibbleError when the disk is full or not writable; an existing file is then unchanged.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def loss_curve(records: Sequence[Record], path: Path, title: str) -> None:
     axes.set_ylabel("loss per labelled token (nats)")
     axes.set_title(title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(y=0.12)  # room for the two figures
+    axes.margins(y=0.12)  # room for the annotations
     axes.grid(alpha=0.3)
     if train or held_out:
         axes.legend(frameon=False)
@@ -59,7 +59,7 @@ def loss_curve(records: Sequence[Record], path: Path, title: str) -> None:
 
 
 def _running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """The mean of each value and of up to `reach` values on either side: unlike a trailing mean it does not lag."""
+    """Centred running mean over up to `reach` values on either side; a trailing mean would lag."""
     sums = [0.0, *itertools.accumulate(values)]
     spans = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
     return [(sums[end] - sums[start]) / (end - start) for start, end in spans]

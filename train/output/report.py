@@ -1,4 +1,4 @@
-"""What a run says: results on standard output, progress on standard error, all of it in the log file."""
+"""The messages of a run: results to standard output, progress to standard error, both to the log file."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from train.output.console import say, silence
 
 
 def log_path(folder: Path, rank: int) -> Path:
-    """Where a process of a run in `folder` keeps its log: the first has run.log, which tells of the run."""
+    """The log file of a process of the run in `folder`: run.log for the first one, ranks/rank-N.log for the others."""
     return folder / "run.log" if rank == 0 else folder / "ranks" / f"rank-{rank}.log"
 
 
 class Report:
-    """The voice of a run. As a context manager it also writes the traceback of an error that ends the run to the log,
-    which is where a traceback belongs: the terminal gets the message alone.
+    """Writes a run's messages to the terminal and to its log file.
 
-    A terminal that has gone away and a full disk take its words, and nothing else: training goes on, and what matters
-    (metrics, checkpoints) has errors of its own. quiet: all goes to the log alone; of several processes one speaks."""
+    As a context manager it also writes the traceback of an error that ends the run, to the log only.
+    A closed terminal or a full disk loses messages but never ends a run: metrics and checkpoints raise errors of their
+    own. quiet: write to the log only, as all processes but the first do.
+    Raises NibbleError when the log file can't be opened.
+    """
 
     def __init__(self, log_path: Path, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -36,26 +38,26 @@ class Report:
             raise disk_error(error, log_path) from error
         self.log(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} ---")
         self._live: Any = None  # rich.live.Live while a progress line is on the terminal
-        # What the models have to say (which converted copy they read, …) belongs among the rest.
-        self._logger, self._handler = logging.getLogger("nibble"), _Notes(self)
+        # Messages of the packages below (which converted copy is read, …) go the same way as the run's own.
+        self._logger, self._handler = logging.getLogger("nibble"), _NoteHandler(self)
 
     def result(self, text: str = "") -> None:
-        """Something that the user asked for: a table, the summary."""
-        self._above_live()
+        """Output that the user asked for (a table, the summary): to standard output and the log."""
+        self.end_progress()  # its next refresh would overwrite a line printed now
         if not self.quiet:
             say(text, sys.stdout)
         self.log(text)
 
     def note(self, text: str) -> None:
-        """Something that happened on the way."""
-        self._above_live()
+        """An event of the run: to standard error and the log."""
+        self.end_progress()
         if not self.quiet:
             say(text, sys.stderr)
         self.log(text)
 
     def progress(self, text: str, keep: bool) -> None:
-        """The state of long work in one line. On a terminal the line is redrawn in place; elsewhere, and in the log, a
-        line is written when `keep` says that this one is worth keeping."""
+        """The state of long work in one line, redrawn in place on a terminal. Elsewhere and in the log only lines with
+        `keep` are written."""
         if self.quiet:
             pass
         elif sys.stderr.isatty():
@@ -70,7 +72,7 @@ class Report:
             self.log(text)
 
     def end_progress(self) -> None:
-        """Leave the last progress line where it is and go on below it."""
+        """End the display of the progress line, which stays on the terminal."""
         if self._live is not None:
             live, self._live = self._live, None
             try:
@@ -79,7 +81,7 @@ class Report:
                 silence(sys.stderr)
 
     def log(self, text: str) -> None:
-        """Something for the log alone. Any thread may call it, at any time."""
+        """Write a line to the log only. May be called from any thread at any time."""
         with contextlib.suppress(OSError, ValueError):  # a full disk; closed already
             self._log.write(text + "\n")
             self._log.flush()
@@ -98,12 +100,8 @@ class Report:
         self._logger.setLevel(self._logger_level)
         if error is not None:
             self.log("".join(traceback.format_exception(error)).rstrip())
-        with contextlib.suppress(OSError):  # of a full disk; it would hide the error that ended the run
+        with contextlib.suppress(OSError):  # a full disk; raising it would hide the error that ended the run
             self._log.close()
-
-    def _above_live(self) -> None:
-        # A line printed now would be overdrawn by the next refresh; ending the display keeps both, in order.
-        self.end_progress()
 
     def _redraw(self, text: str) -> None:
         from rich.console import Console
@@ -112,14 +110,14 @@ class Report:
 
         line = Text(text)
         if self._live is None:
-            # Without its refresh thread: the line changes when a step ends and at no other time.
+            # No refresh thread: the line changes only when a step ends.
             live = Live(line, console=Console(stderr=True), auto_refresh=False, redirect_stdout=False)
             live.start()
             self._live = live
         self._live.update(line, refresh=True)
 
 
-class _Notes(logging.Handler):
+class _NoteHandler(logging.Handler):
     def __init__(self, report: Report) -> None:
         super().__init__(logging.INFO)
         self._report = report

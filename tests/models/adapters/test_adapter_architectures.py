@@ -69,6 +69,7 @@ _SIZES_OF: dict[str, dict[str, Any]] = {
     "afmoe": {**_SIZES, "intermediate_size": 56, "num_experts": 6},
     "glm4_moe": {**_GLM, "attention_bias": True},
     "glm_moe_dsa": {**_GLM, "q_lora_rank": 40},
+    "qwen3_moe": {**_SIZES, "intermediate_size": 56, "num_experts": 6, "mlp_only_layers": [0]},
     "qwen3_5_moe_text": _QWEN,
     "qwen3_5_moe": _QWEN,
 }
@@ -81,6 +82,12 @@ GROUPS: dict[str, dict[str, tuple[list[str], list[str]]]] = {
     },
     "glm4_moe": {"attention": (GROUPED_QUERY, []), **_GLM_GROUPS},
     "glm_moe_dsa": {"attention": (LATENT, []), **_GLM_GROUPS},
+    "qwen3_moe": {
+        "attention": (GROUPED_QUERY, []),
+        "experts": ([], STACKS),
+        "dense_mlp": ([], swiglu("mlp")),
+        "router": ([], ROUTER),
+    },
     "qwen3_5_moe_text": _QWEN_GROUPS,
     "qwen3_5_moe": _QWEN_GROUPS,
 }
@@ -131,6 +138,10 @@ def check_saved(base: Base, spec: AdapterSpec, directory: Path) -> tuple[dict[st
         assert (directory / "again" / name).read_bytes() == (directory / "adapter" / name).read_bytes()
     load_adapter(native(base.folder), directory / "adapter", expected=loaded)
     return config_of(directory / "adapter"), warned
+
+
+def test_every_architecture_is_here() -> None:
+    assert {"glm4_moe_lite", *_SIZES_OF} == {"glm4_moe_lite", *PEFT_MADE} == {"glm4_moe_lite", *TYPES} == set(TINY)
 
 
 def test_groups(base: Base) -> None:
@@ -191,6 +202,10 @@ PEFT_MADE: dict[str, dict[str, Any]] = {
         "target_parameters": [STACKS[0], *swiglu("shared_experts")],
         "layers_to_transform": [1, 3],
         "alpha_pattern": {"kv_b_proj": 5},
+    },
+    "qwen3_moe": {
+        "target_modules": [*GROUPED_QUERY, "gate", "gate_proj", "up_proj", "down_proj"],
+        "rank_pattern": {r"layers\.[13]\.self_attn\.o_proj": 6},
     },
     "qwen3_5_moe_text": {
         "target_modules": [*GROUPED_QUERY, *DELTA_NET, "shared_expert_gate", "gate_proj", "up_proj", "down_proj"],

@@ -181,6 +181,25 @@ def test_peft_computes_what_the_saved_adapter_computes_here(
     load_adapter(native(folder), tmp_path / "adapter", expected=spec)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_config_is_peft_s_own(folder: Path, tmp_path: Path, case: str) -> None:
+    from peft import LoraConfig, PeftConfig
+
+    model = native(folder)
+    add_lora(model, CASES[case][0])
+    save_adapter(model, tmp_path, "org/base")
+    written = config_of(tmp_path)
+    read = PeftConfig.from_pretrained(str(tmp_path))
+    assert type(read) is LoraConfig
+    # Made by PEFT of what isn't its default, and read by it: the same, but for the version that it was made by.
+    stated = {name: value for name, value in written.items() if name not in ("bias", "lora_dropout", "use_dora")}
+    made = {**LoraConfig(**stated).to_dict(), "peft_version": "0.19.1"}
+    assert read.to_dict() == made
+    assert {name: made[name] for name in written} == {**written, "target_modules": set(written["target_modules"])}
+    plain = {**LoraConfig().to_dict(), **{name: made[name] for name in written}}
+    assert made == plain, "what the file leaves out has PEFT's default"
+
+
 OTHER_SHAPES: dict[str, dict[str, Any]] = {
     "direct-queries": {"q_lora_rank": None, "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 2, "attention_bias": True},
     "tied": {"tie_word_embeddings": True, "n_shared_experts": 2},

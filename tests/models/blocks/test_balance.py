@@ -36,7 +36,7 @@ from train.optim import clip_gradients
 from train.output.metrics import read_metrics
 
 CPU = torch.device("cpu")
-SOFTMAX, SIGMOID = "qwen3_5_moe_text", "glm4_moe_lite"
+SOFTMAX, NOT_NORMALISED, SIGMOID = "qwen3_5_moe_text", "qwen3_moe", "glm4_moe_lite"
 COEFFICIENT = 0.3  # large, so that gradients show it
 
 
@@ -48,7 +48,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
             "layer_types": ["linear_attention", "full_attention"],
             "router_aux_loss_coef": COEFFICIENT,
         },
-        SIGMOID: {"num_hidden_layers": 3},  # the first of them without experts
+        # The first of these layers has no experts.
+        NOT_NORMALISED: {
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": COEFFICIENT,
+        },
+        SIGMOID: {"num_hidden_layers": 3},
     }
     made = {}
     for name, values in changes.items():
@@ -133,7 +140,7 @@ def qwen_logits(reference: Any, batch: Batch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("model_type", [SOFTMAX, SIGMOID])
+@pytest.mark.parametrize("model_type", [SOFTMAX, NOT_NORMALISED, SIGMOID])
 @torch.no_grad()
 def test_counts_are_the_choices_of_all_real_tokens(
     checkpoints: dict[str, tuple[Path, Any]], model_type: str, recompute: bool
@@ -259,10 +266,11 @@ def test_the_load_is_that_of_all_processes(checkpoints: dict[str, tuple[Path, An
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("model_type", [SOFTMAX, NOT_NORMALISED])
 def test_loss_and_gradients_are_those_of_transformers(
-    checkpoints: dict[str, tuple[Path, Any]], recompute: bool
+    checkpoints: dict[str, tuple[Path, Any]], model_type: str, recompute: bool
 ) -> None:
-    folder, reference = checkpoints[SOFTMAX]
+    folder, reference = checkpoints[model_type]
     model = trainable(folder)
     model.activation_checkpointing = recompute
     model.balance = AuxiliaryLoss(model, COEFFICIENT)

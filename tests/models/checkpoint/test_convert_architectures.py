@@ -166,6 +166,8 @@ def test_layout_is_noted_in_the_manifest(hubs: dict[str, tuple[Path, Any]], tmp_
         "qwen3_5_moe_text": Layout(wrapped=False, fused=False),
         "vision-language": Layout(wrapped=True, fused=True),
         "text out of vision-language": Layout(wrapped=True, fused=False),
+        "qwen3_moe": Layout(wrapped=False, fused=False),
+        "qwen3_moe, fused": Layout(wrapped=False, fused=True),
     }
     for form, layout in expected.items():
         convert(hubs[form][0], tmp_path / form, StorageSpec("int8"))
@@ -234,12 +236,12 @@ def test_files_for_images_and_videos_come_along(hubs: dict[str, tuple[Path, Any]
 def test_unknown_model_type_lists_the_supported_ones(tmp_path: Path) -> None:
     save_form(tmp_path / "hub", "afmoe")
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
-    (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_moe"}))
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(NibbleError) as caught:
         convert(tmp_path / "hub", tmp_path / "native", StorageSpec("nf4"))
     assert str(caught.value).endswith(
-        "model_type 'qwen3_moe' is not supported. Supported: afmoe, glm4_moe, glm4_moe_lite, glm_moe_dsa, qwen3_5_moe, "
-        "qwen3_5_moe_text."
+        "model_type 'llama' is not supported. Supported: afmoe, glm4_moe, glm4_moe_lite, glm_moe_dsa, qwen3_5_moe, "
+        "qwen3_5_moe_text, qwen3_moe."
     )
 
 

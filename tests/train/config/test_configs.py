@@ -40,6 +40,7 @@ _TRINITY = {"model_type": "afmoe", "num_dense_layers": 2, "num_experts": 128, "n
 PUBLISHED: dict[str, dict[str, Any]] = {
     "zai-org/GLM-4.7-Flash": {"model_type": "glm4_moe_lite"},
     "zai-org/GLM-4.5-Air": {"model_type": "glm4_moe", "head_dim": 128, "attention_bias": True},
+    "Qwen/Qwen3-30B-A3B": {"model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128},
     "Qwen/Qwen3.5-35B-A3B": {"model_type": "qwen3_5_moe", "text_config": {}},
     "arcee-ai/Trinity-Nano-Preview": {
         **_TRINITY,
@@ -65,6 +66,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 PARAMETERS = {
     "zai-org/GLM-4.7-Flash": 29_943_390_976,
     "zai-org/GLM-4.5-Air": 106_852_245_504,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "Qwen/Qwen3.5-35B-A3B": 34_660_610_688,
     "arcee-ai/Trinity-Nano-Preview": 6_120_003_328,
     "arcee-ai/Trinity-Mini": 26_123_974_400,
@@ -98,7 +100,7 @@ def named(path: Path) -> str:
 
 
 def test_each_model_has_the_configs_that_the_readme_lists() -> None:
-    models = ("glm47", "glm45_air", "qwen35", "trinity_nano", "trinity_mini")
+    models = ("glm47", "glm45_air", "qwen3_30b", "qwen35", "trinity_nano", "trinity_mini")
     assert {path.stem for path in REAL} >= {f"{model}_{kind}" for model in models for kind in ("qlora", "lora_int8")}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in REAL:

@@ -1,0 +1,130 @@
+"""Qwen3 mixture-of-experts (`qwen3_moe`): grouped-query attention, softmax-routed experts and no shared one.
+
+Sizes of Qwen3-30B-A3B: 48 layers, hidden 2048, 32 heads of 128 on 4 key and value heads, 128 experts of width 768 of
+which 8 are chosen; 30.5 billion parameters, 3.3 billion of them active for a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
+from models.attention.rope import RopeConfig, parse_rope, partial_rotary_factor
+from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
+from models.blocks.documents import Documents
+from models.blocks.experts import Experts
+from models.blocks.factory import Factory
+from models.blocks.mlp import SwiGLU
+from models.blocks.norm import RMSNorm
+from models.blocks.router import SoftmaxRouter, expert_counts
+from models.decoder import CausalLM, Decoder
+from quant.common.errors import NibbleError
+
+
+@dataclass(frozen=True)
+class Qwen3MoeConfig:
+    vocabulary: int
+    hidden: int
+    dense: tuple[bool, ...]  # per layer: a dense MLP instead of experts; in no published model
+    dense_width: int
+    expert_width: int
+    experts: int
+    chosen: int
+    normalise: bool  # whether the weights of the chosen experts sum to one
+    eps: float
+    tied: bool
+    attention: GroupedQueryAttentionConfig
+    rope: RopeConfig
+
+    @staticmethod
+    def parse(config: dict[str, Any], where: str) -> Qwen3MoeConfig:
+        """Reads config.json; absent keys have transformers' defaults, which are no published model's."""
+        refuse_unknown_activation(config, where)
+        refuse_dropout(config, where)
+        _refuse_other_attention(config, where)
+        hidden, heads = integer(config, "hidden_size", 2048, where), integer(config, "num_attention_heads", 32, where)
+        head_dim = integer(config, "head_dim", max(hidden // heads, 1), where)
+        bias = flag(config, "attention_bias", False, where)
+        # transformers 5 writes num_local_experts, and takes it where a file has both; the hub's files have num_experts.
+        key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+        experts, chosen = expert_counts(config, 128, 8, where, key)
+        return Qwen3MoeConfig(
+            vocabulary=integer(config, "vocab_size", 151936, where),
+            hidden=hidden,
+            dense=_dense_layers(config, where),
+            dense_width=integer(config, "intermediate_size", 6144, where),
+            expert_width=integer(config, "moe_intermediate_size", 768, where),
+            experts=experts,
+            chosen=chosen,
+            normalise=flag(config, "norm_topk_prob", False, where),
+            eps=number(config, "rms_norm_eps", 1e-6, where),
+            tied=flag(config, "tie_word_embeddings", False, where),
+            attention=GroupedQueryAttentionConfig(
+                hidden=hidden,
+                heads=heads,
+                kv_heads=kv_heads(config, heads, 4, where),
+                head_dim=head_dim,
+                bias=bias,
+                output_bias=bias,
+                norms=True,
+            ),
+            rope=parse_rope(config, head_dim, where),
+        )
+
+
+def _dense_layers(config: dict[str, Any], where: str) -> tuple[bool, ...]:
+    layers, step = integer(config, "num_hidden_layers", 24, where), integer(config, "decoder_sparse_step", 1, where)
+    named = config.get("mlp_only_layers") or []
+    if not isinstance(named, list) or not all(type(index) is int for index in named):
+        raise NibbleError(f"{where}: mlp_only_layers must be a list of layers' numbers, got {named!r}.")
+    return tuple(index in named or (index + 1) % step != 0 for index in range(layers))
+
+
+def _refuse_other_attention(config: dict[str, Any], where: str) -> None:
+    """What no published model has. Of these transformers computes a part, which other programs compute otherwise."""
+    if flag(config, "use_sliding_window", False, where):
+        raise NibbleError(f"{where}: use_sliding_window is true; only attention to the whole document is implemented.")
+    if (share := partial_rotary_factor(config, where)) != 1:
+        raise NibbleError(f"{where}: partial_rotary_factor is {share}; only 1, whole heads, is implemented.")
+
+
+class MoE(nn.Module):
+    def __init__(self, config: Qwen3MoeConfig, factory: Factory) -> None:
+        super().__init__()
+        c = config
+        self.gate = SoftmaxRouter(c.hidden, c.experts, c.chosen, factory.at("gate"), normalise=c.normalise)
+        self.experts = Experts(c.experts, c.hidden, c.expert_width, factory.at("experts"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, H]: [N, H]."""
+        return self.experts(x, *self.gate(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Qwen3MoeConfig, index: int, factory: Factory) -> None:
+        super().__init__()
+        c = config
+
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(size, c.eps, factory)
+
+        self.input_layernorm = norm(c.hidden)
+        self.self_attn = GroupedQueryAttention(c.attention, factory.at("self_attn"), norm=norm)
+        self.post_attention_layernorm = norm(c.hidden)
+        mlp = factory.at("mlp")
+        self.mlp = SwiGLU(c.hidden, c.dense_width, "dense_mlp", mlp) if c.dense[index] else MoE(c, mlp)
+
+    def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), documents, tables)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def build(config: Qwen3MoeConfig, factory: Factory) -> CausalLM:
+    """The model with empty tensors."""
+    c = config
+    layers = [DecoderLayer(c, index, factory.at(f"model.layers.{index}")) for index in range(len(c.dense))]
+    decoder = Decoder(c, layers, RMSNorm(c.hidden, c.eps, factory), factory)
+    return CausalLM(c, decoder, factory, model_type="qwen3_moe")
