@@ -1,22 +1,67 @@
 """Mixture-of-experts models in plain PyTorch: one file per architecture, the blocks that several share, LoRA.
 
 from models import load_model
-model = load_model("path/to/checkpoint", storage="nf4", dtype=torch.bfloat16, device="cpu", adapter=None)
+model = load_model("path/to/checkpoint", storage="nf4", dtype="bfloat16", device="cpu", adapter=None)
 logits = model(tokens)  # tokens int64 [B, T] -> [B, T, V]
+
+docs/research.md goes through the names below.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from models.load import load_model
+from models.convert import convert
 
-__all__ = ["load_model"]
+if TYPE_CHECKING:
+    from models.adapters.files import load_adapter, save_adapter
+    from models.adapters.lora import add_lora, trainable_parameters
+    from models.adapters.targets import AdapterSpec
+    from models.blocks.documents import Documents
+    from models.blocks.experts import Experts
+    from models.blocks.router import Router
+    from models.checkpoint.export import export_hub
+    from models.decoder import CausalLM
+    from models.load import load_model
+    from models.registry import ARCHITECTURES
+
+__all__ = [
+    "ARCHITECTURES",
+    "AdapterSpec",
+    "CausalLM",
+    "Documents",
+    "Experts",
+    "Router",
+    "add_lora",
+    "convert",
+    "export_hub",
+    "load_adapter",
+    "load_model",
+    "save_adapter",
+    "trainable_parameters",
+]
+
+# Imported when they are first asked for: the commands of this package answer --help without importing torch.
+_HOMES = {
+    "ARCHITECTURES": "models.registry",
+    "AdapterSpec": "models.adapters.targets",
+    "CausalLM": "models.decoder",
+    "Documents": "models.blocks.documents",
+    "Experts": "models.blocks.experts",
+    "Router": "models.blocks.router",
+    "add_lora": "models.adapters.lora",
+    "export_hub": "models.checkpoint.export",
+    "load_adapter": "models.adapters.files",
+    "load_model": "models.load",
+    "save_adapter": "models.adapters.files",
+    "trainable_parameters": "models.adapters.lora",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Commands of this package answer --help without importing torch.
-    if name == "load_model":
-        from models.load import load_model
-
-        return load_model
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -164,7 +164,12 @@ class CausalLM(nn.Module):
         return self.model(tokens, documents, self._run)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [B, T], every row a document of its own: logits [B, T, V] in the model's dtype."""
+        """tokens int64 [B, T], every row a document of its own: logits [B, T, V] in the model's dtype.
+
+        Raises NibbleError for another shape or dtype and, on the CPU, where it costs next to nothing, for tokens that
+        the vocabulary doesn't have.
+        """
+        _check_tokens(tokens, self.vocabulary)
         batch, length = tokens.shape
         documents = Documents.from_lengths([length] * batch, tokens.device)
         return self.lm_head(self.hidden(tokens.flatten(), documents)).unflatten(0, (batch, length))
@@ -179,6 +184,18 @@ class CausalLM(nn.Module):
         """Around a layer's computation and its recomputation, which must not count the experts' choices again."""
         again = self.balance.paused() if self.balance is not None else contextlib.nullcontext()
         return contextlib.nullcontext(), again
+
+
+def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    shape, kind = list(tokens.shape), str(tokens.dtype).removeprefix("torch.")
+    if len(shape) != 2 or 0 in shape or kind not in ("int64", "int32"):
+        single = "\nA single document is tokens[None]." if len(shape) == 1 else ""
+        raise NibbleError(f"tokens are {kind} {shape}; the model takes int64 [B, T], a document per row.{single}")
+    if tokens.is_cpu and not 0 <= (low := int(tokens.min())) <= (high := int(tokens.max())) < vocabulary:
+        raise NibbleError(
+            f"tokens are {low} to {high}; the model's vocabulary has 0 to {vocabulary - 1}.\n"
+            "Do tokenizer and model belong together?"
+        )
 
 
 def _refuse_float16(dtype: torch.dtype) -> None:

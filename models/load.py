@@ -26,6 +26,7 @@ from models.checkpoint.native import (
 from models.checkpoint.stream import LEFT_OUT, HubReader, Piece, Reader, read_all
 from models.decoder import CausalLM
 from models.registry import architecture_for
+from quant.choices import named_device, named_dtype
 from quant.common.errors import NibbleError
 from quant.common.progress import Bar
 from quant.common.words import some
@@ -60,7 +61,7 @@ def open_folder(path_or_id: str | Path) -> ModelFolder:
 def load_model(
     path: str | Path,
     storage: str = "nf4",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = "bfloat16",
     device: torch.device | str = "cpu",
     adapter: str | Path | None = None,
     *,
@@ -72,14 +73,16 @@ def load_model(
     path: a hub-format folder (quantised while it is read, or a converted copy beside it is used), a converted folder,
         or a hub id.
     storage: of frozen matrices: none, nf4, fp4 or int8. double_quant: quantise the scales of 4-bit blocks too.
-    dtype: of activations and of everything that isn't quantised, but for what the architecture keeps in float32
-        (routers, Trinity's norms, DeltaNet's decay).
+    dtype: bfloat16 or float32, of activations and of everything that isn't quantised, but for what the architecture
+        keeps in float32 (routers, Trinity's norms, DeltaNet's decay).
+    device: cpu, cuda or cuda:<number>.
     adapter: folder of a PEFT adapter to put on top.
     progress: show a bar on standard error where that is a terminal.
 
-    Raises NibbleError where the checkpoint is missing, damaged, doesn't fit its config, or is stored otherwise than
-    asked for.
+    Raises NibbleError for a storage, dtype or device that isn't there, and where the checkpoint is missing, damaged,
+    doesn't fit its config, or is stored otherwise than asked for.
     """
+    device = named_device(device)
     model, reader = prepare_model(path, storage, dtype, device, double_quant=double_quant)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Bar("loading")) if progress else None
@@ -96,7 +99,7 @@ def load_model(
 def prepare_model(
     path: str | Path,
     storage: str = "nf4",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = "bfloat16",
     device: torch.device | str = "cpu",
     *,
     double_quant: bool = True,
@@ -105,7 +108,7 @@ def prepare_model(
 
     device: where matrices of a hub checkpoint are quantised.
     """
-    spec = StorageSpec(cast(Kind, storage), double_quant)
+    spec, dtype = StorageSpec(cast(Kind, storage), double_quant), named_dtype(dtype)
     folder = open_folder(path)
     where = str(folder.path / "config.json")
     architecture = architecture_for(folder.config, where)

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import torch
 
+from quant.choices import named_device
 from quant.common.errors import NibbleError
 
 
 def choose_device(name: str | None = None, local_rank: int | None = None) -> torch.device:
-    """The device called `name` ("cpu", "cuda", "cuda:1"); for None CUDA where there is one, else the CPU.
+    """The device called `name`, see `named_device`; for None CUDA where there is one, else the CPU.
 
     local_rank: of one of several processes on this machine; each takes the GPU of that number.
-
-    The result always carries an index on CUDA, so that it compares equal to the device of its tensors.
-    Raises NibbleError for a name that means nothing here or a device that this machine does not have.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,25 +26,7 @@ def choose_device(name: str | None = None, local_rank: int | None = None) -> tor
         )
     if local_rank is not None and name == "cuda":
         name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")  # falls through to the error below
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise NibbleError(f"device '{name}' is not one that a run can use.\nChoose cpu, cuda or cuda:<number>.")
-    if not torch.cuda.is_available():
-        reason = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        raise NibbleError(
-            f"device '{name}' is not here: {reason} (torch {torch.__version__}).\n"
-            "Use device cpu (train.device: cpu), or install a torch with CUDA on a machine with an NVIDIA GPU."
-        )
-    count = torch.cuda.device_count()
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= count:
-        raise NibbleError(f"device '{name}' is not here: this machine has {count} (cuda:0 to cuda:{count - 1}).")
-    return torch.device("cuda", index)
+    return named_device(name)
 
 
 def device_name(device: torch.device) -> str:

@@ -1,1 +1,45 @@
-"""A training run: configuration, data, loss, optimiser, loop and outputs. Start one with `python -m train`."""
+"""A training run: configuration, data, loss, optimiser, loop and outputs. Start one with `python -m train`.
+
+For a loop of one's own, docs/research.md goes through the names below.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parallel.shards import Shards
+    from train.data.batches import Batch, make_batch
+    from train.loop import training_step
+    from train.loss import linear_cross_entropy
+    from train.optim import build_optimizer, clip_gradients
+
+__all__ = [
+    "Batch",
+    "Shards",
+    "build_optimizer",
+    "clip_gradients",
+    "linear_cross_entropy",
+    "make_batch",
+    "training_step",
+]
+
+# Imported when they are first asked for: `python -m train --help` answers without importing torch.
+_HOMES = {
+    "Batch": "train.data.batches",
+    "Shards": "parallel.shards",
+    "build_optimizer": "train.optim",
+    "clip_gradients": "train.optim",
+    "linear_cross_entropy": "train.loss",
+    "make_batch": "train.data.batches",
+    "training_step": "train.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,6 +23,7 @@ from parallel.load import fill_parts
 from parallel.mesh import Meshes, MeshSizes
 from parallel.plan import cuts
 from parallel.shards import Shards
+from quant.choices import named_dtype
 from quant.common.errors import NibbleError
 from quant.common.progress import Bar
 from quant.storage import StorageSpec
@@ -31,7 +32,6 @@ from train.optim import require_device
 
 # DeepSeek-V3's speed of the bias (arXiv:2412.19437 §4.2), and the coefficient of Qwen's configurations.
 _BALANCE_RATE = 1e-3
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check_model(config: Config, source: ModelFolder, device: torch.device, sizes: MeshSizes | None = None) -> None:
@@ -99,7 +99,7 @@ def load_trainable_model(
     meshes: cut it over these, each process reading its own part; all of them must call this. None: it is whole here.
     progress: show a bar while weights are read.
     """
-    settings, dtype = config.model, _DTYPES[config.model.dtype]
+    settings, dtype = config.model, config.model.dtype
     if meshes is None:
         model = load_model(
             source.path, settings.storage, dtype, device, double_quant=settings.double_quant, progress=progress
@@ -147,7 +147,7 @@ def make_trainable(model: CausalLM, config: Config) -> None:
         alpha=adapter.alpha,
         rslora=adapter.rslora,
         layers=adapter.layers,
-        dtype=_DTYPES[adapter.dtype],
+        dtype=adapter.dtype,
     )
     if adapter.init_from is not None:
         load_adapter(model, adapter.init_from, dtype=spec.dtype, expected=spec)
@@ -206,4 +206,4 @@ def _balance_rate(config: Config, source: ModelFolder) -> float:
 
 
 def _storage(config: Config) -> tuple[StorageSpec, torch.dtype]:
-    return StorageSpec(config.model.storage, config.model.double_quant), _DTYPES[config.model.dtype]
+    return StorageSpec(config.model.storage, config.model.double_quant), named_dtype(config.model.dtype)

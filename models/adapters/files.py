@@ -30,6 +30,7 @@ from models.checkpoint.keymap import Key, KeyMap, key_map_of
 from models.checkpoint.layout import Layout, Spelling, spellings
 from models.checkpoint.tensorfile import DTYPES, TensorInfo, TensorWriter, read_header
 from models.decoder import CausalLM
+from quant.choices import named_dtype
 from quant.common.errors import NibbleError
 from quant.common.files import disk_error, write_atomically
 from quant.common.words import some
@@ -145,7 +146,7 @@ def load_adapter(
     model: CausalLM,
     directory: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     expected: AdapterSpec | None = None,
 ) -> AdapterSpec:
     """Give `model` the adapter in `directory`, and return its spec. Every other parameter is frozen.
@@ -170,7 +171,7 @@ def load_adapter(
     if dtype is None:
         stored = {DTYPES.get(info.dtype) for info in header.values()}
         dtype = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
-    attach_lora(model, targets, rslora, dtype)
+    attach_lora(model, targets, rslora, named_dtype(dtype))
     read_adapter_weights(model, directory)
     return adapter_spec(model)
 

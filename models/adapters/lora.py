@@ -16,6 +16,7 @@ from models.adapters.targets import AdapterSpec, Target, adaptable, module_name,
 from models.blocks.linear import ExpertWeights, Linear, LoRA
 from models.checkpoint.keymap import Key, KeyMap, key_map_of
 from models.decoder import CausalLM
+from quant.choices import named_dtype
 from quant.common.errors import NibbleError
 
 # Assigns a whole tensor to a parameter of the model; where the model is sharded, the part of it that is here.
@@ -36,7 +37,7 @@ def add_lora(model: CausalLM, spec: AdapterSpec, seed: int = 0) -> None:
     `initialise_lora` is called when there is memory.
     """
     targets = resolve(key_map_of(model), spec, model.model_type)
-    loras = attach_lora(model, targets, spec.rslora, spec.dtype)
+    loras = attach_lora(model, targets, spec.rslora, named_dtype(spec.dtype))
     if not any(lora.A.is_meta for lora in loras):
         initialise_lora(model, seed)
 

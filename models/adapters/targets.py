@@ -17,6 +17,7 @@ import torch
 
 from models.blocks.groups import GROUP_WORDS, TARGET_GROUPS, Group
 from models.checkpoint.keymap import Key, KeyMap
+from quant.choices import named_dtype
 from quant.common.errors import NibbleError
 
 
@@ -31,7 +32,7 @@ class AdapterSpec:
     rank, alpha: one number, or a number per group; a name in place of a group goes before its group.
     rslora: scale by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732).
     layers: only these layers; None is all.
-    dtype: of A and B. float32 trains stably beside bfloat16 weights.
+    dtype: of A and B, float32 or bfloat16. float32 trains stably beside bfloat16 weights.
     """
 
     targets: tuple[str, ...]
@@ -39,7 +40,10 @@ class AdapterSpec:
     alpha: float | Mapping[str, float]
     rslora: bool = False
     layers: tuple[int, ...] | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | str = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", named_dtype(self.dtype))
 
 
 @dataclass(frozen=True)

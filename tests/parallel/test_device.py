@@ -39,7 +39,7 @@ def test_missing_cuda_index_is_named() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "meta", "mps", "cuda:x"])
 def test_other_devices_are_refused(name: str) -> None:
-    with pytest.raises(NibbleError, match=rf"device '{name}' is not one that a run can use"):
+    with pytest.raises(NibbleError, match=rf"device '{name}' is not supported"):
         choose_device(name)
 
 

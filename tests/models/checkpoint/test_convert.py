@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import convert as command
 from models.checkpoint.conversion import Interrupted, convert, count_parameters
 from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.native import MANIFEST, Manifest, NativeCheckpoint
 from models.checkpoint.stream import HubReader
+from models.convert import __main__ as command
 from models.glm4_moe_lite import Glm4MoeLiteConfig, build
 from quant.common.errors import NibbleError
 from quant.common.progress import Bar

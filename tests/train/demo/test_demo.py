@@ -14,7 +14,7 @@ import torch
 
 from models import load_model
 from models.checkpoint.hub import HubCheckpoint
-from models.convert import main as convert
+from models.convert.__main__ import main as convert
 from models.registry import architecture_for
 from quant.storage import StorageSpec
 from tests.helpers import key_map_for, relative_error

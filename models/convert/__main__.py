@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.convert import convert
 from quant.common.errors import NibbleError
 from quant.common.progress import Bar
 
@@ -73,26 +74,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    import torch
+    from models.checkpoint.conversion import Interrupted
 
-    from models.checkpoint.conversion import Interrupted, convert
-    from quant.storage import StorageSpec
-
-    spec = StorageSpec(arguments.storage, double_quant=not arguments.single_quant)
-    dtype = torch.float32 if arguments.dtype == "float32" else torch.bfloat16
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise NibbleError("--device cuda: torch finds no CUDA device here.\nLeave --device out to quantise on the CPU.")
     try:
-        with Bar("converting") as bar:
-            summary = convert(
-                arguments.source,
-                arguments.destination,
-                spec,
-                dtype,
-                device=arguments.device,
-                force=arguments.force,
-                progress=bar.update,
-            )
+        summary = convert(
+            arguments.source,
+            arguments.destination,
+            arguments.storage,
+            arguments.dtype,
+            arguments.device,
+            double_quant=not arguments.single_quant,
+            force=arguments.force,
+            progress=True,
+        )
     except Interrupted as error:
         print(f"{error}", file=sys.stderr)
         return 130
