@@ -51,8 +51,8 @@ def save_parts(
 
     tensors: by name, on any device; those named in `cuts` are parts, the others are the same on every process. The
     parts of all processes must make up the tensor; an empty one may be left out. All processes of `group` must call it
-    (None: all there are; without a process group this one writes everything). Extra memory: two to three times a file's
-    size, on the host; a file holds one tensor or up to 64 MiB of them.
+    (None: all there are; without a process group this one writes everything). Extra memory: a file's size, on the host,
+    and as much again where the tensors are on a device; a file holds one tensor or up to 64 MiB of them.
 
     Returns size (bytes) and sha256 (hexadecimal, of the bytes on their way to the disk) of each file that this process
     wrote, by its name in `folder`. Raises NibbleError, the same on all processes, when one of them can't write.

@@ -138,12 +138,12 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return shown[shown.index("error: ") :]
 
 
-def torchrun(arguments: list[str], processes: int, *options: str) -> list[str]:
-    """The command that runs `python -m train ARGUMENTS` in so many processes of this machine."""
+def torchrun(arguments: list[str], processes: int, *options: str, module: str = "train") -> list[str]:
+    """The command that runs `python -m train ARGUMENTS`, or another module, in so many processes of this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     # No process of a busy machine is to be taken for lost.
     patient = ["--set", "parallel.lost_after=600"]
-    return [*launcher, *(options or ("--standalone",)), "-m", "train", *patient, *arguments]
+    return [*launcher, *(options or ("--standalone",)), "-m", module, *patient, *arguments]
 
 
 def in_processes(arguments: list[str], processes: int, *options: str) -> subprocess.CompletedProcess[str]:

@@ -52,12 +52,15 @@ def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Launched:
     """A torchrun that works in the background, and its processes."""
 
-    def __init__(self, arguments: list[str], processes: int, *options: str, folder: Path) -> None:
+    def __init__(self, arguments: list[str], processes: int, *options: str, folder: Path, kills: str = "") -> None:
+        """kills: which processes die, and when (tests/dist_workers/killed.py)."""
         self._mark = uuid.uuid4().hex  # in the environment of all of them
         self._said = folder / f"{self._mark}.txt"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "LAUNCHED_AS": self._mark}
+        environment |= {"KILLS": kills, "KILLS_DONE": str(folder)}
         with self._said.open("wb") as said:
-            command = torchrun(arguments, processes, *options)
+            module = "tests.dist_workers.killed" if kills else "train"
+            command = torchrun(arguments, processes, *options, module=module)
             self.agent = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
 
     @property
@@ -98,8 +101,8 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     """`Launched`; whatever still runs when the test is over is killed."""
     started: list[Launched] = []
 
-    def start(arguments: list[str], processes: int, *options: str) -> Launched:
-        started.append(Launched(arguments, processes, *(options or ("--standalone",)), folder=tmp_path))
+    def start(arguments: list[str], processes: int, *options: str, kills: str = "") -> Launched:
+        started.append(Launched(arguments, processes, *(options or ("--standalone",)), folder=tmp_path, kills=kills))
         return started[-1]
 
     yield start
@@ -166,19 +169,16 @@ def test_one_killed_in_a_step_ends_all_and_the_same_command_goes_on(
 ) -> None:
     out = tmp_path / "out"
     arguments = settings(world, out, **CHANGES)
-    run = launch(arguments, 2)
-    victim = until(lambda: run.workers().get(1), run)
-    until(lambda: last_step(out) > SAVE_EVERY, run)
-    kill(victim)
+    run = launch(arguments, 2, kills=f"1:{SAVE_EVERY + 2}")
     assert run.wait() == 1
     assert not run.workers()
-    kept = checkpoints(out)[-1]
-    assert killed(victim) in run.said, run.said
-    assert last_step(out) < STEPS
+    assert checkpoints(out)[-1] == f"step-{SAVE_EVERY:06d}"
+    assert re.search(r"rank +: 1 .*\n +exitcode  : -9 \(pid: \d+\)  \(SIGKILL\)", run.said), run.said
+    assert last_step(out) == SAVE_EVERY + 1
 
     again = in_processes(arguments, 2)
     assert again.returncode == 0, again.stderr
-    assert resumed_from(out) == [int(kept.removeprefix("step-"))]
+    assert resumed_from(out) == [SAVE_EVERY]
     assert worst_loss(out, undisturbed) < 1e-6
     assert worst_weight(out, undisturbed) < 1e-5
 
@@ -275,13 +275,10 @@ def test_two_machines_start_again_together(world: World, undisturbed: Path, laun
     out = tmp_path / "out"
     meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "again")
     arguments = settings(world, out, **CHANGES)
-    both = [launch(arguments, 1, "--nnodes", "2", *meet, "--max-restarts", "3") for _ in range(2)]
-    for restarts, rank in enumerate((1, 0, 1)):
-        until(lambda: last_step(out) > SAVE_EVERY, both[0])
-        until(lambda restarts=restarts: len(resumed_from(out)) == restarts, both[0])
-        kill({**both[0].workers(), **both[1].workers()}[rank])
+    kills = ",".join(f"{rank}:{number * SAVE_EVERY + 2}" for number, rank in enumerate((1, 0, 1), 1))
+    both = [launch(arguments, 1, "--nnodes", "2", *meet, "--max-restarts", "3", kills=kills) for _ in range(2)]
     assert [run.wait() for run in both] == [0, 0], both[0].said + both[1].said
-    assert len(resumed_from(out)) == 3
+    assert resumed_from(out) == [SAVE_EVERY, 2 * SAVE_EVERY, 3 * SAVE_EVERY]
     assert worst_loss(out, undisturbed) < 1e-5
     assert worst_weight(out, undisturbed) < 1e-5
 

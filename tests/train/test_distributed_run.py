@@ -88,7 +88,7 @@ def test_8_bit_states_start_anew_on_another_number_of_processes(world: World, tm
     for steps, processes in ((2, 2), (3, 2), (4, 1)):
         done = in_processes(settings(world, tmp_path / "out", **changes, train__max_steps=steps), processes)
         assert done.returncode == 0, done.stderr
-        said[steps] = [line for line in done.stderr.splitlines() if "anew" in line]
+        said[steps] = [line for line in done.stderr.splitlines() if "starts anew" in line]
     assert said[2] == said[3] == []
     assert len(said[4]) == 1
     assert re.fullmatch(

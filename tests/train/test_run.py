@@ -20,6 +20,7 @@ import yaml
 
 from models import load_model
 from tests.helpers import assert_close
+from tests.processes import LIMIT
 from tests.run_helpers import ROOT, World, curve, losses, make_world, settings
 from train.__main__ import main
 from train.config.load import load_config
@@ -250,7 +251,7 @@ def test_a_run_imports_slow_libraries_only_where_it_needs_them(
     )
     arguments = settings(world, tmp_path / "run", model__storage=storage, train__max_steps=1)
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith(("BEFORE", "AFTER"))]

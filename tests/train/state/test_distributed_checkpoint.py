@@ -277,6 +277,15 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         load_parts(tmp_path, {"a": torch.zeros(1000)}, {})
 
 
+def test_an_interrupt_while_writing_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: object, mode: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("parallel.checkpoint._HashedFile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_parts(tmp_path, {"a": torch.zeros(1000)}, {})
+
+
 def test_clipping(four: list[dict[str, Any]]) -> None:
     for result in four:
         clip = result["clip"]
