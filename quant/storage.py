@@ -58,7 +58,6 @@ class Storage(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.kind: str = spec.kind
         self.shape = tuple(shape)
         self.name = name
         self._dtype = dtype
@@ -119,6 +118,10 @@ class Storage(nn.Module):
                 "scales\nThe checkpoint is damaged or overflowed when it was saved: get it again."
             )
         return cls.encode(spec, dense, dtype)
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
 
     @property
     def dtype(self) -> torch.dtype:

@@ -55,8 +55,16 @@ class Batch:
         )
 
 
-def make_batch(examples: Examples, indices: Iterable[int], multiple: int = MULTIPLE) -> Batch:
-    """The documents `indices` as one flat batch, padded to a multiple of `multiple` tokens."""
+def make_batch(
+    examples: Examples | Sequence[tuple[Sequence[int], Sequence[bool]]],
+    indices: Iterable[int],
+    multiple: int = MULTIPLE,
+) -> Batch:
+    """The documents `indices` as one flat batch, padded to a multiple of `multiple` tokens.
+
+    examples: of each document its tokens, and for every token whether it is to be learnt; the first one never is, since
+    nothing stands before it to predict it from.
+    """
     chosen = [examples[int(index)] for index in indices]
     lengths = [len(tokens) for tokens, _ in chosen]
     real = sum(lengths)
