@@ -37,6 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+PLAIN = {"model__storage": "none"}  # starts without bitsandbytes, for what does not depend on the storage
 RESUMED = {"train__max_steps": 10, "train__save_every": 4, "train__eval_every": 5, "train__gradient_accumulation": 2}
 
 
@@ -106,7 +107,7 @@ def test_a_run_whose_reader_died_goes_on_to_its_end(world: World, tmp_path: Path
     """As `python -m train … 2>&1 | tee log` when the tee is killed."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "train", *settings(world, tmp_path / "run", train__max_steps=2)]
+    command = [sys.executable, "-m", "train", *settings(world, tmp_path / "run", train__max_steps=2, **PLAIN)]
     done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=writing, timeout=LIMIT, check=False)
     os.close(writing)
     assert done.returncode == 0
@@ -120,7 +121,7 @@ def test_a_run_whose_reader_died_goes_on_to_its_end(world: World, tmp_path: Path
 def test_a_closed_terminal_stops_as_sigterm_does(world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
     hang_up = "os.kill(os.getpid(), signal.SIGHUP)"
-    stopped = in_a_process(settings(world, out), WRAP_STEP.format(step=2, action=hang_up))
+    stopped = in_a_process(settings(world, out, **PLAIN), WRAP_STEP.format(step=2, action=hang_up))
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped   by SIGHUP after step 2 of 6" in stopped.stdout
     assert (out / "checkpoints" / "step-000002").is_dir()
@@ -130,7 +131,7 @@ def test_a_closed_terminal_stops_as_sigterm_does(world: World, tmp_path: Path) -
 def test_a_second_interrupt_stops_at_once(world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
     interrupts = "signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)"
-    stopped = in_a_process(settings(world, out), WRAP_STEP.format(step=2, action=interrupts))
+    stopped = in_a_process(settings(world, out, **PLAIN), WRAP_STEP.format(step=2, action=interrupts))
     assert stopped.returncode == 130, stopped.stderr
     assert "Ctrl-C again stops at once" in stopped.stderr
     assert stopped.stderr.endswith("interrupted\n")
