@@ -25,7 +25,9 @@ _START = timedelta(minutes=10)  # machines don't start at the same time
 _POLL = 0.02  # seconds
 # Before and after the training a process may be busy for long: with a download, its rows, its part of a checkpoint.
 NO_LIMIT = timedelta(days=365)
-_GLOO = ("gloo/", "pair closure")  # in the messages of its errors, which are plain RuntimeErrors
+# In the messages of the errors that a process meets when another one is gone. Gloo's are plain RuntimeErrors.
+_GLOO = ("gloo/", "pair closure")
+_NCCL = (*_GLOO, "remote process", "timeout", "Timeout", "aborted", "Socket", "peer")
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,11 @@ class ProcessLostError(NibbleError):
 
 def lost_contact(error: BaseException) -> bool:
     """Whether this is what a process meets when another one is gone: a collective, or the store, has failed."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(part in str(error) for part in _GLOO)
-    )
+    if isinstance(error, dist.DistStoreError | dist.DistNetworkError):
+        return True
+    # NCCL's other errors (a GPU used twice, no memory) are this process's own.
+    parts = _NCCL if isinstance(error, dist.DistBackendError) else _GLOO
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in parts)
 
 
 @contextlib.contextmanager
@@ -137,9 +141,11 @@ def collectives_within(seconds: float, groups: Iterable[dist.ProcessGroup] = ())
     everyone = [group for group in (dist.group.WORLD, *groups) if group is not None]
     for group in everyone:
         group.set_timeout(min(timedelta(seconds=min(seconds, 1e9)), NO_LIMIT))
-    yield
-    for group in everyone:
-        group.set_timeout(NO_LIMIT)
+    try:
+        yield
+    finally:
+        for group in everyone:
+            group.set_timeout(NO_LIMIT)
 
 
 def _store(world: World) -> dist.Store:

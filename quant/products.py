@@ -54,8 +54,9 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next((value.device.type for value in args if isinstance(value, Tensor)), "")
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        given = (*args, *kwargs.values())
+        device = next((value.device.type for value in given if isinstance(value, Tensor)), None)
+        if device is None or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

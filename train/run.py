@@ -95,6 +95,7 @@ def _run(
     check_model(config, source, device, sizes)
     # The first process of a machine reads all weights for this, unless they were hashed before.
     fingerprint = content_fingerprint(source) if world.local_rank == 0 else ""
+    world.wait(report.note, "hash the checkpoint")
     base = {"name": source.name, "fingerprint": require_same_model(fingerprint, config)}
     require_same_base(checkpoint, base, config, source)
 

@@ -19,12 +19,14 @@ FLA_NEEDED = (0, 5)  # major and minor version
 def uses_fla(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether values of this dtype on this device go through flash-linear-attention."""
     half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and find_spec("fla") is not None and _fla_is_right()
+    return device.type == "cuda" and half and _fla_is_right()
 
 
 @functools.cache
 def _fla_is_right() -> bool:
-    """Whether the flash-linear-attention that is installed computes the right values; says so, once, if it doesn't."""
+    """Whether flash-linear-attention is installed and computes the right values; says so, once, if it doesn't."""
+    if find_spec("fla") is None:
+        return False
     found = "of unknown version"
     for distribution in ("flash-linear-attention", "fla-core"):  # old versions have no fla-core, which has the kernels
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -40,8 +40,8 @@ Tensors = Mapping[str, tuple[str, TensorInfo]]
 def full_fingerprint(folder: Path, config: bytes, tensors: Tensors) -> str:
     """ "full:…": SHA-256 over the bytes of config.json, and every tensor's key, dtype, shape and data.
 
-    File names, dates and the division into files don't count. Where every file has the size, date and inode that it had
-    when it was last hashed, the hash remembered in the user's cache folder is taken. Raises NibbleError where a file
+    File names, dates and the division into files don't count. Where every file has the size, dates and inode of the
+    time when it was last hashed, the hash remembered in the user's cache folder is taken. Raises NibbleError where a file
     can't be read.
     """
     total = sum(info.end - info.begin for _, info in tensors.values())
@@ -53,17 +53,20 @@ def _remembered_hash(folder: Path, tensors: Tensors, total: int) -> str:
     found = {name: (folder / name).stat() for name in sorted({name for name, _ in tensors.values()})}
     # Which file holds which tensor belongs to it: of two copies the index says which one counts.
     places = hashlib.sha256(repr(sorted((key, name) for key, (name, _) in tensors.items())).encode()).hexdigest()
-    state = [places, [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found.items()]]
+    # A date of modification can be set back; that of the last change of the file's entry (ctime) can't.
+    stats = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in found.items()]
+    state = [places, stats]
     name = str(folder.resolve())
     path = _cache_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         record = json.loads(path.read_bytes())
         if record["state"] == state:
             return str(record["sha256"])
+    log.info("%s: hashing %s, once, so that any change of it is seen", folder, gib(total))
     begun = time.monotonic()
     with Bar("hashing the checkpoint, once") as bar:
         data = _hash_tensors(folder, tensors, lambda done: bar.update(done, total))
-    log.info("%s: hashed %s in %.0f s, to know it by its content", folder, gib(total), time.monotonic() - begun)
+    log.info("%s: hashed in %.0f s", folder, time.monotonic() - begun)
     if time.time() - max(stat.st_mtime for stat in found.values()) > _YOUNG:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -226,6 +227,8 @@ class TensorWriter:
                 end = self._ahead.pop(self._whole)
                 while self._hash is not None and self._whole < end:
                     part = os.pread(self._file, min(_READ_AT_ONCE, end - self._whole), self._whole)
+                    if not part:
+                        raise OSError(errno.EIO, "it was cut short from outside")
                     self._hash.update(part)
                     self._whole += len(part)
                 self._whole = end

@@ -105,6 +105,9 @@ def write_snapshot(
             if world.first:
                 write_atomically(partial / STATE, snapshot.text)
                 files = {name: entry for text in everything for name, entry in json.loads(text).items()}
+                unknown = {str(path.relative_to(partial)) for path in partial.rglob("*.safetensors")} - files.keys()
+                if unknown:  # torch's writer would have to have left the file system that hashes
+                    raise RuntimeError(f"{partial}: {min(unknown)} was written without its hash")
                 files[STATE] = {"size": len(snapshot.text), "sha256": hashlib.sha256(snapshot.text).hexdigest()}
                 manifest = {"format": FORMAT, "step": snapshot.step, "files": files}
                 write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -118,6 +121,8 @@ def write_snapshot(
         raise NibbleError(f"{error}\n{_what_is_left(directory, snapshot.step)}") from error
     if world.first:
         prune(directory, snapshot.step, keep, report)
+    # Nobody goes on into a step, where waiting is limited, while the first deletes old checkpoints.
+    gather_texts("", group)
     return final
 
 
@@ -166,7 +171,7 @@ def _what_is_left(directory: Path, step: int) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. `state` is what `save_checkpoint` was given; tensors are read when they are asked for."""
+    """A verified checkpoint. `state` is what `CheckpointSaver.save` was given; tensors are read when asked for."""
 
     path: Path
     step: int

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.parts import Part
-from parallel.texts import gather_texts
 from parallel.world import NO_LIMIT, World
 from train.optim import OptimizerState
 from train.state.checkpoint import Snapshot, to_stderr, write_snapshot
@@ -101,8 +100,6 @@ class CheckpointSaver:
         arguments = (self._directory, snapshot, self._keep, self._report, self._world, self._group)
         if self._thread is None:
             write_snapshot(*arguments)
-            if self._group is not None:
-                gather_texts("", self._group)  # while the first deletes old checkpoints
         else:
             self._under_way = self._thread.submit(write_snapshot, *arguments)
 

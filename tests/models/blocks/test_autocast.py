@@ -19,6 +19,7 @@ from models.blocks.factory import Factory
 from models.blocks.linear import Linear, LoRA
 from models.blocks.norm import RMSNorm
 from models.load import load_model
+from quant.products import without_autocast
 from quant.storage import StorageSpec
 from tests.helpers import save_tiny_glm
 from train.loss import linear_cross_entropy
@@ -160,3 +161,14 @@ def test_a_lora_by_itself_changes_nothing_and_learns() -> None:
         # PEFT: nn.init.kaiming_uniform_(A, a=sqrt(5)) of every [R, in].
         assert 0.9 * HIDDEN**-0.5 < lora.A.abs().max() <= HIDDEN**-0.5
         assert lora.A.unique().numel() > 0.9 * lora.A.numel()
+
+
+def test_tensors_may_be_given_by_name() -> None:
+    @without_autocast
+    def doubled(*, x: Tensor) -> Tensor:
+        return x @ x
+
+    x = torch.eye(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert doubled(x=x).dtype == torch.float32
+    assert torch.equal(doubled(x=x), x)

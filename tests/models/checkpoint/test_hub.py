@@ -254,6 +254,21 @@ def test_fingerprint_sees_the_last_byte_and_says_when_only_samples_are_compared(
     assert not saved().has_fingerprint(sampled, "")
 
 
+def test_a_change_that_sets_its_date_back_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "hub"
+    write_checkpoint(folder, shards=1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "_SMALL", 1)
+    (shard,) = folder.glob("*.safetensors")
+    os.utime(shard, (0, 0))
+    before = HubCheckpoint(folder).fingerprint()
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, (0, 0))
+    assert HubCheckpoint(folder).fingerprint() != before
+
+
 def test_a_large_checkpoint_is_hashed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
