@@ -191,7 +191,10 @@ def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
     if len(shape) != 2 or 0 in shape or kind not in ("int64", "int32"):
         single = "\nA single document is tokens[None]." if len(shape) == 1 else ""
         raise NibbleError(f"tokens are {kind} {shape}; the model takes int64 [B, T], a document per row.{single}")
-    if tokens.is_cpu and not 0 <= (low := int(tokens.min())) <= (high := int(tokens.max())) < vocabulary:
+    if not tokens.is_cpu:
+        return
+    low, high = map(int, tokens.aminmax())
+    if low < 0 or high >= vocabulary:
         raise NibbleError(
             f"tokens are {low} to {high}; the model's vocabulary has 0 to {vocabulary - 1}.\n"
             "Do tokenizer and model belong together?"

@@ -12,7 +12,7 @@ import torch
 from models.adapters.lora import add_lora
 from models.adapters.targets import AdapterSpec
 from models.blocks.experts import Experts
-from models.checkpoint.keymap import KeyMap
+from models.checkpoint.keymap import KeyMap, key_map_of
 from models.decoder import CausalLM
 from models.registry import architecture_for
 from parallel.mesh import MeshSizes
@@ -47,7 +47,7 @@ def model_of(name: str) -> tuple[CausalLM, KeyMap]:
     config = architecture.parse_config(PUBLISHED[hub_id], hub_id)
     model = architecture.build(config, StorageSpec("nf4"), torch.bfloat16, "meta")
     add_lora(model, AdapterSpec(targets, RANK, 16))
-    return model, architecture.key_map(config)
+    return model, key_map_of(model)
 
 
 def bytes_held(model: CausalLM, parts: int) -> tuple[int, float]:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallel.shards import Shards
-    from train.data.batches import Batch, make_batch
+    from train.data.batches import make_batch
     from train.loop import training_step
     from train.loss import linear_cross_entropy
     from train.optim import build_optimizer, clip_gradients
 
 __all__ = [
-    "Batch",
     "Shards",
     "build_optimizer",
     "clip_gradients",
@@ -25,7 +24,6 @@ __all__ = [
 
 # Imported when they are first asked for: `python -m train --help` answers without importing torch.
 _HOMES = {
-    "Batch": "train.data.batches",
     "Shards": "parallel.shards",
     "build_optimizer": "train.optim",
     "clip_gradients": "train.optim",

@@ -41,8 +41,8 @@ def full_fingerprint(folder: Path, config: bytes, tensors: Tensors) -> str:
     """ "full:…": SHA-256 over the bytes of config.json, and every tensor's key, dtype, shape and data.
 
     File names, dates and the division into files don't count. Where every file has the size, dates and inode of the
-    time when it was last hashed, the hash remembered in the user's cache folder is taken. Raises NibbleError where a file
-    can't be read.
+    time when it was last hashed, the hash remembered in the user's cache folder is taken. Raises NibbleError where a
+    file can't be read.
     """
     total = sum(info.end - info.begin for _, info in tensors.values())
     data = _hash_tensors(folder, tensors) if total < _SMALL else _remembered_hash(folder, tensors, total)
