@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(INSTALLED)  ## run the tests, two at a time (ARGS="-k quant" passes options to pytest)
-	$(PY) -m pytest -n 2 $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(INSTALLED)  ## run the tests that take minutes, which `make test` leaves out
 	$(PY) -m pytest -m slow $(ARGS)
