@@ -133,7 +133,7 @@ def _meanings(kind: str, packed: Tensor) -> Tensor:
 def experts(device: torch.device) -> Iterator[Check]:
     count, hidden, width, tokens, chosen = 24, 128, 64, 80, 3
     for spec in (SPECS[0], SPECS[4], SPECS[5]):
-        reference = Experts(count, hidden, width, Factory(spec, torch.float32, CPU, "experts"))
+        reference = Experts(count, hidden, width, Factory(spec, torch.float32, CPU))
         _fill_block(reference, spec)
         x, upstream = random((tokens, hidden), 3), random((tokens, hidden), 4)
         scores = random((tokens, count), 5)
@@ -142,7 +142,7 @@ def experts(device: torch.device) -> Iterator[Check]:
         weights = picked.values.softmax(-1)
         expected = _run_block(reference, x, picked.indices, weights, upstream)
         for dtype, tolerance in DTYPES:
-            block = Experts(count, hidden, width, Factory(spec, dtype, CPU, "experts"))
+            block = Experts(count, hidden, width, Factory(spec, dtype, CPU))
             _fill_block(block, spec)
             block.to(device)
             actual = _run_block(

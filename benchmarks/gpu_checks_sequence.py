@@ -158,7 +158,7 @@ def indexer(device: torch.device) -> Iterator[Check]:
     """
     topk, hidden, rank, rope, tokens = 24, 128, 64, 32, sum(LONG)
     config = IndexerConfig(hidden=hidden, query_rank=rank, heads=16, dim=64, rope_dim=rope, topk=topk)
-    reference = Indexer(config, Factory(StorageSpec("none"), torch.float32, CPU, "indexer"))
+    reference = Indexer(config, Factory(StorageSpec("none"), torch.float32, CPU))
     for number, module in enumerate(reference.modules()):
         if isinstance(module, Storage):
             module.load_dense(random(module.shape, 70 + number).mul_(module.shape[-1] ** -0.5))

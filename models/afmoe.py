@@ -133,17 +133,15 @@ class DecoderLayer(nn.Module):
         self.sliding = c.sliding[index]
         self.input_layernorm = norm(c.hidden)
         self.self_attn = GroupedQueryAttention(
-            c.attention, factory.at("self_attn"), norm=norm, window=c.window if self.sliding else None
+            c.attention, factory, norm=norm, window=c.window if self.sliding else None
         )
         self.post_attention_layernorm = norm(c.hidden)
         self.pre_mlp_layernorm = norm(c.hidden)
         self.mlp: SwiGLU | SharedExpertsMoE
         if index < c.dense_layers:
-            self.mlp = SwiGLU(c.hidden, c.dense_width, "dense_mlp", factory.at("mlp"))
+            self.mlp = SwiGLU(c.hidden, c.dense_width, "dense_mlp", factory)
         else:
-            self.mlp = SharedExpertsMoE(
-                c.experts, c.hidden, c.expert_width, c.shared_width, c.routing, factory.at("mlp")
-            )
+            self.mlp = SharedExpertsMoE(c.experts, c.hidden, c.expert_width, c.shared_width, c.routing, factory)
         self.post_mlp_layernorm = norm(c.hidden)
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor], run: Run) -> Tensor:
@@ -177,6 +175,6 @@ class AfmoeDecoder(Decoder):
 def build(config: AfmoeConfig, factory: Factory) -> CausalLM:
     """The model with empty tensors."""
     c = config
-    layers = [DecoderLayer(c, index, factory.at(f"model.layers.{index}")) for index in range(c.layers)]
+    layers = [DecoderLayer(c, index, factory) for index in range(c.layers)]
     decoder = AfmoeDecoder(c, layers, RMSNorm(c.hidden, c.eps, factory.float32), factory)
     return CausalLM(c, decoder, factory, model_type="afmoe", hub=HUB)

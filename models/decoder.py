@@ -22,7 +22,7 @@ from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from quant.common.errors import FLOAT16, NibbleError
 from quant.products import without_autocast
-from quant.storage import DenseStorage
+from quant.storage import DenseStorage, Storage
 
 # run(layer, *inputs): the output of a layer, or of a part of one, perhaps to be computed again for its gradients.
 Run = Callable[..., Any]
@@ -43,12 +43,14 @@ class DecoderConfig(Protocol):
 
 @dataclass(frozen=True)
 class HubForm:
-    """What an architecture's checkpoints on the hub have that its modules don't tell. Names follow the modules' else.
+    """What an architecture's checkpoints on the hub have that can't be read off its modules.
+
+    All other names are those of the modules.
 
     renamed: the end of a native name, and what the hub has in its place.
     carried: patterns (full match) of keys that nothing here computes with (prediction layers, vision towers).
     counted_buffers: ends of the names of buffers that are parameters in transformers.
-    vision_language: the model is the text model of one, under `model.language_model`, and experts are fused stacks.
+    vision_language: the checkpoint is a vision-language model: keys under `model.language_model`, experts fused.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class HubForm:
 
 
 def prediction_layers(layers: int, extra: int) -> tuple[str, ...]:
-    """Patterns for the keys of `extra` layers for multi-token prediction behind `layers`."""
+    """Patterns for the keys of the `extra` layers for multi-token prediction that follow the first `layers`."""
     return tuple(rf"model\.layers\.{layers + index}\..*" for index in range(extra))
 
 
@@ -73,6 +75,22 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return nn.functional.embedding(tokens, self.weight)
+
+
+class PreNormLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the layer of most architectures. norm: makes one of a given size."""
+
+    def __init__(self, hidden: int, attention: nn.Module, mlp: nn.Module, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.input_layernorm = norm(hidden)
+        self.self_attn = attention
+        self.post_attention_layernorm = norm(hidden)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """x [N, H] and the rotary tables of its positions: [N, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), documents, tables)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -116,7 +134,7 @@ class CausalLM(nn.Module):
 
     config: the architecture's parsed configuration. model_type: as in config.json. spec, dtype: how the frozen
     matrices are stored, and the dtype of everything else and of activations, which follows a cast (`to`, `float` …).
-    NibbleError for float16. hub: see HubForm.
+    NibbleError for float16, and, naming the matrix, where `spec` can't keep its shape. hub: see HubForm.
     activation_checkpointing: in training, keep only every layer's input and compute the layer again for its gradients.
     balance: what watches how evenly the experts are chosen (models/blocks/balance.py); None: nothing does.
     """
@@ -136,9 +154,13 @@ class CausalLM(nn.Module):
         self.activation_checkpointing = False
         self.balance: Balance | None = None
         self.model = decoder
-        self.lm_head = Head(config.hidden, config.vocabulary, factory.at("lm_head").dense)
+        self.lm_head = Head(config.hidden, config.vocabulary, factory.dense)
         if config.tied:
             self.lm_head.weight.value = decoder.embed_tokens.weight
+        for name, module in self.named_modules():
+            if isinstance(module, Storage):
+                module.name = name
+                module.check(module.spec, module.shape, module.dtype, name)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,18 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
-from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
-from models.blocks.documents import Documents
+from models.blocks.configjson import flag, integer
 from models.blocks.factory import Factory
 from models.blocks.norm import RMSNorm
-from models.decoder import CausalLM, Decoder, HubForm, prediction_layers
-from models.glm_moe import GlmMoEConfig, glm_mlp
+from models.decoder import CausalLM, Decoder, PreNormLayer
+from models.glm_moe import GlmConfig, glm_mlp
 
 DEFAULTS = {
+    "vocab_size": 151552,
     "hidden_size": 4096,
     "num_hidden_layers": 46,
     "first_k_dense_replace": 1,
@@ -33,67 +31,40 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Glm4MoeConfig:
-    vocabulary: int
-    hidden: int
-    layers: int
-    predicting_layers: int  # behind the last layer in the checkpoint, for multi-token prediction; not computed here
-    eps: float
-    tied: bool
+class Glm4MoeConfig(GlmConfig):
     attention: GroupedQueryAttentionConfig
-    moe: GlmMoEConfig
     rope: RopeConfig
 
     @staticmethod
     def parse(config: dict[str, Any], where: str) -> Glm4MoeConfig:
         """Reads config.json of either generation; absent keys have the defaults of GLM-4.5-Air."""
-        refuse_unknown_activation(config, where)
-        refuse_dropout(config, where)
-        moe = GlmMoEConfig.parse(config, where, DEFAULTS)
-        heads = integer(config, "num_attention_heads", 96, where)
-        head_dim = integer(config, "head_dim", max(moe.hidden // heads, 1), where)
+        shared = GlmConfig.shared(config, where, DEFAULTS)
+        hidden, heads = shared["hidden"], integer(config, "num_attention_heads", 96, where)
+        head_dim = integer(config, "head_dim", max(hidden // heads, 1), where)
         return Glm4MoeConfig(
-            vocabulary=integer(config, "vocab_size", 151552, where),
-            hidden=moe.hidden,
-            layers=len(moe.dense),
-            predicting_layers=integer(config, "num_nextn_predict_layers", 1, where, least=0),
-            eps=number(config, "rms_norm_eps", 1e-5, where),
-            tied=flag(config, "tie_word_embeddings", False, where),
+            **shared,
             attention=GroupedQueryAttentionConfig(
-                hidden=moe.hidden,
+                hidden=hidden,
                 heads=heads,
                 kv_heads=kv_heads(config, heads, 8, where),
                 head_dim=head_dim,
                 bias=flag(config, "attention_bias", False, where),
                 norms=flag(config, "use_qk_norm", False, where),
             ),
-            moe=moe,
             rope=parse_rope(config, rotary_dimensions(config, head_dim, 0.5, where), where),
         )
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: Glm4MoeConfig, index: int, factory: Factory) -> None:
-        super().__init__()
-        c = config
-
-        def norm(size: int) -> RMSNorm:
-            return RMSNorm(size, c.eps, factory)
-
-        self.input_layernorm = norm(c.hidden)
-        self.self_attn = GroupedQueryAttention(c.attention, factory.at("self_attn"), norm=norm)
-        self.post_attention_layernorm = norm(c.hidden)
-        self.mlp = glm_mlp(c.moe, index, factory.at("mlp"))
-
-    def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), documents, tables)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 def build(config: Glm4MoeConfig, factory: Factory) -> CausalLM:
     """The model with empty tensors."""
     c = config
-    layers = [DecoderLayer(c, index, factory.at(f"model.layers.{index}")) for index in range(c.layers)]
-    decoder = Decoder(c, layers, RMSNorm(c.hidden, c.eps, factory), factory)
-    hub = HubForm(carried=prediction_layers(c.layers, c.predicting_layers))
-    return CausalLM(c, decoder, factory, model_type="glm4_moe", hub=hub)
+
+    def norm(size: int) -> RMSNorm:
+        return RMSNorm(size, c.eps, factory)
+
+    def layer(index: int) -> PreNormLayer:
+        attention = GroupedQueryAttention(c.attention, factory, norm=norm)
+        return PreNormLayer(c.hidden, attention, glm_mlp(c, index, factory), norm)
+
+    decoder = Decoder(c, [layer(index) for index in range(c.layers)], norm(c.hidden), factory)
+    return CausalLM(c, decoder, factory, model_type="glm4_moe", hub=c.hub)

@@ -1,24 +1,26 @@
-"""The feed-forward half of GLM's layers, and how config.json describes it.
-
-GLM-4.5 to GLM-5 share it; their attention differs.
-"""
+"""What GLM-4.5 to GLM-5 share: the feed-forward half of their layers, and most of config.json. Attention differs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from models.blocks.configjson import flag, integer, number
+from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
 from models.blocks.moe import SharedExpertsMoE
 from models.blocks.router import RoutingRule
+from models.decoder import HubForm, prediction_layers
 from quant.common.errors import NibbleError
 
 
 @dataclass(frozen=True)
-class GlmMoEConfig:
+class GlmConfig:
+    vocabulary: int
     hidden: int
+    predicting_layers: int  # after the last layer in the checkpoint, for multi-token prediction; not computed here
+    eps: float
+    tied: bool
     dense: tuple[bool, ...]  # per layer: a dense MLP instead of experts
     dense_width: int
     expert_width: int
@@ -27,8 +29,13 @@ class GlmMoEConfig:
     routing: RoutingRule
 
     @staticmethod
-    def parse(config: dict[str, Any], where: str, defaults: dict[str, Any]) -> GlmMoEConfig:
-        """Reads config.json; `defaults` has the architecture's values for absent keys, by their names in the file."""
+    def shared(config: dict[str, Any], where: str, defaults: dict[str, Any]) -> dict[str, Any]:
+        """These fields, from config.json of either generation (transformers 4 or 5).
+
+        defaults: the architecture's values for absent keys, by their names in the file.
+        """
+        refuse_unknown_activation(config, where)
+        refuse_dropout(config, where)
 
         def count(key: str, *, least: int = 1) -> int:
             return integer(config, key, defaults[key], where, least=least)
@@ -42,25 +49,33 @@ class GlmMoEConfig:
             scale=number(config, "routed_scaling_factor", defaults["routed_scaling_factor"], where),
         )
         _check_rule(rule, experts, where)
-        return GlmMoEConfig(
-            hidden=count("hidden_size"),
-            dense=_dense_layers(config, count("num_hidden_layers"), defaults["first_k_dense_replace"], where),
-            dense_width=count("intermediate_size"),
-            expert_width=count("moe_intermediate_size"),
-            experts=experts,
-            shared_experts=integer(config, "n_shared_experts", 1, where),
-            routing=rule,
-        )
+        return {
+            "vocabulary": count("vocab_size"),
+            "hidden": count("hidden_size"),
+            "predicting_layers": integer(config, "num_nextn_predict_layers", 1, where, least=0),
+            "eps": number(config, "rms_norm_eps", 1e-5, where),
+            "tied": flag(config, "tie_word_embeddings", False, where),
+            "dense": _dense_layers(config, count("num_hidden_layers"), defaults["first_k_dense_replace"], where),
+            "dense_width": count("intermediate_size"),
+            "expert_width": count("moe_intermediate_size"),
+            "experts": experts,
+            "shared_experts": integer(config, "n_shared_experts", 1, where),
+            "routing": rule,
+        }
 
     @property
-    def shared_width(self) -> int:
-        return self.expert_width * self.shared_experts
+    def layers(self) -> int:
+        return len(self.dense)
+
+    @property
+    def hub(self) -> HubForm:
+        return HubForm(carried=prediction_layers(self.layers, self.predicting_layers))
 
 
 def _dense_layers(config: dict[str, Any], layers: int, leading: int, where: str) -> tuple[bool, ...]:
     """5.x files name every layer's type, 4.x files count the leading dense ones.
 
-    Types behind the last layer (of prediction layers) don't count.
+    Types after the last layer (of prediction layers) don't count.
     """
     types = config.get("mlp_layer_types")
     if types is None:
@@ -94,9 +109,10 @@ def _check_rule(rule: RoutingRule, experts: int, where: str) -> None:
         )
 
 
-def glm_mlp(config: GlmMoEConfig, layer: int, factory: Factory) -> SwiGLU | SharedExpertsMoE:
+def glm_mlp(config: GlmConfig, layer: int, factory: Factory) -> SwiGLU | SharedExpertsMoE:
     """What layer number `layer` has: a dense MLP in the leading layers, experts in the others."""
     c = config
     if c.dense[layer]:
         return SwiGLU(c.hidden, c.dense_width, "dense_mlp", factory)
-    return SharedExpertsMoE(c.experts, c.hidden, c.expert_width, c.shared_width, c.routing, factory)
+    shared_width = c.expert_width * c.shared_experts
+    return SharedExpertsMoE(c.experts, c.hidden, c.expert_width, shared_width, c.routing, factory)

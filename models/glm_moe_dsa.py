@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from models.attention.indexer import Indexer, IndexerConfig, Part, parts_by_length, selected_attention
 from models.attention.mla import LatentAttention, LatentAttentionConfig
 from models.attention.rope import RopeConfig, parse_rope
-from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
+from models.blocks.configjson import flag, integer
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.norm import RMSNorm
-from models.decoder import CausalLM, Decoder, HubForm, Run, prediction_layers
-from models.glm_moe import GlmMoEConfig, glm_mlp
+from models.decoder import CausalLM, Decoder, HubForm, Run
+from models.glm_moe import GlmConfig, glm_mlp
 from quant.common.errors import NibbleError
 
 DEFAULTS = {
+    "vocab_size": 154880,
     "hidden_size": 6144,
     "num_hidden_layers": 78,
     "first_k_dense_replace": 3,
@@ -38,24 +39,15 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class GlmMoeDsaConfig:
-    vocabulary: int
-    hidden: int
-    layers: int
-    predicting_layers: int  # behind the last layer in the checkpoint, for multi-token prediction; not computed here
-    eps: float
-    tied: bool
+class GlmMoeDsaConfig(GlmConfig):
     attention: LatentAttentionConfig
     indexer: IndexerConfig
-    shared: tuple[bool, ...]  # per layer: no indexer of its own but the selection of the last layer that has one
-    moe: GlmMoEConfig
+    selects: tuple[bool, ...]  # per layer: has an indexer; else it uses the selection of the last layer that has one
     rope: RopeConfig
 
     @staticmethod
     def parse(config: dict[str, Any], where: str) -> GlmMoeDsaConfig:
         """Reads config.json; absent keys have the defaults of GLM-5."""
-        refuse_unknown_activation(config, where)
-        refuse_dropout(config, where)
         for key in ("rope_interleave", "indexer_rope_interleave"):
             if not flag(config, key, True, where):
                 raise NibbleError(
@@ -63,18 +55,12 @@ class GlmMoeDsaConfig:
                 )
         rope = parse_rope(config, integer(config, "qk_rope_head_dim", 64, where), where)
         attention = LatentAttentionConfig.parse(config, where, DEFAULTS, rope)
-        moe = GlmMoEConfig.parse(config, where, DEFAULTS)
+        shared = GlmConfig.shared(config, where, DEFAULTS)
         return GlmMoeDsaConfig(
-            vocabulary=integer(config, "vocab_size", 154880, where),
-            hidden=moe.hidden,
-            layers=len(moe.dense),
-            predicting_layers=integer(config, "num_nextn_predict_layers", 1, where, least=0),
-            eps=number(config, "rms_norm_eps", 1e-5, where),
-            tied=flag(config, "tie_word_embeddings", False, where),
+            **shared,
             attention=attention,
             indexer=_indexer(config, attention, where),
-            shared=_shared_layers(config, len(moe.dense), where),
-            moe=moe,
+            selects=_selecting_layers(config, len(shared["dense"]), where),
             rope=rope,
         )
 
@@ -101,10 +87,10 @@ def _indexer(config: dict[str, Any], attention: LatentAttentionConfig, where: st
     )
 
 
-def _shared_layers(config: dict[str, Any], layers: int, where: str) -> tuple[bool, ...]:
+def _selecting_layers(config: dict[str, Any], layers: int, where: str) -> tuple[bool, ...]:
     """A list of types goes before a pattern ("FSSF", or a list), and a pattern before a frequency with an offset.
 
-    Types behind the last layer (of prediction layers) don't count.
+    Types after the last layer (of prediction layers) don't count.
     """
     key = next((key for key in ("indexer_types", "index_topk_pattern") if config.get(key) is not None), None)
     if key is None:
@@ -126,7 +112,7 @@ def _shared_layers(config: dict[str, Any], layers: int, where: str) -> tuple[boo
             f"{where}: by {key}, the first layer shares the selection of a layer before it, and there is none.\n"
             + ("Set index_skip_topk_offset to 1 or more." if key == "index_topk_freq" else "Begin with a full layer.")
         )
-    return tuple(kind == "shared" for kind in types[:layers])
+    return tuple(kind == "full" for kind in types[:layers])
 
 
 class SelectingAttention(LatentAttention):
@@ -135,8 +121,8 @@ class SelectingAttention(LatentAttention):
     def __init__(self, config: GlmMoeDsaConfig, index: int, factory: Factory) -> None:
         super().__init__(config.attention, factory)
         self.indexer: Indexer | None = None
-        if not config.shared[index]:
-            self.indexer = Indexer(config.indexer, factory.at("indexer"))
+        if config.selects[index]:
+            self.indexer = Indexer(config.indexer, factory)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, parts: tuple[Part, ...], tables: tuple[Tensor, Tensor], selected: Tensor | None
@@ -155,9 +141,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         c = config
         self.input_layernorm = RMSNorm(c.hidden, c.eps, factory)
-        self.self_attn = SelectingAttention(c, index, factory.at("self_attn"))
+        self.self_attn = SelectingAttention(c, index, factory)
         self.post_attention_layernorm = RMSNorm(c.hidden, c.eps, factory)
-        self.mlp = glm_mlp(c.moe, index, factory.at("mlp"))
+        self.mlp = glm_mlp(c, index, factory)
 
     def forward(
         self, x: Tensor, parts: tuple[Part, ...], tables: tuple[Tensor, Tensor], selected: Tensor | None
@@ -168,29 +154,29 @@ class DecoderLayer(nn.Module):
 
 
 class SelectingDecoder(Decoder):
-    """Layers hand on their selection of keys. shared: which layers use the one before instead of making one."""
+    """Layers hand on their selection of keys. selects: which of them make one of their own."""
 
     def __init__(self, config: GlmMoeDsaConfig, layers: Sequence[nn.Module], norm: nn.Module, factory: Factory) -> None:
         super().__init__(config, layers, norm, factory)
-        self.shared, self.topk = config.shared, config.indexer.topk
+        self.selects, self.topk = config.selects, config.indexer.topk
 
     def forward(self, tokens: Tensor, documents: Documents, run: Run) -> Tensor:
         x = self.embed_tokens(tokens)
         tables = self.rope.tables(documents.positions)
         parts = parts_by_length(documents, self.topk)
         selected: Tensor | None = None
-        for layer, shared in zip(self.layers, self.shared, strict=True):
+        for layer, selects in zip(self.layers, self.selects, strict=True):
             # Inputs of a layer are kept for its gradients: a selection that it doesn't use would be kept too.
-            x, selected = run(layer, x, parts, tables, selected if shared else None)
+            x, selected = run(layer, x, parts, tables, None if selects else selected)
         return self.norm(x)
 
 
 def build(config: GlmMoeDsaConfig, factory: Factory) -> CausalLM:
     """The model with empty tensors."""
     c = config
-    layers = [DecoderLayer(c, index, factory.at(f"model.layers.{index}")) for index in range(c.layers)]
+    layers = [DecoderLayer(c, index, factory) for index in range(c.layers)]
     decoder = SelectingDecoder(c, layers, RMSNorm(c.hidden, c.eps, factory), factory)
     # Sharing is set in config.json alone, so a checkpoint may still hold the indexer that is not used.
-    unused = (rf"model\.layers\.{index}\.self_attn\.indexer\..*" for index in range(c.layers) if c.shared[index])
-    hub = HubForm(carried=(*prediction_layers(c.layers, c.predicting_layers), *unused))
+    unused = (rf"model\.layers\.{index}\.self_attn\.indexer\..*" for index in range(c.layers) if not c.selects[index])
+    hub = HubForm(carried=(*c.hub.carried, *unused))
     return CausalLM(c, decoder, factory, model_type="glm_moe_dsa", hub=hub)

@@ -184,15 +184,15 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, config: GatedDeltaNetConfig, factory: Factory) -> None:
         super().__init__()
         self.config = c = config
-        self.in_proj_qkv = Linear(c.hidden, 2 * c.keys + c.values, factory.at("in_proj_qkv"))
-        self.in_proj_z = Linear(c.hidden, c.values, factory.at("in_proj_z"))
+        self.in_proj_qkv = Linear(c.hidden, 2 * c.keys + c.values, factory)
+        self.in_proj_z = Linear(c.hidden, c.values, factory)
         # A few numbers a token, which steer the whole state: too small to be worth quantising.
-        self.in_proj_b = Linear(c.hidden, c.value_heads, factory.at("in_proj_b").dense)
-        self.in_proj_a = Linear(c.hidden, c.value_heads, factory.at("in_proj_a").dense)
+        self.in_proj_b = Linear(c.hidden, c.value_heads, factory.dense)
+        self.in_proj_a = Linear(c.hidden, c.value_heads, factory.dense)
         self.conv1d = Filters(2 * c.keys + c.values, c.convolution, factory)
         self.A_log, self.dt_bias = factory.float32.full(0.0, c.value_heads), factory.float32.full(0.0, c.value_heads)
         self.norm = RMSNorm(c.value_dim, c.eps, factory.float32)
-        self.out_proj = Linear(c.values, c.hidden, factory.at("out_proj"))
+        self.out_proj = Linear(c.values, c.hidden, factory)
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """x [N, H]: [N, H]."""
@@ -216,10 +216,10 @@ class MoE(nn.Module):
     def __init__(self, config: Qwen3_5MoeConfig, factory: Factory) -> None:
         super().__init__()
         c = config
-        self.gate = SoftmaxRouter(c.hidden, c.experts, c.chosen, factory.at("gate"))
-        self.shared_expert = SwiGLU(c.hidden, c.shared_width, "shared_experts", factory.at("shared_expert"))
-        self.shared_expert_gate = Linear(c.hidden, 1, factory.at("shared_expert_gate").dense)
-        self.experts = Experts(c.experts, c.hidden, c.expert_width, factory.at("experts"))
+        self.gate = SoftmaxRouter(c.hidden, c.experts, c.chosen, factory)
+        self.shared_expert = SwiGLU(c.hidden, c.shared_width, "shared_experts", factory)
+        self.shared_expert_gate = Linear(c.hidden, 1, factory.dense)
+        self.experts = Experts(c.experts, c.hidden, c.expert_width, factory)
 
     def forward(self, x: Tensor) -> Tensor:
         chosen, weights = self.gate(x)
@@ -239,11 +239,11 @@ class DecoderLayer(nn.Module):
         self.linear = c.linear[index]
         self.input_layernorm = norm(c.hidden)
         if self.linear:
-            self.linear_attn = GatedDeltaNet(c.delta_net, factory.at("linear_attn"))
+            self.linear_attn = GatedDeltaNet(c.delta_net, factory)
         else:
-            self.self_attn = GroupedQueryAttention(c.attention, factory.at("self_attn"), norm=norm)
+            self.self_attn = GroupedQueryAttention(c.attention, factory, norm=norm)
         self.post_attention_layernorm = norm(c.hidden)
-        self.mlp = MoE(c, factory.at("mlp"))
+        self.mlp = MoE(c, factory)
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         normed = self.input_layernorm(x)
@@ -257,7 +257,7 @@ class DecoderLayer(nn.Module):
 def build(config: Qwen3_5MoeConfig, factory: Factory) -> CausalLM:
     """The text model with empty tensors."""
     c = config
-    layers = [DecoderLayer(c, index, factory.at(f"model.layers.{index}")) for index in range(c.layers)]
+    layers = [DecoderLayer(c, index, factory) for index in range(c.layers)]
     decoder = Decoder(c, layers, ZeroCentredRMSNorm(c.hidden, c.eps, factory), factory)
     model_type = "qwen3_5_moe" if c.vision_language else "qwen3_5_moe_text"
     hub = HubForm(carried=(r"model\.visual\..*", r"mtp\..*"), vision_language=c.vision_language)

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, partial_rotary_factor
 from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
-from models.blocks.documents import Documents
 from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
 from models.blocks.norm import RMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
-from models.decoder import CausalLM, Decoder
+from models.decoder import CausalLM, Decoder, PreNormLayer
 from quant.common.errors import NibbleError
 
 
@@ -95,36 +94,25 @@ class MoE(nn.Module):
     def __init__(self, config: Qwen3MoeConfig, factory: Factory) -> None:
         super().__init__()
         c = config
-        self.gate = SoftmaxRouter(c.hidden, c.experts, c.chosen, factory.at("gate"), normalise=c.normalise)
-        self.experts = Experts(c.experts, c.hidden, c.expert_width, factory.at("experts"))
+        self.gate = SoftmaxRouter(c.hidden, c.experts, c.chosen, factory, normalise=c.normalise)
+        self.experts = Experts(c.experts, c.hidden, c.expert_width, factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, H]: [N, H]."""
         return self.experts(x, *self.gate(x))
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: Qwen3MoeConfig, index: int, factory: Factory) -> None:
-        super().__init__()
-        c = config
-
-        def norm(size: int) -> RMSNorm:
-            return RMSNorm(size, c.eps, factory)
-
-        self.input_layernorm = norm(c.hidden)
-        self.self_attn = GroupedQueryAttention(c.attention, factory.at("self_attn"), norm=norm)
-        self.post_attention_layernorm = norm(c.hidden)
-        mlp = factory.at("mlp")
-        self.mlp = SwiGLU(c.hidden, c.dense_width, "dense_mlp", mlp) if c.dense[index] else MoE(c, mlp)
-
-    def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), documents, tables)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
 def build(config: Qwen3MoeConfig, factory: Factory) -> CausalLM:
     """The model with empty tensors."""
     c = config
-    layers = [DecoderLayer(c, index, factory.at(f"model.layers.{index}")) for index in range(len(c.dense))]
-    decoder = Decoder(c, layers, RMSNorm(c.hidden, c.eps, factory), factory)
+
+    def norm(size: int) -> RMSNorm:
+        return RMSNorm(size, c.eps, factory)
+
+    def layer(dense: bool) -> PreNormLayer:
+        attention = GroupedQueryAttention(c.attention, factory, norm=norm)
+        mlp = SwiGLU(c.hidden, c.dense_width, "dense_mlp", factory) if dense else MoE(c, factory)
+        return PreNormLayer(c.hidden, attention, mlp, norm)
+
+    decoder = Decoder(c, [layer(dense) for dense in c.dense], norm(c.hidden), factory)
     return CausalLM(c, decoder, factory, model_type="qwen3_moe")

@@ -48,13 +48,19 @@ class StorageSpec:
 class Storage(nn.Module):
     """One matrix [out, in] or stack of matrices [E, out, in]; see the module's docstring. `quant.kinds` makes them.
 
-    spec, kind: how it is kept. shape: the dense shape. dtype: of `dense()` unless told otherwise. name: for messages.
+    spec, kind: how it is kept. shape: the dense shape. dtype: of `dense()` unless told otherwise.
+    name: for messages; a model gives each of its storages the name of its module.
     """
 
     dtypes: ClassVar[tuple[torch.dtype, ...]] = QUANTISABLE_DTYPES
 
     def __init__(
-        self, spec: StorageSpec, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, name: str
+        self,
+        spec: StorageSpec,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        name: str = "weight",
     ) -> None:
         super().__init__()
         self.spec = spec

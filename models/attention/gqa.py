@@ -81,12 +81,12 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.config = c = config
         self.window = window
-        self.q_proj = Linear(c.hidden, c.query_width, factory.at("q_proj"), bias=c.bias)
-        self.k_proj = Linear(c.hidden, c.kv_width, factory.at("k_proj"), bias=c.bias)
-        self.v_proj = Linear(c.hidden, c.kv_width, factory.at("v_proj"), bias=c.bias)
+        self.q_proj = Linear(c.hidden, c.query_width, factory, bias=c.bias)
+        self.k_proj = Linear(c.hidden, c.kv_width, factory, bias=c.bias)
+        self.v_proj = Linear(c.hidden, c.kv_width, factory, bias=c.bias)
         if c.gate == "gate_proj":
-            self.gate_proj = Linear(c.hidden, c.width, factory.at("gate_proj"))
-        self.o_proj = Linear(c.width, c.hidden, factory.at("o_proj"), bias=c.output_bias)
+            self.gate_proj = Linear(c.hidden, c.width, factory)
+        self.o_proj = Linear(c.width, c.hidden, factory, bias=c.output_bias)
         if c.norms:
             assert norm is not None
             self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)

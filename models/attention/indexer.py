@@ -109,10 +109,10 @@ class Indexer(nn.Module):
     def __init__(self, config: IndexerConfig, factory: Factory) -> None:
         super().__init__()
         self.config = c = config
-        self.wq_b = Linear(c.query_rank, c.heads * c.dim, factory.at("wq_b").dense)
-        self.wk = Linear(c.hidden, c.dim, factory.at("wk").dense)
+        self.wq_b = Linear(c.query_rank, c.heads * c.dim, factory.dense)
+        self.wk = Linear(c.hidden, c.dim, factory.dense)
         self.k_norm = _KeyNorm(c.dim, factory)
-        self.weights_proj = _HeadWeights(c.hidden, c.heads, factory.at("weights_proj").float32)
+        self.weights_proj = _HeadWeights(c.hidden, c.heads, factory.float32)
 
     @torch.no_grad()
     def forward(

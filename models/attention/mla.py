@@ -76,7 +76,7 @@ class LatentAttention(nn.Module):
         c = self.config = config
 
         def linear(inputs: int, outputs: int, part: str, bias: bool = False) -> Linear:
-            return Linear(inputs, outputs, factory.at(part), bias=bias)
+            return Linear(inputs, outputs, factory, bias=bias)
 
         def norm(size: int) -> RMSNorm:
             return RMSNorm(size, LATENT_NORM_EPS, factory)

@@ -132,8 +132,8 @@ class Experts(nn.Module):
         self.exchange: Exchange | None = None
 
         shape = (experts, 2 * width, hidden)
-        self.gate_up_proj = ExpertWeights(shape, ("gate_proj", "up_proj"), factory.at("gate_up_proj"))
-        self.down_proj = ExpertWeights((experts, hidden, width), ("down_proj",), factory.at("down_proj"))
+        self.gate_up_proj = ExpertWeights(shape, ("gate_proj", "up_proj"), factory)
+        self.down_proj = ExpertWeights((experts, hidden, width), ("down_proj",), factory)
         self.experts_at_a_time: int | None = None  # None: what suits the device
 
     def own(self, owned: range) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from quant.kinds import new_storage
+from quant.kinds import STORAGES
 from quant.storage import Storage, StorageSpec
 
 
@@ -16,17 +16,11 @@ class Factory:
     """Makes empty tensors.
 
     spec: how frozen matrices are stored. dtype: of everything that isn't quantised. device: may be "meta".
-    name: the dotted name of the module that is being made, for messages.
     """
 
     spec: StorageSpec
     dtype: torch.dtype
     device: torch.device | str
-    name: str = ""
-
-    def at(self, part: str) -> Factory:
-        """That of a part of this module."""
-        return replace(self, name=f"{self.name}.{part}" if self.name else part)
 
     @property
     def dense(self) -> Factory:
@@ -39,8 +33,10 @@ class Factory:
         return replace(self.dense, dtype=torch.float32)
 
     def storage(self, *shape: int) -> Storage:
-        """The module's weight [out, in] or [E, out, in]. Raises NibbleError where `spec` can't keep that shape."""
-        return new_storage(self.spec, shape, self.dtype, self.device, f"{self.name}.weight")
+        """A weight [out, in] or [E, out, in]. Whether `spec` can keep that shape is checked when the model is whole, and
+        when values are put in.
+        """
+        return STORAGES[self.spec.kind](self.spec, shape, self.dtype, self.device)
 
     def empty(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))

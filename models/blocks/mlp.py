@@ -16,9 +16,9 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden: int, width: int, group: Group, factory: Factory) -> None:
         super().__init__()
         self.group = group
-        self.gate_proj = Linear(hidden, width, factory.at("gate_proj"))
-        self.up_proj = Linear(hidden, width, factory.at("up_proj"))
-        self.down_proj = Linear(width, hidden, factory.at("down_proj"))
+        self.gate_proj = Linear(hidden, width, factory)
+        self.up_proj = Linear(hidden, width, factory)
+        self.down_proj = Linear(width, hidden, factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

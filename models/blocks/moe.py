@@ -26,9 +26,9 @@ class SharedExpertsMoE(nn.Module):
         factory: Factory,
     ) -> None:
         super().__init__()
-        self.gate = SigmoidRouter(hidden, experts, rule, factory.at("gate"))
-        self.shared_experts = SwiGLU(hidden, shared_width, "shared_experts", factory.at("shared_experts"))
-        self.experts = Experts(experts, hidden, width, factory.at("experts"))
+        self.gate = SigmoidRouter(hidden, experts, rule, factory)
+        self.shared_experts = SwiGLU(hidden, shared_width, "shared_experts", factory)
+        self.experts = Experts(experts, hidden, width, factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, H]: [N, H]."""

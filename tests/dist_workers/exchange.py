@@ -35,7 +35,7 @@ EXPERTS, HIDDEN, WIDTH, RANK = 8, 64, 64, 3
 def block(kind: str, device: str, *, dtype: torch.dtype, trained: bool) -> Experts:
     """A block with LoRA and without values; `trained`: its dense weights have gradients too."""
     made = Experts(
-        EXPERTS, HIDDEN, WIDTH, Factory(StorageSpec(kind), dtype, device, "experts")  # type: ignore[arg-type]
+        EXPERTS, HIDDEN, WIDTH, Factory(StorageSpec(kind), dtype, device)  # type: ignore[arg-type]
     )  # fmt: skip
     for projection in (made.gate_up_proj, made.down_proj):
         projection.lora = LoRA(projection.weight.shape, RANK, alpha=2.0 * RANK, device=device)

@@ -162,7 +162,7 @@ PUBLISHED: dict[str, Any] = {
 
 def test_the_published_file_is_read() -> None:
     config = Glm4MoeConfig.parse(PUBLISHED, "")
-    assert (config.layers, sum(config.moe.dense), config.moe.experts, config.moe.routing.chosen) == (46, 1, 128, 8)
+    assert (config.layers, sum(config.dense), config.experts, config.routing.chosen) == (46, 1, 128, 8)
     attention = config.attention
     assert (attention.heads, attention.kv_heads, attention.head_dim) == (96, 8, 128)
     assert (attention.bias, attention.output_bias, attention.norms) == (True, False, False)

@@ -354,7 +354,7 @@ def test_which_layers_share_a_selection(given: dict[str, Any]) -> None:
 
     theirs = Reference(num_hidden_layers=12, **given).indexer_types
     parsed = GlmMoeDsaConfig.parse({"num_hidden_layers": 12, **given}, "here")
-    assert parsed.shared == tuple(kind == "shared" for kind in theirs[:12])
+    assert parsed.selects == tuple(kind == "full" for kind in theirs[:12])
 
 
 def test_the_published_size_has_the_published_number_of_parameters() -> None:

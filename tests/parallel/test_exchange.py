@@ -20,7 +20,7 @@ EXPERTS, HIDDEN, WIDTH, RANK = 6, 64, 128, 4
 
 def make_block(kind: str, device: str) -> Experts:
     block = Experts(
-        EXPERTS, HIDDEN, WIDTH, Factory(StorageSpec(kind), torch.float32, device, "experts")  # type: ignore[arg-type]
+        EXPERTS, HIDDEN, WIDTH, Factory(StorageSpec(kind), torch.float32, device)  # type: ignore[arg-type]
     )  # fmt: skip
     for projection in (block.gate_up_proj, block.down_proj):
         projection.lora = LoRA(projection.weight.shape, RANK, alpha=1.0, device=device)

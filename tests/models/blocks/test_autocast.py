@@ -49,12 +49,12 @@ def adapted(owner: Linear | Experts, dtype: torch.dtype) -> list[Tensor]:
 
 
 def linear(kind: str, dtype: torch.dtype) -> Case:
-    layer = Linear(HIDDEN, 32, Factory(StorageSpec(kind), dtype, "cpu", "layer"))  # type: ignore[arg-type]
+    layer = Linear(HIDDEN, 32, Factory(StorageSpec(kind), dtype, "cpu"))  # type: ignore[arg-type]
     return lambda x, *_: layer(x), [random(TOKENS, HIDDEN, dtype=dtype), *adapted(layer, dtype)]
 
 
 def experts(kind: str, dtype: torch.dtype) -> Case:
-    block = Experts(4, HIDDEN, 128, Factory(StorageSpec(kind), dtype, "cpu", "experts"))  # type: ignore[arg-type]
+    block = Experts(4, HIDDEN, 128, Factory(StorageSpec(kind), dtype, "cpu"))  # type: ignore[arg-type]
     chosen = torch.arange(2 * TOKENS).view(TOKENS, 2) % 4
     inputs = [random(TOKENS, HIDDEN, dtype=dtype), random(TOKENS, 2, seed=3).softmax(-1)]
     return lambda x, weights, *_: block(x, chosen, weights), [*inputs, *adapted(block, dtype)]

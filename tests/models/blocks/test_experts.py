@@ -22,7 +22,7 @@ EXPERTS, HIDDEN, WIDTH, CHOSEN, TOKENS, RANK = 6, 64, 128, 2, 37, 4
 def make_block(kind: str, dtype: torch.dtype = torch.float32, lora: bool = True, trained: bool = False) -> Experts:
     generator = torch.Generator().manual_seed(0)
     block = Experts(
-        EXPERTS, HIDDEN, WIDTH, Factory(StorageSpec(kind), dtype, "cpu", "experts")  # type: ignore[arg-type]
+        EXPERTS, HIDDEN, WIDTH, Factory(StorageSpec(kind), dtype, "cpu")  # type: ignore[arg-type]
     )  # fmt: skip
     for projection in (block.gate_up_proj, block.down_proj):
         shape = projection.weight.shape
@@ -146,7 +146,7 @@ def test_a_fully_skewed_routing() -> None:
 def test_linear_equals_autograd(kind: str, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     layer = Linear(
-        HIDDEN, WIDTH, Factory(StorageSpec(kind), torch.float32, "cpu", "layer"), bias=bias  # type: ignore[arg-type]
+        HIDDEN, WIDTH, Factory(StorageSpec(kind), torch.float32, "cpu"), bias=bias  # type: ignore[arg-type]
     )  # fmt: skip
     layer.weight.load_dense(torch.randn(WIDTH, HIDDEN, generator=generator))
     layer.lora = LoRA((WIDTH, HIDDEN), RANK, alpha=3.0)
@@ -181,7 +181,7 @@ def resident(key):
 hidden, width = 512, 512
 torch.set_num_threads(1)
 def block(experts):
-    made = Experts(experts, hidden, width, Factory(StorageSpec("nf4"), torch.float32, "cpu", "x"))
+    made = Experts(experts, hidden, width, Factory(StorageSpec("nf4"), torch.float32, "cpu"))
     for projection in (made.gate_up_proj, made.down_proj):
         projection.lora = LoRA(projection.weight.shape, 1, alpha=1.0)
         torch.nn.init.normal_(projection.lora.A)
