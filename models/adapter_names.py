@@ -84,15 +84,10 @@ def rename_adapter(source: Path, destination: Path, to: Spelling) -> int:
     except OSError as error:
         raise disk_error(error, destination) from error
     tensors = {respell(name, to): (info.shape, DTYPES[info.dtype]) for name, info in header.items()}
-    writer = TensorWriter(destination / WEIGHTS, tensors)
-    try:
-        with safe_open(source / WEIGHTS, framework="pt") as file:
-            for name in header:
-                writer.write(respell(name, to), file.get_tensor(name))
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.finish()
+    with TensorWriter(destination / WEIGHTS, tensors) as writer, safe_open(source / WEIGHTS, framework="pt") as file:
+        for name in header:
+            writer.write(respell(name, to), file.get_tensor(name))
+        writer.finish()
     text = json.dumps(_renamed_config(config, to), indent=2, sort_keys=True) + "\n"
     write_atomically(destination / CONFIG, text.encode())
     return len(tensors)

@@ -1,6 +1,6 @@
 """Trinity (`afmoe`): gated attention in a sliding window, every fourth layer global and without positions.
 
-Norms stand before and behind each half of a layer.
+A norm comes before and after each half of a layer.
 
 Sizes of Trinity-Nano: 56 layers (2 dense), hidden 1024, 8 heads on 2 key and value heads, window 2048, 128 experts of
 width 256 of which 8 are chosen, one shared expert; 6.1 billion parameters, 1 billion of them active for a token
@@ -121,7 +121,7 @@ def _refuse_other_routing(config: dict[str, Any], where: str) -> None:
 
 
 class DecoderLayer(nn.Module):
-    """Norms before and behind the attention, and before and behind the feed-forward half, all kept in float32."""
+    """Norms before and after the attention, and before and after the feed-forward half, all kept in float32."""
 
     def __init__(self, config: AfmoeConfig, index: int, factory: Factory) -> None:
         super().__init__()
@@ -151,14 +151,14 @@ class DecoderLayer(nn.Module):
         return x + self.post_mlp_layernorm(out)
 
     def up_to_last_norm(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """x behind the attention, and the output of the feed-forward half: [N, H] each."""
+        """x after the attention, and the output of the feed-forward half: [N, H] each."""
         attended = self.self_attn(self.input_layernorm(x), documents, tables if self.sliding else None)
         x = x + self.post_attention_layernorm(attended)
         return x, self.mlp(self.pre_mlp_layernorm(x))
 
 
 class AfmoeDecoder(Decoder):
-    """Scales embeddings, and lets a layer say which part of it may be computed again."""
+    """Scales embeddings, and passes `run` to each layer, which calls it for the part that may be computed again."""
 
     def __init__(self, config: AfmoeConfig, layers: Sequence[nn.Module], norm: nn.Module, factory: Factory) -> None:
         super().__init__(config, layers, norm, factory)

@@ -78,7 +78,7 @@ class Embedding(nn.Module):
 
 
 class PreNormLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the layer of most architectures. norm: makes one of a given size."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): what most architectures' layers are. norm: makes one, by size."""
 
     def __init__(self, hidden: int, attention: nn.Module, mlp: nn.Module, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from models.checkpoint.native import (
     is_converted,
     wrong_sizes,
 )
-from models.checkpoint.stream import LEFT_OUT, HubReader, Piece, Reader, read_all
+from models.checkpoint.stream import LEFT_OUT, HubReader, Reader
 from models.decoder import CausalLM
 from models.registry import architecture_for
 from quant.choices import named_device, named_dtype
@@ -37,7 +36,7 @@ log = logging.getLogger("nibble")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checkpoint folder of either kind, with its weights unread; config.json and tokenizer files lie in `path`.
+    """A checkpoint folder of either kind, with its weights unread; config.json and tokenizer files are in `path`.
 
     name: what to call the base model in an adapter's configuration: the hub id where it is known, otherwise what the
     user named. manifest: of a converted folder; None for a hub folder.
@@ -84,9 +83,9 @@ def load_model(
     """
     device = named_device(device)
     model, reader = prepare_model(path, storage, dtype, device, double_quant=double_quant)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(Bar("loading")) if progress else None
-        fill(model, reader, device, progress=bar.update if bar is not None else None)
+    allocate(model, device)
+    with Bar("loading", show=progress) as bar:
+        fill(dict(model.named_parameters()) | dict(model.named_buffers()), reader, bar.update)
     model.requires_grad_(False)
     model.eval()
     if adapter is not None:
@@ -166,54 +165,42 @@ def _converted(folder: Path, spec: StorageSpec, dtype: torch.dtype) -> NativeChe
 
 
 def fill(
-    model: CausalLM,
+    tensors: Mapping[str, Tensor],
     reader: Reader,
-    device: torch.device | str,
+    progress: Callable[[int, int], None] | None = None,
     *,
     experts: Mapping[str, range] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    cut: Callable[[str, Tensor], Tensor] = lambda name, value: value,
 ) -> None:
-    """Give a model on the meta device its tensors on `device`, and stream a checkpoint into them.
+    """Stream a checkpoint into a model's tensors, by their native names.
 
-    experts: per native name of a stack, the consecutive experts to read; the model's stack then has just those.
+    progress(done, total): of dense values. experts: by native name of a stack, the consecutive experts that its tensors
+    hold; all where it isn't named. cut(name, value): the rows that are held of a tensor that is no expert's.
     Raises NibbleError naming tensors that the checkpoint left unfilled.
     """
-    allocate(model, device)
-    tensors = dict(model.named_parameters(remove_duplicate=True)) | dict(model.named_buffers())
     total = sum(torch.Size(key.shape).numel() for key in reader.keys)
-    filled: dict[str, int] = {}
-    done = 0
+    filled, done = dict.fromkeys(tensors, 0), 0
     with torch.no_grad():
-        for piece in read_all(reader, experts):
-            for name, value in piece.tensors.items():
-                filled[name] = filled.get(name, 0) + _copy(tensors, name, value, _row(piece, experts))
-            done += torch.Size(piece.key.shape).numel() if piece.start is None else _part(piece)
+        for key in reader.keys:
+            held = (experts or {}).get(key.native)
+            first = held.start if held is not None else 0
+            for piece in reader.read(key, held):
+                for name, value in piece.tensors.items():
+                    target = tensors[name]
+                    if piece.start is None:
+                        value = cut(name, value)
+                    else:
+                        target = target[piece.start - first :][: value.shape[0]]
+                    if target.shape != value.shape or target.dtype != value.dtype:
+                        raise ValueError(f"{name}: {tuple(value.shape)} {value.dtype} for {tuple(target.shape)}")
+                    target.copy_(value)
+                    filled[name] += value.numel()
+            done += torch.Size(key.shape).numel()
             if progress is not None:
                 progress(done, total)
-    wrong = sorted(name for name, tensor in tensors.items() if filled.get(name, 0) != tensor.numel())
+    wrong = sorted(name for name, tensor in tensors.items() if filled[name] != tensor.numel())
     if wrong:
         raise NibbleError(f"{len(wrong)} tensors of the model were not filled from the checkpoint: {some(wrong)}.")
-
-
-def _row(piece: Piece, experts: Mapping[str, range] | None) -> int | None:
-    """Where a piece of a stack goes: its expert's number, less that of the first expert in the model."""
-    if piece.start is None:
-        return None
-    kept = (experts or {}).get(piece.key.native)
-    return piece.start - (kept.start if kept is not None else 0)
-
-
-def _part(piece: Piece) -> int:
-    rows = next(iter(piece.tensors.values())).shape[0]
-    return torch.Size(piece.key.shape).numel() * rows // piece.key.shape[0]
-
-
-def _copy(tensors: dict[str, Tensor], name: str, value: Tensor, row: int | None) -> int:
-    target = tensors[name] if row is None else tensors[name][row : row + value.shape[0]]
-    if target.shape != value.shape or target.dtype != value.dtype:
-        raise ValueError(f"{name}: {tuple(value.shape)} {value.dtype} for {tuple(target.shape)} {target.dtype}")
-    target.copy_(value)
-    return value.numel()
 
 
 def allocate(model: CausalLM, device: torch.device | str) -> None:

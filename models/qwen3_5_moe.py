@@ -6,7 +6,7 @@ fixed size per head; every fourth with gated attention. Every layer has softmax-
 Sizes of Qwen3.5-35B-A3B: 40 layers, hidden 2048, 16 attention heads of 256 on 2 key and value heads, 32 DeltaNet heads
 of 128 on 16 query and key heads, 256 experts of width 512 of which 8 are chosen; 34.7 billion parameters of text.
 
-The hub's files hold a vision-language model, whose text model lies under `model.language_model`; the vision tower and
+The hub's files hold a vision-language model, whose text model is at `model.language_model`; the vision tower and
 the layers for multi-token prediction are left where they are.
 
 Shapes: N tokens, H hidden, k and v heads of keys and of values, d dimensions of a head.

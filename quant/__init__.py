@@ -6,7 +6,7 @@
     quant.kinds      new_storage, storage_tensors, quantise: which class keeps which kind
     quant.products   matrix products, of one matrix and grouped by expert
     quant.choices    a dtype and a device as a user names them
-    quant.common     errors, files, words, progress: what every floor uses
+    quant.common     errors, files, words, progress: what every package uses
 
 Nothing is imported here, so that `quant.common.errors` costs no torch import.
 """

@@ -36,11 +36,11 @@ def named_device(device: torch.device | str) -> torch.device:
     if not torch.cuda.is_available():
         reason = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         raise NibbleError(
-            f"device '{name}' is not here: {reason} (torch {torch.__version__}).\n"
+            f"device '{name}' is not available: {reason} (torch {torch.__version__}).\n"
             "Use cpu (in a config train.device: cpu), or install a torch with CUDA on a machine with an NVIDIA GPU."
         )
     count = torch.cuda.device_count()
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= count:
-        raise NibbleError(f"device '{name}' is not here: this machine has {count} (cuda:0 to cuda:{count - 1}).")
+        raise NibbleError(f"device '{name}' is not available: this machine has {count} (cuda:0 to cuda:{count - 1}).")
     return torch.device("cuda", index)

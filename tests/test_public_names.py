@@ -24,9 +24,7 @@ from tests.helpers import random_tokens, save_tiny_glm
 
 ROOT = Path(__file__).parent.parent
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without CUDA")
-NO_CUDA = (
-    r"^device 'cuda' is not here: .*CUDA.*\nUse cpu \(in a config train\.device: cpu\), or install a torch with CUDA"
-)
+NO_CUDA = r"^device 'cuda' is not available: .*CUDA.*\nUse cpu \(in a config train\.device: cpu\), or install a torch"
 
 
 def python(code: str) -> str:

@@ -6,7 +6,7 @@ A matrix's tensors are an ordinary LoRA: lora_A [R, in], lora_B [out, R]. A stac
     lora_B [out, R·E]   column j·E + e is column j of expert e's B
 
 Where both stacks of a layer are adapted PEFT nests them in the order in which they are defined: gate_up_proj's tensors
-lie at `experts.base_layer.lora_*`, down_proj's at `experts.lora_*`. A single adapted stack lies at the latter. The
+are at `experts.base_layer.lora_*`, down_proj's at `experts.lora_*`. A single adapted stack is at the latter. The
 file doesn't say which stack a tensor belongs to; the config's target_parameters do.
 """
 
@@ -115,16 +115,13 @@ def save_adapter(
     for key, lora in found:
         for letter, shape in zip("AB", _file_shapes(key, lora.rank), strict=True):
             tensors[f"{prefixes[key.native]}.lora_{letter}.weight"] = (shape, lora.A.dtype)
-    writer = TensorWriter(directory / WEIGHTS, tensors)
-    try:
+    with TensorWriter(directory / WEIGHTS, tensors) as writer:
         for name, tensor in _file_tensors(found, prefixes, gather):
             writer.write(name, tensor)
-    except BaseException:
-        writer.abandon()
-        raise
-    if config_path.exists() and config_path.read_bytes() != text:
-        config_path.unlink()  # between the two renames there is no adapter, rather than new weights under an old config
-    writer.finish()
+        if config_path.exists() and config_path.read_bytes() != text:
+            # Between the two renames there is no adapter, rather than new weights under an old config.
+            config_path.unlink()
+        writer.finish()
     write_atomically(config_path, text)
 
 

@@ -61,7 +61,7 @@ def initial_a(shape: tuple[int, ...], name: str, seed: int) -> Tensor:
 def attach_lora(model: CausalLM, targets: Sequence[Target], rslora: bool, dtype: torch.dtype) -> list[LoRA]:
     """Freeze `model` and put an unset LoRA on every target, on its weight's device. Returns them in order."""
     if any(isinstance(module, LoRA) for module in model.modules()):
-        raise NibbleError("this model has an adapter already; load the base model anew to give it another.")
+        raise NibbleError("this model has an adapter already; load the base model again to give it another.")
     model.requires_grad_(False)
     loras = []
     for target in targets:

@@ -126,7 +126,7 @@ def peft_config(key_map: KeyMap, found: Adapted, base: str) -> dict[str, Any]:
         "target_modules": sorted(layout.target_modules),
         "target_parameters": layout.target_parameters or None,
         "layers_to_transform": list(layout.layers) if layout.layers is not None else None,
-        # PEFT's defaults, said for other programs that read adapters.
+        # PEFT's defaults, written for other programs that read adapters.
         "bias": "none",
         "lora_dropout": 0.0,
         "modules_to_save": None,

@@ -26,7 +26,7 @@ class AdapterSpec:
     """What to adapt, and how strongly.
 
     targets: groups (attention, linear_attention, experts, shared_experts, dense_mlp, router) or names in the hub's
-        spelling. A name matches as in PEFT, as a whole or behind a dot: `o_proj`, `mlp.experts.gate_up_proj`,
+        spelling. A name matches as in PEFT, as a whole or after a dot: `o_proj`, `mlp.experts.gate_up_proj`,
         `mlp.gate.weight`, `model.layers.3.self_attn.o_proj`. A name that fits matrices and stacks of experts alike
         (`down_proj`) means the matrices; `experts.down_proj` is the stack.
     rank, alpha: one number, or a number per group; a name in place of a group goes before its group.

@@ -26,8 +26,8 @@ from models.blocks.router import Router, SigmoidRouter
 class Balance:
     """Counts how often each expert is chosen in an optimiser step, over the tokens that are no padding.
 
-    On `CausalLM.balance` it hears of every forward pass. A step is `begin_step`, then for each micro-batch a forward
-    pass and `collect`, and after the optimiser `end_step`. Passes without gradients and the recomputations of
+    As `CausalLM.balance` it is called at every forward pass. A step is `begin_step`, then for each micro-batch a
+    forward pass and `collect`, and after the optimiser `end_step`. Passes without gradients and the recomputations of
     activation checkpointing count nothing. This class only counts; the other two below also act.
 
     routers: the L routers of the model by name. counts: int64 [L, E], of the step so far and of this process; after
@@ -94,7 +94,7 @@ class Balance:
             self._count(layer, chosen[: self._tokens], probabilities[: self._tokens])
 
     def _count(self, layer: int, chosen: Tensor, probabilities: Tensor) -> None:
-        """Of real tokens only. May save nothing for the backward pass: a recomputation, which doesn't come here, must
+        """Of real tokens only. May save nothing for the backward pass: a recomputation, which doesn't call this, must
         save the same tensors as the first computation.
         """
         flat = chosen.flatten()

@@ -109,8 +109,8 @@ class LocalExperts(Protocol):
 
 
 class Exchange(Protocol):
-    """Computes what `Experts.forward` does where the experts lie in several processes; `compute` does it for those
-    here. Every process calls it as often as the others, forward and backward.
+    """Computes what `Experts.forward` does where several processes own the experts; `compute` does it for those of
+    this process. Every process calls it as often as the others, forward and backward.
     """
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, compute: LocalExperts) -> Tensor: ...
@@ -119,7 +119,7 @@ class Exchange(Protocol):
 class Experts(nn.Module):
     """All routed experts of a layer. `gate_up_proj` [E, 2I, H] holds gate above up; `down_proj` is [E, H, I].
 
-    owned: which of the layer's experts are here, all unless `own` has said otherwise; E above is their number.
+    owned: which of the layer's experts this process has, all of them before a call of `own`; E above is their number.
     exchange: how tokens reach the others; None: all are here.
     """
 
@@ -143,16 +143,16 @@ class Experts(nn.Module):
         if owned.step != 1 or not 0 <= owned.start < owned.stop <= self.experts:
             raise ValueError(f"no experts {owned}: there are {self.experts}")
 
-        def fewer(whole: nn.Parameter) -> nn.Parameter:
-            return nn.Parameter(whole.new_empty(len(owned), *whole.shape[1:]), requires_grad=whole.requires_grad)
+        def fewer(stack: nn.Parameter) -> nn.Parameter:
+            return nn.Parameter(stack.new_empty(len(owned), *stack.shape[1:]), requires_grad=stack.requires_grad)
 
         for projection in (self.gate_up_proj, self.down_proj):
-            all_of_them, lora = projection.weight, projection.lora
-            if all_of_them.device.type != "meta":
-                raise ValueError(f"{all_of_them.name} has values already; experts are dealt out before")
-            shape = (len(owned), *all_of_them.shape[1:])
-            kept = new_storage(all_of_them.spec, shape, all_of_them.dtype, "meta", all_of_them.name)
-            for name, tensor in all_of_them.named_parameters():
+            whole, lora = projection.weight, projection.lora
+            if whole.device.type != "meta":
+                raise ValueError(f"{whole.name} has values already; experts are divided before that")
+            shape = (len(owned), *whole.shape[1:])
+            kept = new_storage(whole.spec, shape, whole.dtype, "meta", whole.name)
+            for name, tensor in whole.named_parameters():
                 kept.get_parameter(name).requires_grad_(tensor.requires_grad)
             projection.weight = kept
             if lora is not None:
@@ -233,7 +233,7 @@ class _Scratch:
     def __init__(self, projection: ExpertWeights, experts: int, dtype: torch.dtype, device: torch.device) -> None:
         self.storage = projection.weight
         self.dtype = dtype
-        # Weights that are dense already are used where they lie.
+        # Weights that are dense already are used in place.
         self.in_place = self.storage.kind == "none" and self.storage.dtype == dtype
         size = 0 if self.in_place else experts
         self.buffer = torch.empty(size, *self.storage.shape[1:], dtype=dtype, device=device)

@@ -33,9 +33,7 @@ class Factory:
         return replace(self.dense, dtype=torch.float32)
 
     def storage(self, *shape: int) -> Storage:
-        """A weight [out, in] or [E, out, in]. Whether `spec` can keep that shape is checked when the model is whole, and
-        when values are put in.
-        """
+        """A weight [out, in] or [E, out, in]. CausalLM, which knows its name, checks whether `spec` can keep it."""
         return STORAGES[self.spec.kind](self.spec, shape, self.dtype, self.device)
 
     def empty(self, *shape: int) -> nn.Parameter:

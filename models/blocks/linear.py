@@ -1,4 +1,4 @@
-"""The one seam between a layer, the storage of its weight and its LoRA.
+"""Linear layers over a Storage, with optional LoRA.
 
 A layer owns a Storage (how the frozen weight is kept) and, when it is adapted, a LoRA (Hu et al. 2021,
 arXiv:2106.09685). Neither knows the other: y = x Wᵀ + s · (x Aᵀ) Bᵀ, with the low-rank product added to the same
@@ -82,8 +82,8 @@ class Linear(nn.Module):
 class ExpertWeights(nn.Module):
     """The weights of one projection of all experts, a stack [E, out, in], and their LoRA. Computes nothing itself.
 
-    shape: with all experts of the layer, however many are here. parts: what lies one above the other in each matrix, by
-    the hub's names.
+    shape: with all experts of the layer, however many this process has. parts: the matrices that are concatenated
+    along `out` in each expert's, by the hub's names.
     """
 
     lora: LoRA | None

@@ -53,7 +53,7 @@ class Router(KeptInFloat32, Linear):
     """A matrix [E, H] that scores every expert, in float32 whatever the model's dtype.
 
     A router's forward takes x [N, H] and returns the chosen experts int64 [N, K] and their weights float32 [N, K],
-    differentiable in x. `observer` is told of every choice that is made with gradients (models/blocks/balance.py).
+    differentiable in x. `observer` is called with every choice that is made with gradients (models/blocks/balance.py).
     """
 
     group: ClassVar[Group] = "router"

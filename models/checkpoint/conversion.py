@@ -150,8 +150,7 @@ def _write_files(
             continue
         progress(done, total, name)
         tensors = {tensor: entry for key in keys for tensor, entry in key.tensors().items()}
-        writer = TensorWriter(target / name, tensors, hashed=True)
-        try:
+        with TensorWriter(target / name, tensors, hashed=True) as writer:
             for key in keys:
                 for piece in reader.read(key):
                     for tensor, value in piece.tensors.items():
@@ -159,9 +158,6 @@ def _write_files(
                     done += _numel(key) if piece.start is None else _numel(key) // key.shape[0]
                     progress(done, total, name)
             digest = writer.finish()
-        except BaseException:
-            writer.abandon()
-            raise
         manifest.files[name] = FileRecord(writer.size, digest, tuple(tensors))
         manifest.save(target)
         reader.checkpoint.close()  # pages of the mapped shard leave this process's memory

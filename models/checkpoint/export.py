@@ -90,7 +90,7 @@ def export_hub(
         )
     config = _config(source, model.dtype)
     if not writes:
-        _take_part(model, source, gather)
+        _gather_only(model, source, gather)
         return directory
     if directory.exists() and not (overwrite and (directory / CONFIG).is_file()):
         raise NibbleError(f"{directory} exists already. Name a folder that doesn't.")
@@ -117,7 +117,7 @@ def export_hub(
     return directory
 
 
-def _take_part(model: CausalLM, source: Path, gather: Gather) -> None:
+def _gather_only(model: CausalLM, source: Path, gather: Gather) -> None:
     """What a process does while another one writes: give its parts, in the order in which they are written."""
     manifest = Manifest.load(source) if is_converted(source) else None
     with _origin(source, manifest) or contextlib.nullcontext() as origin:
@@ -162,7 +162,7 @@ class _Gathered:
         return self._made
 
     def take(self) -> Tensor:
-        """For the last time."""
+        """As `get`, and keep it no longer."""
         made, self._made = self.get(), None
         return made
 
@@ -246,15 +246,11 @@ def _write_shards(items: list[_Item], folder: Path, limit: float) -> None:
         names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     weight_map = {}
     for name, shard in zip(names, shards, strict=True):
-        writer = TensorWriter(folder / name, {item.name: (item.shape, item.dtype) for item in shard})
-        try:
+        with TensorWriter(folder / name, {item.name: (item.shape, item.dtype) for item in shard}) as writer:
             for item in shard:
                 writer.write(item.name, item.read())
                 weight_map[item.name] = name
             writer.finish()
-        except BaseException:
-            writer.abandon()
-            raise
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(item.nbytes for item in items)},

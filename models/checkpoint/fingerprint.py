@@ -1,7 +1,7 @@
 """What identifies the content of a hub checkpoint: a hash of all of it, made once and remembered.
 
 Earlier versions of nibble recorded a fingerprint of samples ("sha256:…"), which misses a change that lies between two
-samples. Where such a one was recorded, it is compared as it was made, and that is said.
+samples. Where such a one was recorded, it is compared as it was made, with a warning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _AT_ONCE = 4 * 2**20  # bytes
 _THREADS = 4
 _SMALL = 2**28  # bytes: so little is hashed in less than a second, each time
 # A file that is changed twice within a tick of its file system's clock keeps its date: so young a one isn't remembered.
-_YOUNG = 2.0  # seconds
+_MIN_AGE = 2.0  # seconds
 _SAMPLE = 4096  # bytes
 _SAMPLE_EVERY = 4 * 2**20  # bytes
 
@@ -45,11 +45,11 @@ def full_fingerprint(folder: Path, config: bytes, tensors: Tensors) -> str:
     file can't be read.
     """
     total = sum(info.end - info.begin for _, info in tensors.values())
-    data = _hash_tensors(folder, tensors) if total < _SMALL else _remembered_hash(folder, tensors, total)
+    data = _hash_tensors(folder, tensors) if total < _SMALL else _cached_hash(folder, tensors, total)
     return _KIND + hashlib.sha256(config + b"\n" + data.encode()).hexdigest()
 
 
-def _remembered_hash(folder: Path, tensors: Tensors, total: int) -> str:
+def _cached_hash(folder: Path, tensors: Tensors, total: int) -> str:
     found = {name: (folder / name).stat() for name in sorted({name for name, _ in tensors.values()})}
     # Which file holds which tensor belongs to it: of two copies the index says which one counts.
     places = hashlib.sha256(repr(sorted((key, name) for key, (name, _) in tensors.items())).encode()).hexdigest()
@@ -67,7 +67,7 @@ def _remembered_hash(folder: Path, tensors: Tensors, total: int) -> str:
     with Bar("hashing the checkpoint, once") as bar:
         data = _hash_tensors(folder, tensors, lambda done: bar.update(done, total))
     log.info("%s: hashed in %.0f s", folder, time.monotonic() - begun)
-    if time.time() - max(stat.st_mtime for stat in found.values()) > _YOUNG:
+    if time.time() - max(stat.st_mtime for stat in found.values()) > _MIN_AGE:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps({"folder": name, "state": state, "sha256": data}).encode())

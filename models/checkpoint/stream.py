@@ -1,7 +1,7 @@
 """Tensors of a checkpoint in pieces small enough to pass through memory one at a time.
 
-Converting, loading and (later) loading only some experts on each process all read the same stream. A piece is one
-matrix, or a range of experts of one stack, already in the form in which the native model keeps it.
+Converting, loading, and loading only some experts on each process all read the same stream. A piece is one matrix, or a
+range of experts of one stack, already in the form in which the native model keeps it.
 
 Shapes: E experts; a stack is [E, out, in].
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -213,9 +213,3 @@ def _common(names: list[str]) -> str:
     split = [name.split(".") for name in names]
     same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
     return ".".join([*(parts[0] for parts in same), "*"])
-
-
-def read_all(reader: Reader, experts: Mapping[str, range] | None = None) -> Iterator[Piece]:
-    """All pieces in the key map's order. experts: per native name of a stack, the only experts to read."""
-    for key in reader.keys:
-        yield from reader.read(key, (experts or {}).get(key.native))

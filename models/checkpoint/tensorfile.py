@@ -153,7 +153,7 @@ class TensorWriter:
         self._partial = path.with_name(path.name + PARTIAL)
         self._tensors = dict(tensors)
         self._offsets: dict[str, int] = {}
-        # Every tensor must be aligned to its own type in the mapped file: behind those of a multiple of 8 bytes, which
+        # Every tensor must be aligned to its own type in the mapped file: after those of a multiple of 8 bytes, which
         # nearly all have, come the others, wide types first.
         odd = {name for name, entry in self._tensors.items() if tensor_bytes(*entry) % 8}
         ordered = sorted(self._tensors, key=lambda name: -self._tensors[name][1].itemsize if name in odd else -9)
@@ -199,15 +199,18 @@ class TensorWriter:
         sync_folder(self.path.parent)
         return self._hash.hexdigest() if self._hash is not None else ""
 
-    def abandon(self) -> None:
-        """Close and remove what was written."""
-        self._close()
-        self._partial.unlink(missing_ok=True)
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Without `finish`, what was written is removed."""
+        if self._file >= 0:
+            self._close()
+            self._partial.unlink(missing_ok=True)
 
     def _close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        os.close(self._file)
+        self._file = -1
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view, position = memoryview(data), offset

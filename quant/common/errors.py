@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read, and a sentence that several places say."""
+"""The exception whose message users read, and a message that several places share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, their checksums, and what is said when a disk refuses."""
+"""Files that are there whole or not at all, their checksums, and the messages of a disk that is full or read-only."""
 
 from __future__ import annotations
 

@@ -260,8 +260,9 @@ def test_nothing_stays_unfilled(hub: Path) -> None:
                     yield piece
 
     model, reader = empty(hub, StorageSpec("nf4"))
+    allocate(model, "cpu")
     with pytest.raises(NibbleError) as caught:
-        fill(model, Forgetful(reader), "cpu")
+        fill(tensors_of(model), Forgetful(reader))
     assert "5 tensors of the model were not filled from the checkpoint: " in str(caught.value)
     assert "model.layers.1.mlp.experts.down_proj.weight.absmax, " in str(caught.value)
     assert "model.norm.weight" in str(caught.value)

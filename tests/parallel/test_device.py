@@ -27,13 +27,13 @@ def test_none_takes_cuda_where_there_is_one() -> None:
 
 @without_cuda
 def test_missing_cuda_is_named() -> None:
-    with pytest.raises(NibbleError, match=r"device 'cuda' is not here: .*CUDA.*\n.*train\.device: cpu"):
+    with pytest.raises(NibbleError, match=r"device 'cuda' is not available: .*CUDA.*\n.*train\.device: cpu"):
         choose_device("cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the message is for machines with CUDA")
 def test_missing_cuda_index_is_named() -> None:
-    with pytest.raises(NibbleError, match=r"device 'cuda:99' is not here: this machine has"):
+    with pytest.raises(NibbleError, match=r"device 'cuda:99' is not available: this machine has"):
         choose_device("cuda:99")
 
 

@@ -221,7 +221,7 @@ def test_a_missing_checkpoint_is_named(world: World, tmp_path: Path, capsys: pyt
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without CUDA")
 def test_a_missing_device_is_named(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = error_of(settings(world, tmp_path / "run", train__device="cuda"), capsys)
-    assert message.startswith("error: device 'cuda' is not here")
+    assert message.startswith("error: device 'cuda' is not available")
 
 
 def test_an_output_folder_that_cannot_be_made(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -584,7 +584,7 @@ def test_wrong_arguments(arguments: list[str], expected: str, capsys: pytest.Cap
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
 def test_cuda_where_there_is_none(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(hub), str(tmp_path / "out"), "--device", "cuda"]) == 2
-    assert "error: device 'cuda' is not here: " in capsys.readouterr().err
+    assert "error: device 'cuda' is not available: " in capsys.readouterr().err
 
 
 def test_interruption_from_code_is_an_exception(hub: Path, tmp_path: Path) -> None:
