@@ -189,7 +189,7 @@ def test_files_that_are_not_there(saved: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_adapter_is_refused(saved: Path) -> None:
-    with pytest.raises(NibbleError, match="this model has an adapter already; load the base model anew"):
+    with pytest.raises(NibbleError, match="this model has an adapter already; load the base model again"):
         load_adapter(adapted(), saved)
 
 
