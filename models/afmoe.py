@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope
-from models.blocks.configjson import choices, flag, integer, number, refuse_dropout, refuse_unknown_activation
+from models.blocks.configjson import choices, refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
@@ -26,7 +26,7 @@ from models.blocks.moe import SharedExpertsMoE
 from models.blocks.norm import RMSNorm
 from models.blocks.router import RoutingRule, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm, Run
-from quant.common.errors import NibbleError
+from quant.common.jsonfile import flag, integer, number
 
 HUB = HubForm(
     renamed={
@@ -35,6 +35,17 @@ HUB = HubForm(
     },
     counted_buffers=("mlp.gate.e_score_correction_bias",),
 )
+
+# What files say of the routing; every published Trinity has it alike.
+_ROUTING = {
+    "score_func": "sigmoid",
+    "scoring_func": "sigmoid",
+    "route_norm": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_expert_groups": 1,
+    "num_limited_groups": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,7 @@ class AfmoeConfig:
     @staticmethod
     def parse(config: dict[str, Any], where: str) -> AfmoeConfig:
         """Reads config.json; absent keys have transformers' defaults, which are no published model's."""
-        refuse_unknown_activation(config, where)
-        refuse_dropout(config, where)
-        _refuse_other_routing(config, where)
+        refuse_unread(config, where, **_ROUTING)
         hidden, heads = integer(config, "hidden_size", 2048, where), integer(config, "num_attention_heads", 16, where)
         head_dim, bias = integer(config, "head_dim", 128, where), flag(config, "attention_bias", False, where)
         experts, chosen = expert_counts(config, 64, 6, where)
@@ -106,18 +115,6 @@ def _sliding_layers(config: dict[str, Any], where: str) -> tuple[bool, ...]:
     kinds = ["full_attention" if (index + 1) % every == 0 else "sliding_attention" for index in range(layers)]
     types = choices(config, "layer_types", kinds, ("sliding_attention", "full_attention"), where)
     return tuple(kind == "sliding_attention" for kind in types)
-
-
-def _refuse_other_routing(config: dict[str, Any], where: str) -> None:
-    """What files may say of the routing, and every published Trinity has alike."""
-    fixed = {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
-    fixed |= {"num_expert_groups": 1, "num_limited_groups": 1}
-    for key, only in fixed.items():
-        if config.get(key, only) not in (only, None):
-            raise NibbleError(
-                f"{where}: {key} is {config[key]!r}; only {only!r} is implemented, and another routing "
-                "would choose other experts."
-            )
 
 
 class DecoderLayer(nn.Module):

@@ -11,11 +11,11 @@ from typing import Any
 
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
-from models.blocks.configjson import flag, integer
 from models.blocks.factory import Factory
 from models.blocks.norm import RMSNorm
 from models.decoder import CausalLM, Decoder, PreNormLayer
 from models.glm_moe import GlmConfig, glm_mlp
+from quant.common.jsonfile import flag, integer
 
 DEFAULTS = {
     "vocab_size": 151552,

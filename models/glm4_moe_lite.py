@@ -11,11 +11,11 @@ from typing import Any
 
 from models.attention.mla import LatentAttention, LatentAttentionConfig
 from models.attention.rope import RopeConfig, parse_rope
-from models.blocks.configjson import integer
 from models.blocks.factory import Factory
 from models.blocks.norm import RMSNorm
 from models.decoder import CausalLM, Decoder, PreNormLayer
 from models.glm_moe import GlmConfig, glm_mlp
+from quant.common.jsonfile import integer
 
 DEFAULTS = {
     "vocab_size": 154880,

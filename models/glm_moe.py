@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
+from models.blocks.configjson import refuse_unread
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
 from models.blocks.moe import SharedExpertsMoE
 from models.blocks.router import RoutingRule
 from models.decoder import HubForm, prediction_layers
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import flag, integer, number
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class GlmConfig:
 
         defaults: the architecture's values for absent keys, by their names in the file.
         """
-        refuse_unknown_activation(config, where)
-        refuse_dropout(config, where)
+        refuse_unread(config, where, scoring_func="sigmoid", topk_method="noaux_tc")
 
         def count(key: str, *, least: int = 1) -> int:
             return integer(config, key, defaults[key], where, least=least)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from models.attention.indexer import Indexer, IndexerConfig, Part, parts_by_length, selected_attention
 from models.attention.mla import LatentAttention, LatentAttentionConfig
 from models.attention.rope import RopeConfig, parse_rope
-from models.blocks.configjson import flag, integer
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.norm import RMSNorm
 from models.decoder import CausalLM, Decoder, HubForm, Run
 from models.glm_moe import GlmConfig, glm_mlp
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import flag, integer
 
 DEFAULTS = {
     "vocab_size": 154880,

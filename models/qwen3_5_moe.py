@@ -25,7 +25,7 @@ from models.attention.delta_rule import gated_delta_rule
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
 from models.attention.short_conv import short_convolution
-from models.blocks.configjson import choices, flag, integer, number, refuse_dropout, refuse_unknown_activation
+from models.blocks.configjson import choices, refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.experts import Experts
 from models.blocks.factory import Factory
@@ -36,6 +36,16 @@ from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import flag, integer, number
+
+# What files may say of layers and routing; every published model has it alike.
+_LAYERS = {
+    "attn_output_gate": True,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "scoring_func": "softmax",
+}
 
 
 @dataclass(frozen=True)
@@ -93,9 +103,7 @@ class Qwen3_5MoeConfig:
 
     @staticmethod
     def _parse(config: dict[str, Any], where: str, tied: bool, vision_language: bool) -> Qwen3_5MoeConfig:
-        refuse_unknown_activation(config, where)
-        refuse_dropout(config, where)
-        _refuse_other_layers(config, where)
+        refuse_unread(config, where, **_LAYERS)
         hidden, eps = integer(config, "hidden_size", 2048, where), number(config, "rms_norm_eps", 1e-6, where)
         heads, head_dim = integer(config, "num_attention_heads", 16, where), integer(config, "head_dim", 256, where)
         bias = flag(config, "attention_bias", False, where)
@@ -155,13 +163,6 @@ def _delta_net(config: dict[str, Any], hidden: int, eps: float, where: str) -> G
         convolution=integer(config, "linear_conv_kernel_dim", 4, where),
         eps=eps,
     )
-
-
-def _refuse_other_layers(config: dict[str, Any], where: str) -> None:
-    """What files may say of layers, and every published model has alike."""
-    for key, only in {"attn_output_gate": True, "mlp_only_layers": []}.items():
-        if config.get(key, only) not in (only, None):
-            raise NibbleError(f"{where}: {key} is {config[key]!r}; only {only!r} is implemented.")
 
 
 class Filters(nn.Module):

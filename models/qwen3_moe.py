@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, partial_rotary_factor
-from models.blocks.configjson import flag, integer, number, refuse_dropout, refuse_unknown_activation
+from models.blocks.configjson import refuse_unread
 from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
@@ -21,6 +21,7 @@ from models.blocks.norm import RMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, PreNormLayer
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import flag, integer, number
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Qwen3MoeConfig:
     @staticmethod
     def parse(config: dict[str, Any], where: str) -> Qwen3MoeConfig:
         """Reads config.json; absent keys have transformers' defaults, which are no published model's."""
-        refuse_unknown_activation(config, where)
-        refuse_dropout(config, where)
+        refuse_unread(config, where, scoring_func="softmax", n_shared_experts=0)
         _refuse_other_attention(config, where)
         hidden, heads = integer(config, "hidden_size", 2048, where), integer(config, "num_attention_heads", 32, where)
         head_dim = integer(config, "head_dim", max(hidden // heads, 1), where)

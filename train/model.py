@@ -12,7 +12,7 @@ from models.adapters.files import load_adapter, read_adapter_weights
 from models.adapters.lora import add_lora, initialise_lora
 from models.adapters.targets import AdapterSpec
 from models.blocks.balance import AuxiliaryLoss, BiasUpdate
-from models.blocks.configjson import number, text_section
+from models.blocks.configjson import text_section
 from models.blocks.router import Router, SigmoidRouter
 from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.native import NativeCheckpoint, describe, dtype_name
@@ -25,6 +25,7 @@ from parallel.plan import cuts
 from parallel.shards import Shards
 from quant.choices import named_dtype
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import number
 from quant.common.progress import Bar
 from quant.storage import StorageSpec
 from train.config.load import Config

@@ -160,8 +160,8 @@ def load_adapter(
     spelt = spellings(header)
     if len(spelt) == 1:
         key_map = _respelled(key_map, *spelt)
-    targets = config_targets(config, key_map, where, model.model_type)
-    _check_tensors(targets, header, config, where)
+    targets = config_targets(config, key_map, header, where, model.model_type)
+    _check_tensors(targets, header, config, key_map, where)
     rslora = bool(config.get("use_rslora"))
     if expected is not None:
         _check_expected(targets, rslora, resolve(key_map, expected, model.model_type), expected.rslora, where)
@@ -204,7 +204,7 @@ def adapter_spec(model: CausalLM) -> AdapterSpec:
 
 
 def _check_tensors(
-    targets: Sequence[Target], header: Mapping[str, TensorInfo], config: Mapping[str, Any], where: str
+    targets: Sequence[Target], header: Mapping[str, TensorInfo], config: Mapping[str, Any], key_map: KeyMap, where: str
 ) -> None:
     version = tuple(int(part) for part in re.findall(r"\d+", str(config.get("peft_version") or ""))[:3])
     if version and version < (0, 19, 1) and any(len(target.key.shape) == 3 for target in targets):
@@ -222,6 +222,13 @@ def _check_tensors(
     unknown, missing = sorted(header.keys() - expected.keys()), sorted(expected.keys() - header.keys())
     if unknown:
         hint = "\nThe config and the tensors don't belong together, or the adapter is for another model."
+        others = {module_name(key.hub): key.group for key in key_map.keys}
+        for name in unknown:
+            module = name.removeprefix(_PREFIX).rpartition(".lora_")[0]
+            if module in others:
+                hint = f"\nThat is in {GROUP_WORDS[others[module]]}, which the config or nibble's LoRA doesn't adapt."
+            if re.search(r"\b(visual|vision_tower|vision_model)\b", module):
+                hint = "\nIt adapts the vision tower, which isn't computed here: only adapters of the text model load."
         if any(re.search(r"experts\.\d+\.", name) for name in unknown):
             hint = (
                 "\nIt adapts the experts one by one, as transformers 4 has them. "

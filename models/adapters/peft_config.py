@@ -6,10 +6,9 @@ parameters (target_parameters, in all layers). A rank or alpha is the default or
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from models.adapters.targets import AdapterSpec, Target, adaptable, groups_of, l
 from models.blocks.linear import LoRA
 from models.checkpoint.keymap import Key, KeyMap
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import number, read_json, table, texts
+from quant.common.words import shown, some
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -201,7 +202,7 @@ def _collapse(numbers: Sequence[tuple[Key, Any]], layout: _Layout) -> Any:
 _IGNORED = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "peft_version", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora",
-    "target_modules", "target_parameters", "layers_to_transform", "layers_pattern", "init_lora_weights",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
     "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "ensure_weight_tying", "runtime_config",
 }
@@ -213,28 +214,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise NibbleError(f"{directory} is no adapter: it has no {CONFIG}.\nAn adapter is {CONFIG} and {WEIGHTS}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise NibbleError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise NibbleError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded.")
+    config = read_json(path, dict)
+    if config.get("peft_type") != "LORA":
+        raise NibbleError(f"{path}: peft_type is {shown(config.get('peft_type'))}; only LORA adapters can be loaded.")
     for name, value in config.items():
         off = value in (None, False, "none", "") or value == [] or value == {}
         if name not in _IGNORED and not off:
-            raise NibbleError(f"{path}: {name} is {value!r}, which is not supported; only plain LoRA can be loaded.")
+            raise NibbleError(f"{path}: {name} is {shown(value)}, which is not supported; only plain LoRA can be loaded.")
     if config.get("init_lora_weights", True) not in _PLAIN_INIT:
         raise NibbleError(
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights too.\n"
             "Save it as an ordinary LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)."
         )
-    for name in ("target_modules", "target_parameters"):
-        if isinstance(config.get(name), str):
-            raise NibbleError(
-                f"{path}: {name} is the pattern {config[name]!r}; only a list of names can be loaded.\n"
-                "Replace it with the list of the modules that it names."
-            )
     if config.get("layers_pattern") not in (None, [], "", "layers", ["layers"]):
         raise NibbleError(f"{path}: layers_pattern is {config['layers_pattern']!r}; only 'layers' is supported.")
     if not (directory / WEIGHTS).is_file():
@@ -243,37 +234,35 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def config_targets(config: Mapping[str, Any], key_map: KeyMap, where: str, model_type: str) -> list[Target]:
-    """The matrices that a config adapts, found as PEFT finds them."""
-    layers = config.get("layers_to_transform")
-    layers = {layers} if isinstance(layers, int) else set(layers or ()) or None
-    can = {key.native for key in adaptable(key_map)}
+def config_targets(
+    config: Mapping[str, Any], key_map: KeyMap, tensors: Collection[str], where: str, model_type: str
+) -> list[Target]:
+    """The matrices that an adapter has, found as PEFT finds them; a name that matches nothing doesn't matter.
+
+    tensors: the names in the adapter's file. They settle what `all-linear` means.
+    """
+    keys = adaptable(key_map)
+    stacks_and_routers = texts(config, "target_parameters", where)
+    modules = _module_filter(config, keys, tensors, where)
     names: dict[str, str] = {}
-    for field in ("target_modules", "target_parameters"):
-        of_parameters = field == "target_parameters"
-        for target in config.get(field) or ():
-            found = False
-            for key in key_map.keys:
-                name = key.hub if of_parameters else module_name(key.hub)
-                if not of_parameters and (_is_stack(key) or not key.hub.endswith(".weight")):
-                    continue  # neither a stack nor a bias is a module of its own
-                inside = layers is None or of_parameters or layer_of(name) in layers
-                if name != target and not (name.endswith(f".{target}") and inside):
-                    continue
-                if key.native not in can:
-                    raise NibbleError(
-                        f"{where}: {field} has {target!r}, which adapts {name} ({key.group}).\n"
-                        f"LoRA is supported on the matrices of {', '.join(groups_of(adaptable(key_map)))}."
-                    )
-                if names.setdefault(key.native, name) != name:
-                    raise NibbleError(f"{where}: target_modules and target_parameters both name {name}.")
-                found = True
-            if not found:
-                raise NibbleError(f"{where}: {field} has {target!r}, which matches nothing in this {model_type} model.")
+    for key in keys:
+        if any(_ends_with(key.hub, target) for target in stacks_and_routers):
+            names[key.native] = key.hub
+        module = module_name(key.hub)
+        if not _is_stack(key) and modules(module):
+            if key.native in names:
+                raise NibbleError(f"{where}: target_modules and target_parameters both name {module}.")
+            names[key.native] = module
     if not names:
-        raise NibbleError(f"{where}: the config names no target_modules and no target_parameters.")
+        given = [*texts(config, "target_parameters", where)]
+        given += [config["target_modules"]] if isinstance(config.get("target_modules"), str) else []
+        given += config.get("target_modules") or [] if not isinstance(config.get("target_modules"), str) else []
+        raise NibbleError(
+            f"{where}: target_modules and target_parameters ({some([shown(name) for name in given]) or 'empty'}) match "
+            f"nothing that LoRA can adapt in this {model_type} model: {', '.join(groups_of(keys))}."
+        )
     targets = []
-    for key in adaptable(key_map):
+    for key in keys:
         if key.native in names:
             rank, alpha = (_number(config, *fields, names[key.native], where) for fields in _NUMBERS)
             if rank != int(rank):
@@ -282,22 +271,72 @@ def config_targets(config: Mapping[str, Any], key_map: KeyMap, where: str, model
     return targets
 
 
+def _module_filter(
+    config: Mapping[str, Any], keys: Sequence[Key], tensors: Collection[str], where: str
+) -> Callable[[str], bool]:
+    """Whether target_modules, exclude_modules and layers_to_transform mean a module of this name."""
+    wanted, excluded = (_name_filter(config, field, where) for field in ("target_modules", "exclude_modules"))
+    if config.get("target_modules") == "all-linear":
+        # Which modules are linear depends on the class that PEFT had wrapped. The file's tensors tell.
+        there = {name for key in keys if any(f".{name}.lora_" in f".{tensor}" for tensor in tensors)
+                 for name in [within_layer(module_name(key.hub))]}  # fmt: skip
+        wanted = lambda name: within_layer(name) in there  # noqa: E731
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or []
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise NibbleError(f"{where}: layers_to_transform must be a list of layers' numbers, got {shown(layers)}.")
+    return lambda name: wanted(name) and not excluded(name) and (not layers or layer_of(name) in layers)
+
+
+def _name_filter(config: Mapping[str, Any], field: str, where: str) -> Callable[[str], bool]:
+    """A list of names' ends, or a pattern for whole names."""
+    value = config.get(field)
+    if isinstance(value, str):
+        pattern = _Pattern(value, f"{where}: {field}")
+        return pattern.fits
+    names = texts(config, field, where)
+    return lambda name: any(_ends_with(name, end) for end in names)
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+class _Pattern:
+    """A regular expression out of a file, matched within a time limit: some take longer than the universe is old."""
+
+    def __init__(self, text: str, place: str) -> None:
+        import regex
+
+        self.place = f"{place} has {shown(text)}"
+        if len(text) > _LONGEST_PATTERN:
+            raise NibbleError(f"{self.place}, a regular expression of {len(text):,} characters; it may have 10,000.")
+        try:
+            self._compiled = regex.compile(text)
+        except (regex.error, RecursionError, OverflowError, ValueError) as error:
+            raise NibbleError(f"{self.place}, which is no regular expression: {error}.") from error
+
+    def fits(self, name: str) -> bool:
+        try:
+            return self._compiled.fullmatch(name, timeout=_MATCH_SECONDS) is not None
+        except TimeoutError as error:
+            raise NibbleError(
+                f"{self.place}, a regular expression that takes more than {_MATCH_SECONDS} s to match {name}.\n"
+                "Replace it with names."
+            ) from error
+
+
+_LONGEST_PATTERN = 10_000
+_MATCH_SECONDS = 2
 _NUMBERS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
 
 def _number(config: Mapping[str, Any], field: str, patterns: str, name: str, where: str) -> float:
     """As peft.utils.other.get_pattern_key has it: that of the first pattern to fit the name's end, or the default."""
-    found, value = field, config.get(field, 8)  # 8 is PEFT's default of both
-    for pattern, number in (config.get(patterns) or {}).items():
-        try:
-            fits = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error as error:
-            raise NibbleError(
-                f"{where}: {patterns} has {pattern!r}, which is no regular expression: {error.msg}."
-            ) from error
-        if fits:
-            found, value = f"{patterns}.{pattern}", number
+    found, values = field, config
+    for pattern in table(config, patterns, where):
+        if _Pattern(rf"(.*\.)?({pattern})", f"{where}: {patterns}").fits(name):
+            found, values = pattern, table(config, patterns, where)
             break
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise NibbleError(f"{where}: {found} is {value!r}; it must be a positive number.")
-    return value
+    place = where if found == field else f"{where}: {patterns}"
+    return number(values, found, 8, place)  # 8 is PEFT's default of both

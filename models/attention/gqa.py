@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from models.attention.causal import causal_attention
 from models.attention.rope import rotate_first
-from models.blocks.configjson import optional_integer
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import optional_integer
 
 Tables = tuple[Tensor, Tensor]
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from models.attention.causal import causal_attention
 from models.attention.rope import RopeConfig, partial_rotary_factor, rotate
-from models.blocks.configjson import flag, integer, optional_integer
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.norm import RMSNorm
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import flag, integer, optional_integer
 
 # The norms inside the attention keep the reference's default instead of following rms_norm_eps.
 LATENT_NORM_EPS = 1e-6

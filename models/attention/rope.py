@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.blocks.configjson import number
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import number
+
+MAX_DIMENSIONS = 2**16  # of a head
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ def parse_rope(config: dict[str, Any], dim: int, where: str) -> RopeConfig:
     computed with.
     """
     given = _entries(config, where)
+    if dim > MAX_DIMENSIONS:
+        raise NibbleError(
+            f"{where}: {dim:,} rotary dimensions of a head; at most {MAX_DIMENSIONS:,} are computed with."
+        )
     if dim % 2:
         raise NibbleError(f"{where}: {dim} rotary dimensions of a head can't be paired; the number must be even.")
     kind = given.get("rope_type") or given.get("type") or "default"
@@ -93,6 +99,8 @@ def _yarn(
         """The (fractional) index of the pair that turns `rotations` times within the trained context."""
         return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
+    if theta == 1:
+        raise NibbleError(f"{where}: rope_theta is 1, so that all dimensions turn alike; YaRN can't tell them apart.")
     low = pair_with(number(given, "beta_fast", 32, where))
     high = pair_with(number(given, "beta_slow", 1, where))
     if given.get("truncate", True):

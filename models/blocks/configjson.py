@@ -1,48 +1,18 @@
-"""Reading single values of a hub config.json, with messages that name the file and the key."""
+"""What a hub config.json says in the same way for several architectures. Single values: quant/common/jsonfile.py."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from quant.common.errors import NibbleError
+from quant.common.words import shown
 
 
 def text_section(config: dict[str, Any]) -> dict[str, Any]:
     """What describes the text model: the section of its own that a vision-language model's file has, or all of it."""
     section = config.get("text_config")
     return section if isinstance(section, dict) else config
-
-
-def integer(config: dict[str, Any], key: str, default: int, where: str, *, least: int = 1) -> int:
-    """`key` as an integer of at least `least`, or `default` where the file leaves it out."""
-    value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise NibbleError(f"{where}: {key} must be {wanted}, got {value!r}.")
-    return value
-
-
-def optional_integer(config: dict[str, Any], key: str, default: int, where: str) -> int | None:
-    """Like :func:`integer`, where an explicit null means that the part doesn't exist."""
-    return None if key in config and config[key] is None else integer(config, key, default, where)
-
-
-def number(config: dict[str, Any], key: str, default: float, where: str) -> float:
-    """`key` as a positive number, or `default` where the file leaves it out."""
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise NibbleError(f"{where}: {key} must be a positive number, got {value!r}.")
-    return float(value)
-
-
-def flag(config: dict[str, Any], key: str, default: bool, where: str) -> bool:
-    """`key` as true or false, or `default` where the file leaves it out."""
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise NibbleError(f"{where}: {key} must be true or false, got {value!r}.")
-    return value
 
 
 def choices(
@@ -54,7 +24,7 @@ def choices(
         return tuple(default)
     if not isinstance(value, list) or not set(allowed).issuperset(map(str, value)):
         wanted = " and ".join(map(repr, allowed))
-        raise NibbleError(f"{where}: {key} must be a list of {wanted}, got {value!r}.")
+        raise NibbleError(f"{where}: {key} must be a list of {wanted}, got {shown(value)}.")
     if len(value) != len(default):
         raise NibbleError(
             f"{where}: {key} names {len(value)} layers, num_hidden_layers is {len(default)}; make them agree."
@@ -62,18 +32,35 @@ def choices(
     return tuple(value)
 
 
-def refuse_unknown_activation(config: dict[str, Any], where: str) -> None:
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise NibbleError(
-            f"{where}: hidden_act is {activation!r}; only 'silu' is implemented, and another activation "
-            "would compute something else."
-        )
+# Keys of config.json files, of these architectures or of their relatives, that change what a model computes and that
+# nothing here reads; with the one value that leaves the arithmetic as it is here.
+_ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "clip_qkv": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "moe_layer_freq": 1,
+    "num_zero_experts": 0,
+    "swiglu_limit": None,
+}
 
 
-def refuse_dropout(config: dict[str, Any], where: str) -> None:
-    if config.get("attention_dropout"):
-        raise NibbleError(
-            f"{where}: attention_dropout is {config['attention_dropout']!r}; dropout is not implemented, and training "
-            "without it would be another training.\nSet it to 0.0."
-        )
+def refuse_unread(config: dict[str, Any], where: str, **only: Any) -> None:
+    """Raises NibbleError for a key that changes what the model computes and has another value than the one that is
+    computed. only: such keys of an architecture, with that value. A null stands for an absent key.
+    """
+    for key, value in {**_ONLY, **only}.items():
+        given = config.get(key)
+        # Of JSON's true and 1 only one is a number.
+        if given is not None and (given != value or isinstance(given, bool) != isinstance(value, bool)):
+            raise NibbleError(
+                f"{where}: {key} is {shown(given)}; only {value!r} is implemented, and another value would compute "
+                "something else than the weights were trained for."
+            )

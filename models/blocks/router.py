@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.blocks.configjson import integer
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import integer
 
 # Takes the chosen experts int64 [N, K] and all scores float32 [N, E], differentiable.
 Observer = Callable[[Tensor, Tensor], None]

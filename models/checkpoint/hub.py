@@ -7,7 +7,6 @@ at.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import shlex
@@ -22,6 +21,7 @@ from torch import Tensor
 from models.checkpoint.fingerprint import full_fingerprint, is_sampled, sampled_fingerprint
 from models.checkpoint.tensorfile import MappedFolder, TensorInfo, read_header
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import read_json, table
 from quant.common.words import some
 
 log = logging.getLogger("nibble")
@@ -182,14 +182,8 @@ def read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
         raise NibbleError(
             f"{folder}: there is no {CONFIG}, so this isn't a checkpoint folder.\n{_what_is_there(folder)}"
         )
-    data = path.read_bytes()
-    try:
-        config = json.loads(data)
-    except ValueError as error:
-        raise NibbleError(f"{path} isn't valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise NibbleError(f"{path} holds a {type(config).__name__}, not an object.")
-    return data, config
+    config = read_json(path, dict)
+    return path.read_bytes(), config
 
 
 def _what_is_there(folder: Path) -> str:
@@ -199,19 +193,20 @@ def _what_is_there(folder: Path) -> str:
 
 def _shards(folder: Path) -> dict[str, list[str]]:
     """The folder's shards, with the keys that the index names for each (a lone file has no index)."""
-    if (folder / SINGLE).is_file():
-        return {SINGLE: []}
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        if index.is_file():
+            log.warning("%s has %s beside %s; as in transformers, %s is read.", folder, SINGLE, INDEX, SINGLE)
+        return {SINGLE: []}
     if not index.is_file():
         raise NibbleError(_no_weights(folder))
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        shards: dict[str, list[str]] = {shard: [] for shard in sorted(set(weight_map.values()))}
-        for key, shard in weight_map.items():
-            shards[shard].append(key)
-        strange = [shard for shard in shards if Path(shard).name != shard]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NibbleError(f"{index} can't be read: it should be JSON with a weight_map of key to shard.") from error
+    weight_map = table(read_json(index, dict), "weight_map", str(index))
+    if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise NibbleError(f"{index}: weight_map should name a shard for every key.")
+    shards: dict[str, list[str]] = {shard: [] for shard in sorted(set(weight_map.values()))}
+    for key, shard in weight_map.items():
+        shards[shard].append(key)
+    strange = [shard for shard in shards if Path(shard).name != shard]
     if strange:
         raise NibbleError(f"{index} names a file outside the folder: {strange[0]!r}.")
     pickled = [shard for shard in shards if not shard.endswith(".safetensors")]

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from quant.common.errors import NibbleError
 from quant.common.files import PARTIAL, disk_errors, sync_folder
+from quant.common.jsonfile import JsonError, kind_of, parse_json
+from quant.common.words import shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -59,7 +61,7 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names, dtypes, shapes and places of a file's tensors, in file order; no tensor data is read.
 
-    Raises NibbleError where the file can't be read, is no safetensors file, or is shorter than its header says.
+    Raises NibbleError where the file can't be read, is no safetensors file, or contradicts its header.
     """
     size = _size(path)
     with path.open("rb") as file:
@@ -71,25 +73,48 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if len(text) < length:
         raise NibbleError(f"{path} is cut short: {size:,} bytes, its header alone has {8 + length:,}.\n{_AGAIN}")
     try:
-        header: dict[str, Any] = json.loads(text)
+        header = parse_json(text)
+        if not isinstance(header, dict):
+            raise JsonError(f"it is {kind_of(header)}")
         header.pop("__metadata__", None)
-        tensors = {
-            name: TensorInfo(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-                8 + length + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise NibbleError(f"{path} is not a safetensors file: its header can't be read.\n{_AGAIN}") from error
+        tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
+    except JsonError as error:
+        raise NibbleError(f"{path} is not a safetensors file: its header can't be read ({error}).\n{_AGAIN}") from error
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
-    end = max((info.end for info in tensors.values()), default=8 + length)
+    end = 8 + length
+    for name, info in tensors.items():
+        if info.begin != end:
+            how = "share bytes" if info.begin < end else "leave a gap"
+            raise NibbleError(
+                f"{path} is not a safetensors file: {shown(name)} and the tensor before it {how} at {end:,}.\n{_AGAIN}"
+            )
+        end = info.end
     if size != end:
         how = "is cut short" if size < end else "is longer than it should be"
         raise NibbleError(f"{path} {how}: {size:,} bytes, its header says {end:,}.\n{_AGAIN}")
     return tensors
+
+
+def _tensor_info(name: str, entry: Any, start: int) -> TensorInfo:
+    """One entry of a header whose data begins at `start`. Raises JsonError where it contradicts itself."""
+    if not isinstance(entry, dict):
+        raise JsonError(f"{shown(name)} is {kind_of(entry)}")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise JsonError(f"{shown(name)} needs a dtype, a shape and two data_offsets of whole numbers")
+    begin, end = offsets
+    # Of a dtype that isn't known here the size isn't either; it can't be read, only left where it is.
+    wanted = tensor_bytes(tuple(shape), DTYPES[dtype]) if dtype in DTYPES else end - begin
+    if end < begin or end - begin != wanted:
+        raise JsonError(f"{shown(name)} has {end - begin:,} bytes, {dtype} {shown(shape)} needs {wanted:,}")
+    return TensorInfo(dtype, tuple(shape), start + begin, start + end)
+
+
+def _are_sizes(value: Any) -> bool:
+    """A list of whole numbers, none negative or beyond any file."""
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**53 for size in value)
 
 
 _AGAIN = "Fetch or write this file again."

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+
+# Categories of characters that a terminal acts on or hides: control, format (bidirectional overrides among them),
+# surrogates, unassigned and private ones, separators of lines.
+_HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
 
 
 def gib(nbytes: int) -> str:
@@ -54,3 +59,22 @@ def format_seconds(seconds: float) -> str:
     if hours < 24:
         return f"{hours} h {minutes:02d} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """Text that a terminal shows as it is: control characters escaped, cut in the middle to `limit` characters.
+
+    Lines stay lines. For names, keys and messages out of files that others wrote.
+    """
+    escaped = "".join(
+        char if char == "\n" or unicodedata.category(char) not in _HIDDEN else ascii(char)[1:-1] for char in text
+    )
+    if limit is None or len(escaped) <= limit:
+        return escaped
+    half = (limit - 1) // 2
+    return f"{escaped[:half]}…{escaped[len(escaped) - half :]}"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value out of somebody's file as a message quotes it: repr, printable, not longer than `limit`."""
+    return printable(repr(value), limit).replace("\n", "\\n")

@@ -225,7 +225,7 @@ def test_positions_are_read_as_transformers_reads_them(change: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"score_func": "softmax"}, "where: score_func is 'softmax'; only 'sigmoid' is implemented, and another routi"),
+        ({"score_func": "softmax"}, "where: score_func is 'softmax'; only 'sigmoid' is implemented, and another value"),
         ({"route_norm": False}, "where: route_norm is False; only True is implemented"),
         ({"n_group": 2}, "where: n_group is 2; only 1 is implemented"),
         ({"topk_group": 2}, "where: topk_group is 2; only 1 is implemented"),
@@ -257,7 +257,7 @@ def test_positions_are_read_as_transformers_reads_them(change: dict[str, Any]) -
         ({"mup_enabled": 1}, "where: mup_enabled must be true or false, got 1"),
         ({"route_scale": 0}, "where: route_scale must be a positive number, got 0"),
         ({"head_dim": 127}, "where: 127 rotary dimensions of a head can't be paired"),
-        ({"attention_dropout": 0.1}, "where: attention_dropout is 0.1; dropout is not implemented"),
+        ({"attention_dropout": 0.1}, "where: attention_dropout is 0.1; only 0.0 is implemented"),
         ({"hidden_act": "gelu"}, "where: hidden_act is 'gelu'; only 'silu' is implemented"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "where: rope_type 'llama3' is not supported"),
     ],

@@ -221,7 +221,7 @@ def test_positions_are_read_as_transformers_reads_them(change: dict[str, Any]) -
         ),
         ({"use_qk_norm": "yes"}, "where: use_qk_norm must be true or false, got 'yes'"),
         ({"attention_bias": None}, "where: attention_bias must be true or false, got None"),
-        ({"attention_dropout": 0.1}, "where: attention_dropout is 0.1; dropout is not implemented"),
+        ({"attention_dropout": 0.1}, "where: attention_dropout is 0.1; only 0.0 is implemented"),
         ({"hidden_act": "gelu"}, "where: hidden_act is 'gelu'; only 'silu' is implemented"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "where: rope_type 'linear' is not supported"),
         ({"first_k_dense_replace": -1}, "where: first_k_dense_replace must be an integer of at least 0, got -1"),

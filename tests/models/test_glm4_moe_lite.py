@@ -114,7 +114,7 @@ def test_both_generations_of_config_json_read_alike(tmp_path: Path) -> None:
     [
         ({"model_type": "mamba"}, "where: model_type 'mamba' is not supported. Supported: .*glm4_moe_lite"),
         ({"hidden_size": "wide"}, "where: hidden_size must be a positive integer, got 'wide'"),
-        ({"attention_dropout": 0.1}, "where: attention_dropout is 0.1; dropout is not implemented.*\n.*Set it to 0.0"),
+        ({"attention_dropout": 0.1}, "where: attention_dropout is 0.1; only 0.0 is implemented"),
         ({"hidden_act": "gelu"}, "where: hidden_act is 'gelu'; only 'silu' is implemented"),
         ({"rope_scaling": {"type": "llama3"}}, "where: rope_type 'llama3' is not supported; 'default' and 'yarn' are"),
         ({"rope_scaling": ["yarn"]}, r"where: rope_parameters \(or rope_scaling\) must be an object, got \['yarn'\]"),

@@ -324,7 +324,7 @@ ERRORS = [
     ({"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor is 2.0; it is a share of a head"),
     ({"head_dim": 20}, "5 rotary dimensions of a head can't be paired"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
-    ({"attention_dropout": 0.1}, "attention_dropout is 0.1; dropout is not implemented"),
+    ({"attention_dropout": 0.1}, "attention_dropout is 0.1; only 0.0 is implemented"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is implemented"),
     ({"attention_bias": "no"}, "attention_bias must be true or false, got 'no'"),
 ]

@@ -210,7 +210,7 @@ def test_values_are_read_as_transformers_reads_them(change: dict[str, Any]) -> N
         ({"mlp_only_layers": ["0"]}, r"where: mlp_only_layers must be a list of layers' numbers, got \['0'\]"),
         ({"norm_topk_prob": None}, "where: norm_topk_prob must be true or false, got None"),
         ({"num_key_value_heads": 5}, "where: num_attention_heads 32 is no multiple of num_key_value_heads 5"),
-        ({"attention_dropout": 0.1}, "where: attention_dropout is 0.1; dropout is not implemented"),
+        ({"attention_dropout": 0.1}, "where: attention_dropout is 0.1; only 0.0 is implemented"),
         ({"hidden_act": "gelu"}, "where: hidden_act is 'gelu'; only 'silu' is implemented"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "where: rope_type 'dynamic' is not supported"),
     ],
