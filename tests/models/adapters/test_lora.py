@@ -244,7 +244,7 @@ def test_add_lora_freezes_the_rest_and_takes_the_shapes_of_its_matrix() -> None:
     router = model.get_submodule("model.layers.2.mlp.gate.lora")
     assert isinstance(router, LoRA)
     assert (router.A.shape, router.B.shape) == ((1, 64), (8, 1))
-    with pytest.raises(NibbleError, match="has an adapter already; load the base model anew"):
+    with pytest.raises(NibbleError, match="has an adapter already; load the base model again"):
         add_lora(model, spec("attention"))
 
 
