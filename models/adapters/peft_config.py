@@ -220,7 +220,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     for name, value in config.items():
         off = value in (None, False, "none", "") or value == [] or value == {}
         if name not in _IGNORED and not off:
-            raise NibbleError(f"{path}: {name} is {shown(value)}, which is not supported; only plain LoRA can be loaded.")
+            raise NibbleError(
+                f"{path}: {name} is {shown(value)}, which is not supported; only plain LoRA can be loaded."
+            )
     if config.get("init_lora_weights", True) not in _PLAIN_INIT:
         raise NibbleError(
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights too.\n"
