@@ -159,7 +159,8 @@ def test_an_architecture_that_the_demo_does_not_have(target: str, arch: str) -> 
 
 def test_the_worked_example_is_the_code() -> None:
     text = (ROOT / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
-    code = "".join((ROOT / "models" / name).read_text(encoding="utf-8") for name in ("glm4_moe.py", "glm_moe.py", "registry.py"))
+    files = ("glm4_moe.py", "glm_moe.py", "registry.py")
+    code = "".join((ROOT / "models" / name).read_text(encoding="utf-8") for name in files)
     quoted = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(quoted) > 4
     for block in quoted:
