@@ -112,11 +112,16 @@ def prepare_model(
     where = str(folder.path / "config.json")
     architecture = architecture_for(folder.config, where)
     config = architecture.parse_config(folder.config, where)
+    converted = _converted(folder.path, spec, dtype) if folder.manifest is not None else None
+    checkpoint = HubCheckpoint(folder.path) if converted is None else None
+    if converted is not None:
+        converted.check_counts(config.layers, where)
+    else:
+        checkpoint.check_counts(config.layers, config.experts, where)
     model = architecture.build(config, spec, dtype, "meta")
     keys = key_map_of(model)
-    if folder.manifest is not None:
-        return model, _converted(folder.path, spec, dtype).bind(keys.keys)
-    checkpoint = HubCheckpoint(folder.path)
+    if converted is not None:
+        return model, converted.bind(keys.keys)
     copy = find_converted(checkpoint, spec, dtype)
     if copy is not None:
         log.info("%s: using the converted copy %s", folder.path, copy.path)

@@ -24,6 +24,7 @@ from torch import Tensor
 from models.adapters.lora import Assign, adapted, assign_whole, attach_lora
 from models.adapters.peft_config import CONFIG, WEIGHTS, config_targets, describe, peft_config, read_config
 from models.adapters.targets import AdapterSpec, Target, module_name, resolve
+from models.blocks.groups import GROUP_WORDS
 from models.blocks.linear import LoRA
 from models.checkpoint.export import Gather, local_value
 from models.checkpoint.keymap import Key, KeyMap, key_map_of

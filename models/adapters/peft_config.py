@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.adapters.patterns import Pattern
 from models.adapters.targets import AdapterSpec, Target, adaptable, groups_of, layer_of, module_name, within_layer
 from models.blocks.linear import LoRA
 from models.checkpoint.keymap import Key, KeyMap
@@ -183,14 +184,14 @@ def _collapse(numbers: Sequence[tuple[Key, Any]], layout: _Layout) -> Any:
         lambda key: layout.names[key.native],
         lambda key: _target_name(key),
     )
-    table: dict[str, set[Any]] = {}
+    by_name: dict[str, set[Any]] = {}
     for way in ways:
-        table = {}
-        for key, number in numbers:
-            table.setdefault(way(key), set()).add(number)
-        if all(len(values) == 1 for values in table.values()):
+        by_name = {}
+        for key, value in numbers:
+            by_name.setdefault(way(key), set()).add(value)
+        if all(len(values) == 1 for values in by_name.values()):
             break
-    single = {name: next(iter(values)) for name, values in table.items()}
+    single = {name: next(iter(values)) for name, values in by_name.items()}
     return single.get("", single)
 
 
@@ -202,7 +203,8 @@ def _collapse(numbers: Sequence[tuple[Key, Any]], layout: _Layout) -> Any:
 _IGNORED = {
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "peft_version", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora",
-    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "init_lora_weights",
     "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "ensure_weight_tying", "runtime_config",
 }
@@ -245,7 +247,7 @@ def config_targets(
     """
     keys = adaptable(key_map)
     stacks_and_routers = texts(config, "target_parameters", where)
-    modules = _module_filter(config, keys, tensors, where)
+    modules = _module_filter(config, tensors, where)
     names: dict[str, str] = {}
     for key in keys:
         if any(_ends_with(key.hub, target) for target in stacks_and_routers):
@@ -256,9 +258,8 @@ def config_targets(
                 raise NibbleError(f"{where}: target_modules and target_parameters both name {module}.")
             names[key.native] = module
     if not names:
-        given = [*texts(config, "target_parameters", where)]
-        given += [config["target_modules"]] if isinstance(config.get("target_modules"), str) else []
-        given += config.get("target_modules") or [] if not isinstance(config.get("target_modules"), str) else []
+        modules_given = config.get("target_modules") or []
+        given = [modules_given] if isinstance(modules_given, str) else [*modules_given, *stacks_and_routers]
         raise NibbleError(
             f"{where}: target_modules and target_parameters ({some([shown(name) for name in given]) or 'empty'}) match "
             f"nothing that LoRA can adapt in this {model_type} model: {', '.join(groups_of(keys))}."
@@ -273,29 +274,28 @@ def config_targets(
     return targets
 
 
-def _module_filter(
-    config: Mapping[str, Any], keys: Sequence[Key], tensors: Collection[str], where: str
-) -> Callable[[str], bool]:
+def _module_filter(config: Mapping[str, Any], tensors: Collection[str], where: str) -> Callable[[str], bool]:
     """Whether target_modules, exclude_modules and layers_to_transform mean a module of this name."""
-    wanted, excluded = (_name_filter(config, field, where) for field in ("target_modules", "exclude_modules"))
+    named, excluded = (_name_filter(config, field, where) for field in ("target_modules", "exclude_modules"))
     if config.get("target_modules") == "all-linear":
         # Which modules are linear depends on the class that PEFT had wrapped. The file's tensors tell.
-        there = {name for key in keys if any(f".{name}.lora_" in f".{tensor}" for tensor in tensors)
-                 for name in [within_layer(module_name(key.hub))]}  # fmt: skip
-        wanted = lambda name: within_layer(name) in there  # noqa: E731
+        there = {within_layer(tensor.rpartition(".lora_")[0]) for tensor in tensors}
+
+        def named(name: str) -> bool:
+            return within_layer(name) in there
+
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers or []
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise NibbleError(f"{where}: layers_to_transform must be a list of layers' numbers, got {shown(layers)}.")
-    return lambda name: wanted(name) and not excluded(name) and (not layers or layer_of(name) in layers)
+    return lambda name: named(name) and not excluded(name) and (not layers or layer_of(name) in layers)
 
 
 def _name_filter(config: Mapping[str, Any], field: str, where: str) -> Callable[[str], bool]:
     """A list of names' ends, or a pattern for whole names."""
     value = config.get(field)
     if isinstance(value, str):
-        pattern = _Pattern(value, f"{where}: {field}")
-        return pattern.fits
+        return Pattern(value, f"{where}: {field}").fits
     names = texts(config, field, where)
     return lambda name: any(_ends_with(name, end) for end in names)
 
@@ -304,32 +304,6 @@ def _ends_with(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-class _Pattern:
-    """A regular expression out of a file, matched within a time limit: some take longer than the universe is old."""
-
-    def __init__(self, text: str, place: str) -> None:
-        import regex
-
-        self.place = f"{place} has {shown(text)}"
-        if len(text) > _LONGEST_PATTERN:
-            raise NibbleError(f"{self.place}, a regular expression of {len(text):,} characters; it may have 10,000.")
-        try:
-            self._compiled = regex.compile(text)
-        except (regex.error, RecursionError, OverflowError, ValueError) as error:
-            raise NibbleError(f"{self.place}, which is no regular expression: {error}.") from error
-
-    def fits(self, name: str) -> bool:
-        try:
-            return self._compiled.fullmatch(name, timeout=_MATCH_SECONDS) is not None
-        except TimeoutError as error:
-            raise NibbleError(
-                f"{self.place}, a regular expression that takes more than {_MATCH_SECONDS} s to match {name}.\n"
-                "Replace it with names."
-            ) from error
-
-
-_LONGEST_PATTERN = 10_000
-_MATCH_SECONDS = 2
 _NUMBERS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
 
@@ -337,7 +311,7 @@ def _number(config: Mapping[str, Any], field: str, patterns: str, name: str, whe
     """As peft.utils.other.get_pattern_key has it: that of the first pattern to fit the name's end, or the default."""
     found, values = field, config
     for pattern in table(config, patterns, where):
-        if _Pattern(rf"(.*\.)?({pattern})", f"{where}: {patterns}").fits(name):
+        if Pattern(rf"(.*\.)?({pattern})", f"{where}: {patterns}").fits(name):
             found, values = pattern, table(config, patterns, where)
             break
     place = where if found == field else f"{where}: {patterns}"

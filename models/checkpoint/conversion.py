@@ -11,17 +11,18 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from models.checkpoint.hub import SIDE_FILES, HubCheckpoint, resolve_model
+from models.checkpoint.hub import HubCheckpoint, resolve_model, side_files
 from models.checkpoint.keymap import Key, key_map_of
 from models.checkpoint.native import (
     MANIFEST,
+    WEIGHTS_FILE,
     FileRecord,
     Manifest,
     convert_command,
@@ -33,7 +34,7 @@ from models.checkpoint.stream import HubReader
 from models.checkpoint.tensorfile import TensorWriter, tensor_bytes
 from models.registry import architecture_for
 from quant.common.errors import NibbleError
-from quant.common.files import PARTIAL, write_atomically
+from quant.common.files import PARTIAL, sha256_file, write_atomically
 from quant.storage import StorageSpec
 
 
@@ -88,7 +89,9 @@ def convert(
     with HubCheckpoint(folder) as checkpoint:
         where = str(folder / "config.json")
         architecture = architecture_for(checkpoint.config, where)
-        model = architecture.build(architecture.parse_config(checkpoint.config, where), spec, dtype, "meta")
+        config = architecture.parse_config(checkpoint.config, where)
+        checkpoint.check_counts(config.layers, config.experts, where)
+        model = architecture.build(config, spec, dtype, "meta")
         reader = HubReader(checkpoint, key_map_of(model), device)
         files = group_by_file(reader.keys)
         _refuse_overlap(folder, target)
@@ -165,9 +168,9 @@ def _write_files(
 
 def _copy_side_files(folder: Path, target: Path, manifest: Manifest) -> None:
     """config.json, tokenizer, chat template. Marks the manifest complete."""
-    for name in SIDE_FILES:
-        if (folder / name).is_file() and name not in manifest.files:
-            data = (folder / name).read_bytes()
+    for name, data in side_files(folder).items():
+        if name not in manifest.files:
+            (target / name).parent.mkdir(exist_ok=True)
             write_atomically(target / name, data)
             manifest.files[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
     manifest.complete = True
@@ -205,8 +208,7 @@ def _prepare(target: Path, manifest: Manifest, checkpoint: HubCheckpoint, force:
             f"{target} holds another conversion (of {found.source}): {'; '.join(differences)}.\n"
             "Name another folder, or add --force to replace it."
         )
-    for partial in target.glob(f"*{PARTIAL}"):
-        partial.unlink()
+    _remove_partial(target)
     found.files = {
         name: record
         for name, record in found.files.items()
@@ -216,17 +218,35 @@ def _prepare(target: Path, manifest: Manifest, checkpoint: HubCheckpoint, force:
 
 
 def _clear(target: Path) -> None:
-    """Remove a conversion's own files, and nothing else; the manifest first, so that no rest is taken for a whole."""
+    """Remove a conversion's own files, and nothing else; the manifest first, so that no rest is taken for a whole.
+
+    Raises NibbleError, before anything is removed, for a file that isn't as it was written, and for a name that no
+    conversion gives a file: nibble.json may have been edited.
+    """
+    records: Mapping[str, FileRecord | None]
     try:
-        names = list(Manifest.load(target).files)
+        records = Manifest.load(target).files
     except NibbleError:
-        names = [name for name in SIDE_FILES if (target / name).is_file()]
-        names += [path.name for pattern in ("layer-*.safetensors", "rest.safetensors") for path in target.glob(pattern)]
+        records = {path.name: None for path in target.iterdir() if WEIGHTS_FILE.fullmatch(path.name)}
+    ours = [name for name in records if (target / name).is_file()]
+    for name in ours:
+        record, weights = records[name], WEIGHTS_FILE.fullmatch(name) is not None
+        if not weights and (record is None or sha256_file(target / name) != record.sha256):
+            raise NibbleError(
+                f"{target / name} is not what a conversion wrote there, so --force doesn't remove it.\n"
+                "Move it away, or name another folder."
+            )
     (target / MANIFEST).unlink()
-    for name in names:
-        (target / name).unlink(missing_ok=True)
-    for partial in target.glob(f"*{PARTIAL}"):
-        partial.unlink()
+    for name in ours:
+        (target / name).unlink()
+    _remove_partial(target)
+
+
+def _remove_partial(target: Path) -> None:
+    """What an interrupted conversion had not finished."""
+    for path in target.glob(f"*{PARTIAL}"):
+        if WEIGHTS_FILE.fullmatch(path.name.removesuffix(PARTIAL)):
+            path.unlink()
 
 
 def _refuse_overlap(folder: Path, target: Path) -> None:

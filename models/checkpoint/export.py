@@ -16,10 +16,10 @@ from torch import Tensor
 
 from models.blocks.configjson import text_section
 from models.blocks.linear import LoRA
-from models.checkpoint.hub import CONFIG, INDEX, SIDE_FILES, SINGLE, HubCheckpoint, local_folder, read_config
+from models.checkpoint.hub import CONFIG, INDEX, SINGLE, HubCheckpoint, local_folder, read_config, side_files
 from models.checkpoint.keymap import HEAD, Key, KeyMap, key_map_of
 from models.checkpoint.native import Manifest, dtype_name, is_converted
-from models.checkpoint.stream import layout_of, sum_up
+from models.checkpoint.stream import is_carried, layout_of, sum_up
 from models.checkpoint.tensorfile import DTYPES, TensorWriter, tensor_bytes
 from models.decoder import CausalLM
 from quant.common.errors import NibbleError
@@ -27,6 +27,8 @@ from quant.common.files import write_atomically
 from quant.storage import DenseStorage, Storage
 
 log = logging.getLogger("nibble")
+
+_QUANTISED = "quantization_config"
 
 # Makes one tensor of a parameter that may lie in parts.
 Gather = Callable[[Tensor], Tensor]
@@ -107,9 +109,10 @@ def export_hub(
                 items += _carried(key_map, origin)
             _write_shards(items, partial, max_shard_bytes)
         write_atomically(partial / CONFIG, config)
-        for name in SIDE_FILES:
-            if name != CONFIG and (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
+        for name, data in side_files(source).items():
+            if name != CONFIG:
+                (partial / name).parent.mkdir(exist_ok=True)
+                write_atomically(partial / name, data)
         _swap(partial, directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -223,7 +226,7 @@ def _carried(key_map: KeyMap, checkpoint: HubCheckpoint) -> Iterator[_Item]:
     wanted = {hub for key in key_map.keys for hub in (key.hub, *key.part_keys())}
     for name in checkpoint:
         # A copy of a tied head would contradict the trained embedding.
-        if name not in wanted and key_map.is_carried(name) and name != HEAD:
+        if name not in wanted and is_carried(name, key_map, checkpoint) and name != HEAD:
             dtype = DTYPES.get(checkpoint.dtype(name))
             if dtype is None:
                 raise NibbleError(
@@ -260,16 +263,18 @@ def _write_shards(items: list[_Item], folder: Path, limit: float) -> None:
 
 
 def _config(source: Path, dtype: torch.dtype) -> bytes:
-    """The source's config.json, to the byte where its dtype is the model's.
+    """The source's config.json, to the byte where its dtype is the model's and nothing says that it is quantised.
 
-    The dtype is set where the file has one: in its outermost section, in that of the text model, or in both.
+    The weights that are written are dense: a quantization_config would make others decode them. The dtype is set where the file has one: in its outermost section, in that of the text model, or in both.
     """
     data, config = read_config(source)
     sections = [config] if text_section(config) is config else [config, text_section(config)]
     spelled = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]
     spelled, name = spelled or [(config, "dtype")], dtype_name(dtype)
-    if all(section.get(key) == name for section, key in spelled):
+    if all(section.get(key) == name for section, key in spelled) and not any(_QUANTISED in part for part in sections):
         return data
+    for section in sections:
+        section.pop(_QUANTISED, None)
     for section, key in spelled:
         section[key] = name
     return json.dumps(config, indent=2).encode() + b"\n"

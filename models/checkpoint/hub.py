@@ -21,7 +21,7 @@ from torch import Tensor
 from models.checkpoint.fingerprint import full_fingerprint, is_sampled, sampled_fingerprint
 from models.checkpoint.tensorfile import MappedFolder, TensorInfo, read_header
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import read_json, table
+from quant.common.jsonfile import MAX_BYTES, read_json, table
 from quant.common.words import some
 
 log = logging.getLogger("nibble")
@@ -48,7 +48,16 @@ SIDE_FILES = (
     "video_preprocessor_config.json",
 )
 
+# Templates by name, beside the default one, as transformers keeps them.
+TEMPLATES = "additional_chat_templates"
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Of the folders in a repository only the templates' is wanted; the * of these patterns takes in slashes.
+_FETCHED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt")
+_NOT_FETCHED = ("*/*.safetensors", "*/*.json", "*/*.model", "*/tokenizer*", *(f"*{end}" for end in _PICKLES), "*.py")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_FUSED = re.compile(r"\.experts\.[a-z_]+$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The organisations that publish the supported models, to name a whole hub id where only a folder's name is known.
 _ORGANISATIONS = {"GLM-": "zai-org", "Qwen": "Qwen", "Trinity-": "arcee-ai"}
@@ -93,6 +102,20 @@ class HubCheckpoint:
     def dtype(self, key: str) -> str:
         """The format's name of the dtype: "BF16", "F32", "F8_E4M3" …"""
         return self._infos[key].dtype
+
+    def check_counts(self, layers: int, experts: int, where: str) -> None:
+        """Raises NibbleError where config.json (`where`) speaks of more layers or experts than there are files for:
+        before a model of that many is made.
+        """
+        numbered = {"num_hidden_layers": (_LAYER, layers), "the number of experts": (_EXPERT, experts)}
+        for name, (pattern, count) in numbered.items():
+            found = {int(match[1]) for key in self if (match := pattern.search(f".{key}")) and len(match[1]) < 9}
+            found |= {self.shape(key)[0] - 1 for key in self if pattern is _EXPERT and _FUSED.search(key)}
+            if found and count > max(found) + 1:
+                raise NibbleError(
+                    f"{where}: {name} is {count:,}, but the weights are of {max(found) + 1:,}.\n"
+                    "config.json and weights are of different models, or shards are missing from the index."
+                )
 
     @property
     def nbytes(self) -> int:
@@ -248,6 +271,43 @@ def _pickle(folder: Path, names: list[str]) -> str:
     )
 
 
+def is_plain(name: str) -> bool:
+    """Whether a name out of a file is that of a file in the same folder (or a template in its folder of them)."""
+    path = Path(name)
+    return "\0" not in name and path.name not in ("", "..") and (
+        path.name == name or (name == f"{TEMPLATES}/{path.name}" and path.suffix == ".jinja")
+    )  # fmt: skip
+
+
+def side_files(folder: Path) -> dict[str, bytes]:
+    """What goes with the weights into a conversion or an export, by name, as far as `folder` has it.
+
+    Raises NibbleError for a link that leads out of the folder: what it would copy is nobody's to give. The hub's cache
+    is made of links into its own store, which is followed.
+    """
+    names = [*SIDE_FILES, *(f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja")))]
+    found = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            continue
+        real = path.resolve()
+        store = next((part for part in folder.absolute().parents if part.name.startswith("models--")), None)
+        inside = [folder.resolve(), *([store.resolve()] if store is not None else [])]
+        if not any(real.is_relative_to(root) for root in inside):
+            raise NibbleError(
+                f"{path} is a link to {real}, outside the checkpoint's folder, and isn't copied.\n"
+                "Put the file itself there, or remove the link."
+            )
+        try:
+            if real.stat().st_size > MAX_BYTES:
+                raise NibbleError(f"{path} has {real.stat().st_size:,} bytes, too many for such a file.")
+            found[name] = real.read_bytes()
+        except OSError as error:
+            raise NibbleError(f"{path} can't be read: {error.strerror}.") from error
+    return found
+
+
 def hub_id_of(folder: Path) -> str | None:
     """The hub id that a folder was downloaded from, as far as its path tells; None where it doesn't."""
     for part in folder.absolute().parts:
@@ -293,8 +353,8 @@ def resolve_model(path_or_id: str | Path) -> Path:
     try:
         found = snapshot_download(
             name,
-            allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt"],
-            ignore_patterns=["*/*", *(f"*{suffix}" for suffix in _PICKLES), "*.py"],
+            allow_patterns=[*_FETCHED],
+            ignore_patterns=[*_NOT_FETCHED],
         )
         return Path(found)
     except GatedRepoError as error:

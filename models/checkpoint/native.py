@@ -15,24 +15,28 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from models.checkpoint.hub import is_plain
 from models.checkpoint.keymap import Key
 from models.checkpoint.layout import Layout
 from models.checkpoint.stream import Piece
 from models.checkpoint.tensorfile import DTYPES, MappedFolder, TensorInfo, read_header
+from quant.choices import named_dtype
 from quant.common.errors import NibbleError
 from quant.common.files import sha256_file, write_atomically
-from quant.common.words import some
-from quant.storage import StorageSpec
+from quant.common.jsonfile import flag, integer, kind_of, read_json, table, text, texts
+from quant.common.words import shown, some
+from quant.storage import Kind, StorageSpec
 
 MANIFEST = "nibble.json"
 FORMAT_VERSION = 1
 REST = "rest.safetensors"  # embedding, final norm and head
+WEIGHTS_FILE = re.compile(rf"layer-\d{{5}}\.safetensors|{re.escape(REST)}")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -88,42 +92,44 @@ class Manifest:
         path = folder / MANIFEST
         if not path.is_file():
             raise NibbleError(f"{folder}: there is no {MANIFEST}, so this isn't a converted checkpoint.")
-        try:
-            data = json.loads(path.read_bytes())
-            version = data["version"]
-            if data["format"] != "nibble" or not isinstance(version, int):
-                raise ValueError("not this format")
-            if version > FORMAT_VERSION:
-                raise NibbleError(
-                    f"{path} has format version {version}; this version of nibble reads up to {FORMAT_VERSION}.\n"
-                    "Update nibble, or convert the source again."
-                )
-            return Manifest(
-                model_type=data["model_type"],
-                spec=StorageSpec(**data["storage"]),
-                dtype=DTYPE_BY_NAME[data["dtype"]],
-                source=data["source"]["name"],
-                fingerprint=data["source"]["fingerprint"],
-                config=data["config"],
-                carried=tuple(data["carried"]),
-                layout=Layout(**data["layout"]) if data.get("layout") else None,
-                files={
-                    _plain(name): FileRecord(entry["size"], entry["sha256"], tuple(entry["tensors"]))
-                    for name, entry in data["files"].items()
-                },
-                complete=data["complete"],
+        again, where = f"Delete {folder} and convert again.", str(path)
+        data = read_json(path, dict, again)
+        if data.get("format") != "nibble":
+            raise NibbleError(f"{path} is not of a converted checkpoint: its format is {shown(data.get('format'))}.")
+        version = integer(data, "version", 0, where)
+        if version > FORMAT_VERSION:
+            raise NibbleError(
+                f"{path} has format version {version}; this version of nibble reads up to {FORMAT_VERSION}.\n"
+                "Update nibble, or convert the source again."
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise NibbleError(f"{path} is damaged ({error!r}).\nDelete {folder} and convert again.") from error
+        storage, source, layout = (table(data, key, where) for key in ("storage", "source", "layout"))
+        return Manifest(
+            model_type=text(data, "model_type", "", where),
+            spec=StorageSpec(
+                cast(Kind, text(storage, "kind", "", f"{where}: storage")),
+                flag(storage, "double_quant", True, f"{where}: storage"),
+            ),
+            dtype=named_dtype(text(data, "dtype", "bfloat16", where)),
+            source=text(source, "name", "", f"{where}: source"),
+            fingerprint=text(source, "fingerprint", "", f"{where}: source"),
+            config=table(data, "config", where),
+            carried=tuple(texts(data, "carried", where)),
+            layout=Layout(*(flag(layout, key, False, f"{where}: layout") for key in ("wrapped", "fused")))
+            if layout
+            else None,
+            files={name: _record(name, entry, where) for name, entry in table(data, "files", where).items()},
+            complete=flag(data, "complete", False, where),
+        )
 
 
-DTYPE_BY_NAME = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-
-
-def _plain(name: str) -> str:
-    if Path(name).name != name:
-        raise ValueError(f"file name {name!r}")
-    return name
+def _record(name: str, entry: Any, where: str) -> FileRecord:
+    if not is_plain(name):
+        raise NibbleError(f"{where}: files names {shown(name)}, which is outside the folder.")
+    if not isinstance(entry, dict):
+        raise NibbleError(f"{where}: files: {name} is {kind_of(entry)}, expected an object.")
+    of = f"{where}: files: {name}"
+    size = integer(entry, "size", -1, of, least=0, most=2**53)
+    return FileRecord(size, text(entry, "sha256", "", of), tuple(texts(entry, "tensors", of)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -124,8 +124,8 @@ class HubReader:
             wanted.update([key.hub] if key.hub in self._fused else key.part_keys())
         missing = [key for key in sorted(wanted) if key not in self.checkpoint]
         others = sorted(key for key in self.checkpoint if key not in wanted)
-        carried = tuple(key for key in others if key_map.is_carried(key))
-        unused = [key for key in others if not key_map.is_carried(key)]
+        carried = tuple(key for key in others if is_carried(key, key_map, self.checkpoint))
+        unused = sorted({*others} - {*carried})
         if missing or unused:
             if self.checkpoint.config.get("quantization_config"):
                 raise self._quantised("config.json has a quantization_config")
@@ -167,6 +167,14 @@ class HubReader:
         _, rows, columns = key.shape
         for hub in key.part_keys():
             yield hub, (rows // len(key.parts), columns)
+
+
+def is_carried(name: str, key_map: KeyMap, names: Collection[str]) -> bool:
+    """Whether a checkpoint of these keys has one that is left where it is: what the architecture declares, and layers
+    for multi-token prediction that config.json has switched off (DeepSeek-V3's form of them, as GLM has it).
+    """
+    layer = re.match(r"model\.layers\.\d+\.", name)
+    return key_map.is_carried(name) or (layer is not None and f"{layer[0]}eh_proj.weight" in names)
 
 
 def layout_of(key_map: KeyMap, names: Collection[str]) -> Layout:
