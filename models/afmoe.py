@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope
-from models.blocks.configjson import choices, refuse_unread
+from models.blocks.configjson import MAX_LAYERS, choices, refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
@@ -110,7 +110,7 @@ class AfmoeConfig:
 
 
 def _sliding_layers(config: dict[str, Any], where: str) -> tuple[bool, ...]:
-    layers = integer(config, "num_hidden_layers", 32, where)
+    layers = integer(config, "num_hidden_layers", 32, where, most=MAX_LAYERS)
     every = integer(config, "global_attn_every_n_layers", 4, where)
     kinds = ["full_attention" if (index + 1) % every == 0 else "sliding_attention" for index in range(layers)]
     types = choices(config, "layer_types", kinds, ("sliding_attention", "full_attention"), where)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from models.blocks.configjson import refuse_unread
+from models.blocks.configjson import MAX_LAYERS, refuse_unread
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
 from models.blocks.moe import SharedExpertsMoE
 from models.blocks.router import RoutingRule
 from models.decoder import HubForm, prediction_layers
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import flag, integer, number
+from quant.common.jsonfile import LARGEST, flag, integer, number
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class GlmConfig:
         """
         refuse_unread(config, where, scoring_func="sigmoid", topk_method="noaux_tc")
 
-        def count(key: str, *, least: int = 1) -> int:
-            return integer(config, key, defaults[key], where, least=least)
+        def count(key: str, *, most: int = LARGEST) -> int:
+            return integer(config, key, defaults[key], where, most=most)
 
         experts = count("n_routed_experts")
         rule = RoutingRule(
@@ -55,7 +55,9 @@ class GlmConfig:
             "predicting_layers": integer(config, "num_nextn_predict_layers", 1, where, least=0),
             "eps": number(config, "rms_norm_eps", 1e-5, where),
             "tied": flag(config, "tie_word_embeddings", False, where),
-            "dense": _dense_layers(config, count("num_hidden_layers"), defaults["first_k_dense_replace"], where),
+            "dense": _dense_layers(
+                config, count("num_hidden_layers", most=MAX_LAYERS), defaults["first_k_dense_replace"], where
+            ),
             "dense_width": count("intermediate_size"),
             "expert_width": count("moe_intermediate_size"),
             "experts": experts,

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint.hub import HubCheckpoint, hub_id_of, read_config, resolve_model
+from models.checkpoint.hub import HubCheckpoint, check_counts, hub_id_of, read_config, resolve_model
 from models.checkpoint.keymap import KeyMap, key_map_of
 from models.checkpoint.native import (
     MANIFEST,
@@ -112,16 +112,12 @@ def prepare_model(
     where = str(folder.path / "config.json")
     architecture = architecture_for(folder.config, where)
     config = architecture.parse_config(folder.config, where)
-    converted = _converted(folder.path, spec, dtype) if folder.manifest is not None else None
-    checkpoint = HubCheckpoint(folder.path) if converted is None else None
-    if converted is not None:
-        converted.check_counts(config.layers, where)
-    else:
-        checkpoint.check_counts(config.layers, config.experts, where)
+    checkpoint = HubCheckpoint(folder.path) if folder.manifest is None else _converted(folder.path, spec, dtype)
+    check_counts(checkpoint.shapes, config.layers, config.experts, where)
     model = architecture.build(config, spec, dtype, "meta")
     keys = key_map_of(model)
-    if converted is not None:
-        return model, converted.bind(keys.keys)
+    if isinstance(checkpoint, NativeCheckpoint):
+        return model, checkpoint.bind(keys.keys)
     copy = find_converted(checkpoint, spec, dtype)
     if copy is not None:
         log.info("%s: using the converted copy %s", folder.path, copy.path)

@@ -25,7 +25,7 @@ from models.attention.delta_rule import gated_delta_rule
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
 from models.attention.short_conv import short_convolution
-from models.blocks.configjson import choices, refuse_unread
+from models.blocks.configjson import MAX_LAYERS, choices, refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.experts import Experts
 from models.blocks.factory import Factory
@@ -140,7 +140,7 @@ class Qwen3_5MoeConfig:
 
 
 def _linear_layers(config: dict[str, Any], where: str) -> tuple[bool, ...]:
-    layers = integer(config, "num_hidden_layers", 40, where)
+    layers = integer(config, "num_hidden_layers", 40, where, most=MAX_LAYERS)
     every = integer(config, "full_attention_interval", 4, where)
     kinds = ["full_attention" if (index + 1) % every == 0 else "linear_attention" for index in range(layers)]
     types = choices(config, "layer_types", kinds, ("linear_attention", "full_attention"), where)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, partial_rotary_factor
-from models.blocks.configjson import refuse_unread
+from models.blocks.configjson import MAX_LAYERS, refuse_unread
 from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
@@ -38,6 +38,10 @@ class Qwen3MoeConfig:
     tied: bool
     attention: GroupedQueryAttentionConfig
     rope: RopeConfig
+
+    @property
+    def layers(self) -> int:
+        return len(self.dense)
 
     @staticmethod
     def parse(config: dict[str, Any], where: str) -> Qwen3MoeConfig:
@@ -75,7 +79,10 @@ class Qwen3MoeConfig:
 
 
 def _dense_layers(config: dict[str, Any], where: str) -> tuple[bool, ...]:
-    layers, step = integer(config, "num_hidden_layers", 24, where), integer(config, "decoder_sparse_step", 1, where)
+    layers, step = (
+        integer(config, "num_hidden_layers", 24, where, most=MAX_LAYERS),
+        integer(config, "decoder_sparse_step", 1, where),
+    )
     named = config.get("mlp_only_layers") or []
     if not isinstance(named, list) or not all(type(index) is int for index in named):
         raise NibbleError(f"{where}: mlp_only_layers must be a list of layers' numbers, got {named!r}.")

@@ -8,6 +8,8 @@ from typing import Any
 from quant.common.errors import NibbleError
 from quant.common.words import shown
 
+MAX_LAYERS = 1000  # beyond any model; a number out of a file is believed only so far before its weights are looked at
+
 
 def text_section(config: dict[str, Any]) -> dict[str, Any]:
     """What describes the text model: the section of its own that a vision-language model's file has, or all of it."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint.hub import HubCheckpoint, resolve_model, side_files
+from models.checkpoint.hub import HubCheckpoint, check_counts, resolve_model, side_files
 from models.checkpoint.keymap import Key, key_map_of
 from models.checkpoint.native import (
     MANIFEST,
@@ -90,7 +90,7 @@ def convert(
         where = str(folder / "config.json")
         architecture = architecture_for(checkpoint.config, where)
         config = architecture.parse_config(checkpoint.config, where)
-        checkpoint.check_counts(config.layers, config.experts, where)
+        check_counts(checkpoint.shapes, config.layers, config.experts, where)
         model = architecture.build(config, spec, dtype, "meta")
         reader = HubReader(checkpoint, key_map_of(model), device)
         files = group_by_file(reader.keys)

@@ -265,7 +265,8 @@ def _write_shards(items: list[_Item], folder: Path, limit: float) -> None:
 def _config(source: Path, dtype: torch.dtype) -> bytes:
     """The source's config.json, to the byte where its dtype is the model's and nothing says that it is quantised.
 
-    The weights that are written are dense: a quantization_config would make others decode them. The dtype is set where the file has one: in its outermost section, in that of the text model, or in both.
+    The weights that are written are dense: a quantization_config would make others decode them. The dtype is set where
+    the file has one: in its outermost section, in that of the text model, or in both.
     """
     data, config = read_config(source)
     sections = [config] if text_section(config) is config else [config, text_section(config)]

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,9 +55,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Of the folders in a repository only the templates' is wanted; the * of these patterns takes in slashes.
 _FETCHED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt")
 _NOT_FETCHED = ("*/*.safetensors", "*/*.json", "*/*.model", "*/tokenizer*", *(f"*{end}" for end in _PICKLES), "*.py")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_FUSED = re.compile(r"\.experts\.[a-z_]+$")
+_LAYER = re.compile(r"\blayers\.(\d{1,9})\.")
+_EXPERT = re.compile(r"\bexperts\.(\d{1,9})\.")
+_STACK = re.compile(r"\bexperts\.\w+$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The organisations that publish the supported models, to name a whole hub id where only a folder's name is known.
 _ORGANISATIONS = {"GLM-": "zai-org", "Qwen": "Qwen", "Trinity-": "arcee-ai"}
@@ -99,23 +99,13 @@ class HubCheckpoint:
     def shape(self, key: str) -> tuple[int, ...]:
         return self._infos[key].shape
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: info.shape for key, info in self._infos.items()}
+
     def dtype(self, key: str) -> str:
         """The format's name of the dtype: "BF16", "F32", "F8_E4M3" …"""
         return self._infos[key].dtype
-
-    def check_counts(self, layers: int, experts: int, where: str) -> None:
-        """Raises NibbleError where config.json (`where`) speaks of more layers or experts than there are files for:
-        before a model of that many is made.
-        """
-        numbered = {"num_hidden_layers": (_LAYER, layers), "the number of experts": (_EXPERT, experts)}
-        for name, (pattern, count) in numbered.items():
-            found = {int(match[1]) for key in self if (match := pattern.search(f".{key}")) and len(match[1]) < 9}
-            found |= {self.shape(key)[0] - 1 for key in self if pattern is _EXPERT and _FUSED.search(key)}
-            if found and count > max(found) + 1:
-                raise NibbleError(
-                    f"{where}: {name} is {count:,}, but the weights are of {max(found) + 1:,}.\n"
-                    "config.json and weights are of different models, or shards are missing from the index."
-                )
 
     @property
     def nbytes(self) -> int:
@@ -269,6 +259,24 @@ def _pickle(folder: Path, names: list[str]) -> str:
         f"safetensors are read.\nIf the repository has safetensors, fetch those: {download_command(folder)}\n"
         "If not, load it with transformers where that risk is acceptable: save_pretrained writes safetensors."
     )
+
+
+def check_counts(shapes: Mapping[str, tuple[int, ...]], layers: int, experts: int, where: str) -> None:
+    """Raises NibbleError where config.json (`where`) speaks of more layers or experts than the weights have: before a
+    model of that many is made.
+
+    shapes: of the weights' tensors by their names, () where it isn't known.
+    """
+    numbers = [[int(match[1]) for match in map(pattern.search, shapes) if match] for pattern in (_LAYER, _EXPERT)]
+    numbers[1] += [shape[0] - 1 for name, shape in shapes.items() if len(shape) == 3 and _STACK.search(name)]
+    for what, count, found in zip(
+        ("num_hidden_layers", "the number of experts"), (layers, experts), numbers, strict=True
+    ):
+        if found and count > max(found) + 1:
+            raise NibbleError(
+                f"{where}: {what} is {count:,}, but the weights are of {max(found) + 1:,}.\n"
+                "config.json and the weights are of different models, or the index leaves shards out."
+            )
 
 
 def is_plain(name: str) -> bool:

@@ -181,6 +181,11 @@ class NativeCheckpoint:
         self._files: dict[str, str] = {}
         self._mapped = MappedFolder(self.path)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The names of the tensors, as nibble.json has them, with () for the shapes that it doesn't tell."""
+        return {name: () for record in self.manifest.files.values() for name in record.tensors}
+
     def bind(self, keys: tuple[Key, ...]) -> NativeCheckpoint:
         """Check that the files hold exactly these keys' tensors, so that `read` can serve them."""
         self.keys = keys

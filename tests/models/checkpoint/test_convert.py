@@ -420,7 +420,7 @@ def test_force_replaces_a_damaged_manifest(hub: Path, tmp_path: Path) -> None:
     convert(hub, target, NF4)
     before = contents(target)
     (target / MANIFEST).write_text("{")
-    with pytest.raises(NibbleError, match=r"nibble\.json is damaged .*\nDelete .* and convert again"):
+    with pytest.raises(NibbleError, match=r"nibble\.json is not valid JSON: .*\nDelete .* and convert again"):
         convert(hub, target, NF4)
     convert(hub, target, NF4, force=True)
     assert contents(target) == before
