@@ -40,7 +40,7 @@ class GlmConfig:
         def count(key: str, *, most: int = LARGEST) -> int:
             return integer(config, key, defaults[key], where, most=most)
 
-        experts = count("n_routed_experts")
+        experts, layers = count("n_routed_experts"), count("num_hidden_layers", most=MAX_LAYERS)
         rule = RoutingRule(
             chosen=count("num_experts_per_tok"),
             groups=integer(config, "n_group", 1, where),
@@ -55,9 +55,7 @@ class GlmConfig:
             "predicting_layers": integer(config, "num_nextn_predict_layers", 1, where, least=0),
             "eps": number(config, "rms_norm_eps", 1e-5, where),
             "tied": flag(config, "tie_word_embeddings", False, where),
-            "dense": _dense_layers(
-                config, count("num_hidden_layers", most=MAX_LAYERS), defaults["first_k_dense_replace"], where
-            ),
+            "dense": _dense_layers(config, layers, defaults["first_k_dense_replace"], where),
             "dense_width": count("intermediate_size"),
             "expert_width": count("moe_intermediate_size"),
             "experts": experts,

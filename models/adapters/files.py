@@ -24,7 +24,7 @@ from torch import Tensor
 from models.adapters.lora import Assign, adapted, assign_whole, attach_lora
 from models.adapters.peft_config import CONFIG, WEIGHTS, config_targets, describe, peft_config, read_config
 from models.adapters.targets import AdapterSpec, Target, module_name, resolve
-from models.blocks.groups import GROUP_WORDS
+from models.blocks.groups import GROUP_WORDS, TARGET_GROUPS
 from models.blocks.linear import LoRA
 from models.checkpoint.export import Gather, local_value
 from models.checkpoint.keymap import Key, KeyMap, key_map_of
@@ -223,11 +223,12 @@ def _check_tensors(
     unknown, missing = sorted(header.keys() - expected.keys()), sorted(expected.keys() - header.keys())
     if unknown:
         hint = "\nThe config and the tensors don't belong together, or the adapter is for another model."
-        others = {module_name(key.hub): key.group for key in key_map.keys}
+        groups = {module_name(key.hub): key.group for key in key_map.keys if key.group not in TARGET_GROUPS}
         for name in unknown:
             module = name.removeprefix(_PREFIX).rpartition(".lora_")[0]
-            if module in others:
-                hint = f"\nThat is in {GROUP_WORDS[others[module]]}, which the config or nibble's LoRA doesn't adapt."
+            if module in groups:
+                can = ", ".join(TARGET_GROUPS)
+                hint = f"\n{module} is of the {GROUP_WORDS[groups[module]]}; LoRA is supported on {can}."
             if re.search(r"\b(visual|vision_tower|vision_model)\b", module):
                 hint = "\nIt adapts the vision tower, which isn't computed here: only adapters of the text model load."
         if any(re.search(r"experts\.\d+\.", name) for name in unknown):

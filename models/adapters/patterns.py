@@ -12,16 +12,19 @@ _SECONDS = 2
 
 
 class Pattern:
-    """A regular expression out of a file, matched within a time limit: some take longer than the universe is old."""
+    """A regular expression out of a file, matched within a time limit: some take longer than the universe is old.
 
-    def __init__(self, text: str, place: str) -> None:
+    It fits whole names, or, with `ending`, the ends of names that begin after a dot.
+    """
+
+    def __init__(self, text: str, place: str, *, ending: bool = False) -> None:
         self.place = f"{place} has {shown(text)}"
         if len(text) > _LONGEST:
             raise NibbleError(
                 f"{self.place}, a regular expression of {len(text):,} characters; it may have {_LONGEST:,}."
             )
         try:
-            self._compiled = regex.compile(text)
+            self._compiled = regex.compile(rf"(.*\.)?({text})" if ending else text)
         except (regex.error, RecursionError, OverflowError, ValueError) as error:
             raise NibbleError(f"{self.place}, which is no regular expression: {error}.") from error
 

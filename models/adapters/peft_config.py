@@ -276,7 +276,12 @@ def config_targets(
 
 def _module_filter(config: Mapping[str, Any], tensors: Collection[str], where: str) -> Callable[[str], bool]:
     """Whether target_modules, exclude_modules and layers_to_transform mean a module of this name."""
-    named, excluded = (_name_filter(config, field, where) for field in ("target_modules", "exclude_modules"))
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or []
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise NibbleError(f"{where}: layers_to_transform must be a list of layers' numbers, got {shown(layers)}.")
+    named = _name_filter(config, "target_modules", layers, where)
+    excluded = _name_filter(config, "exclude_modules", (), where)
     if config.get("target_modules") == "all-linear":
         # Which modules are linear depends on the class that PEFT had wrapped. The file's tensors tell.
         there = {within_layer(tensor.rpartition(".lora_")[0]) for tensor in tensors}
@@ -284,20 +289,21 @@ def _module_filter(config: Mapping[str, Any], tensors: Collection[str], where: s
         def named(name: str) -> bool:
             return within_layer(name) in there
 
-    layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers or []
-    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise NibbleError(f"{where}: layers_to_transform must be a list of layers' numbers, got {shown(layers)}.")
-    return lambda name: named(name) and not excluded(name) and (not layers or layer_of(name) in layers)
+    return lambda name: named(name) and not excluded(name)
 
 
-def _name_filter(config: Mapping[str, Any], field: str, where: str) -> Callable[[str], bool]:
-    """A list of names' ends, or a pattern for whole names."""
+def _name_filter(config: Mapping[str, Any], field: str, layers: Collection[int], where: str) -> Callable[[str], bool]:
+    """A pattern for whole names, or a list of names; those that are ends of names hold in `layers`, or everywhere."""
     value = config.get(field)
     if isinstance(value, str):
         return Pattern(value, f"{where}: {field}").fits
     names = texts(config, field, where)
-    return lambda name: any(_ends_with(name, end) for end in names)
+
+    def fits(name: str) -> bool:
+        inside = not layers or layer_of(name) in layers
+        return name in names or (inside and any(_ends_with(name, end) for end in names))
+
+    return fits
 
 
 def _ends_with(name: str, end: str) -> bool:
@@ -311,7 +317,7 @@ def _number(config: Mapping[str, Any], field: str, patterns: str, name: str, whe
     """As peft.utils.other.get_pattern_key has it: that of the first pattern to fit the name's end, or the default."""
     found, values = field, config
     for pattern in table(config, patterns, where):
-        if Pattern(rf"(.*\.)?({pattern})", f"{where}: {patterns}").fits(name):
+        if Pattern(pattern, f"{where}: {patterns}", ending=True).fits(name):
             found, values = pattern, table(config, patterns, where)
             break
     place = where if found == field else f"{where}: {patterns}"

@@ -103,13 +103,16 @@ class Manifest:
                 "Update nibble, or convert the source again."
             )
         storage, source, layout = (table(data, key, where) for key in ("storage", "source", "layout"))
+        double = flag(storage, "double_quant", True, f"{where}: storage")
+        try:
+            spec = StorageSpec(cast(Kind, text(storage, "kind", "", f"{where}: storage")), double)
+            dtype = named_dtype(text(data, "dtype", "bfloat16", where))
+        except NibbleError as error:
+            raise NibbleError(f"{where}: {str(error).removeprefix(f'{where}: ')}\n{again}") from error
         return Manifest(
             model_type=text(data, "model_type", "", where),
-            spec=StorageSpec(
-                cast(Kind, text(storage, "kind", "", f"{where}: storage")),
-                flag(storage, "double_quant", True, f"{where}: storage"),
-            ),
-            dtype=named_dtype(text(data, "dtype", "bfloat16", where)),
+            spec=spec,
+            dtype=dtype,
             source=text(source, "name", "", f"{where}: source"),
             fingerprint=text(source, "fingerprint", "", f"{where}: source"),
             config=table(data, "config", where),

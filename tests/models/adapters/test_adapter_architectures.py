@@ -348,13 +348,13 @@ def test_a_bare_name_means_all_matrices_of_that_name() -> None:
     [
         (
             {"target_modules": ["conv1d"]},
-            "target_modules has 'conv1d', which adapts model.language_model.layers.0.linear_attn.conv1d "
-            "(linear_attention).\nLoRA is supported on the matrices of attention, linear_attention, experts, "
-            "shared_experts, router.",
+            "target_modules and target_parameters ('conv1d') match nothing that LoRA can adapt in this qwen3_5_moe "
+            "model: attention, linear_attention, experts, shared_experts, router.",
         ),
         (
             {"target_modules": ["qkv"]},
-            "target_modules has 'qkv', which matches nothing in this qwen3_5_moe model.",
+            "target_modules and target_parameters ('qkv') match nothing that LoRA can adapt in this qwen3_5_moe "
+            "model: attention, linear_attention, experts, shared_experts, router.",
         ),
     ],
 )

@@ -250,6 +250,14 @@ PEFT_CASES: dict[str, dict[str, Any]] = {
         "lora_alpha": 8,
         "target_modules": ["o_proj", "gate", "gate_proj", "up_proj", "down_proj"],
     },
+    # What most adapters of GLM-4.7-Flash on the hub name: of these only o_proj and what the experts have are there.
+    "usual-seven": {
+        "r": 4,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    },
+    "pattern": {"r": 4, "target_modules": r".*\.layers\.[12]\..*\.(o_proj|kv_b_proj)"},
+    "all-linear": {"r": 4, "target_modules": "all-linear", "exclude_modules": ["kv_b_proj"]},
+    "excluded": {"r": 4, "target_modules": PROJECTIONS, "exclude_modules": r".*\.layers\.0\..*"},
     "attention-as-parameter": {"r": 4, "target_modules": [], "target_parameters": ["self_attn.o_proj.weight"]},
 }
 

@@ -430,9 +430,18 @@ def test_force_replaces_a_damaged_manifest(hub: Path, tmp_path: Path) -> None:
     ("change", "expected"),
     [
         ({"version": 99}, "has format version 99; this version of nibble reads up to 1"),
-        ({"format": "other"}, "is damaged"),
-        ({"files": {"../x": {"size": 1, "sha256": "", "tensors": []}}}, "file name '../x'"),
-        ({"dtype": "int3"}, "is damaged"),
+        ({"format": "other"}, "is not of a converted checkpoint: its format is 'other'."),
+        (
+            {"files": {"../x": {"size": 1, "sha256": "", "tensors": []}}},
+            "files names '../x', which is outside the folder.",
+        ),
+        ({"dtype": "int3"}, "nibble.json: unknown dtype 'int3': choose one of float32, bfloat16"),
+        ({"storage": {"kind": "nf5"}}, "nibble.json: unknown storage 'nf5': choose one of none, nf4, fp4, int8"),
+        (
+            {"files": {"a": {"size": "x", "sha256": "", "tensors": []}}},
+            "files: a: size must be an integer of at",
+        ),
+        ({"config": [], "carried": 1}, "nibble.json: config must be an object, got []."),
     ],
 )
 def test_manifest_that_cannot_be_read(hub: Path, tmp_path: Path, change: dict[str, Any], expected: str) -> None:
