@@ -17,6 +17,7 @@ from models.checkpoint.native import (
     MANIFEST,
     Manifest,
     NativeCheckpoint,
+    check_content,
     convert_command,
     describe,
     is_converted,
@@ -102,10 +103,12 @@ def prepare_model(
     device: torch.device | str = "cpu",
     *,
     double_quant: bool = True,
+    verify: bool = True,
 ) -> tuple[CausalLM, Reader]:
     """The model on the meta device, and what its weights are read from; arguments and errors as for `load_model`.
 
-    device: where matrices of a hub checkpoint are quantised.
+    device: where matrices of a hub checkpoint are quantised. verify: compare the files of a converted checkpoint with
+    their checksums (`check_content`); of several processes that read one folder, one is enough.
     """
     spec, dtype = StorageSpec(cast(Kind, storage), double_quant), named_dtype(dtype)
     folder = open_folder(path)
@@ -116,13 +119,15 @@ def prepare_model(
     check_counts(checkpoint.shapes, config.layers, config.experts, where)
     model = architecture.build(config, spec, dtype, "meta")
     keys = key_map_of(model)
-    if isinstance(checkpoint, NativeCheckpoint):
-        return model, checkpoint.bind(keys.keys)
-    copy = find_converted(checkpoint, spec, dtype)
-    if copy is not None:
+    if isinstance(checkpoint, HubCheckpoint):
+        copy = find_converted(checkpoint, spec, dtype)
+        if copy is None:
+            return model, _hub_reader(checkpoint, keys, device)
         log.info("%s: using the converted copy %s", folder.path, copy.path)
-        return model, copy.bind(keys.keys)
-    return model, _hub_reader(checkpoint, keys, device)
+        checkpoint = copy
+    if verify:
+        check_content(checkpoint.path, checkpoint.manifest)
+    return model, checkpoint.bind(keys.keys)
 
 
 def _hub_reader(checkpoint: HubCheckpoint, keys: KeyMap, device: torch.device | str) -> HubReader:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import time
@@ -16,11 +15,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from models.checkpoint.remembered import recall, remember, state_of
 from models.checkpoint.tensorfile import TensorInfo
 from quant.common.errors import NibbleError
-from quant.common.files import write_atomically
 from quant.common.progress import Bar
-from quant.common.words import gib
+from quant.common.words import format_bytes
 
 log = logging.getLogger("nibble")
 
@@ -28,8 +27,6 @@ _KIND = "full:"
 _AT_ONCE = 4 * 2**20  # bytes
 _THREADS = 4
 _SMALL = 2**28  # bytes: so little is hashed in less than a second, each time
-# A file that is changed twice within a tick of its file system's clock keeps its date: so young a one isn't remembered.
-_MIN_AGE = 2.0  # seconds
 _SAMPLE = 4096  # bytes
 _SAMPLE_EVERY = 4 * 2**20  # bytes
 
@@ -50,29 +47,18 @@ def full_fingerprint(folder: Path, config: bytes, tensors: Tensors) -> str:
 
 
 def _cached_hash(folder: Path, tensors: Tensors, total: int) -> str:
-    found = {name: (folder / name).stat() for name in sorted({name for name, _ in tensors.values()})}
-    # Which file holds which tensor belongs to it: of two copies the index says which one counts.
+    # Which file holds which tensor belongs to the state: of two copies the index says which one counts.
     places = hashlib.sha256(repr(sorted((key, name) for key, (name, _) in tensors.items())).encode()).hexdigest()
-    # A date of modification can be set back; that of the last change of the file's entry (ctime) can't.
-    stats = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in found.items()]
-    state = [places, stats]
-    name = str(folder.resolve())
-    path = _cache_folder() / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        record = json.loads(path.read_bytes())
-        if record["state"] == state:
-            return str(record["sha256"])
-    log.info("%s: hashing %s, once, so that any change of it is seen", folder, gib(total))
+    files = state_of(folder, {name for name, _ in tensors.values()})
+    found = recall(f"fingerprints-{places[:8]}", folder, files)
+    if found is not None and isinstance(found.get("sha256"), str):
+        return str(found["sha256"])
+    log.info("%s: hashing %s, once, so that any change of it is seen", folder, format_bytes(total))
     begun = time.monotonic()
     with Bar("hashing the checkpoint, once") as bar:
         data = _hash_tensors(folder, tensors, lambda done: bar.update(done, total))
     log.info("%s: hashed in %.0f s", folder, time.monotonic() - begun)
-    if time.time() - max(stat.st_mtime for stat in found.values()) > _MIN_AGE:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps({"folder": name, "state": state, "sha256": data}).encode())
-        except (OSError, NibbleError) as error:
-            log.warning("%s will be hashed again the next time, as that can't be remembered: %s", folder, error)
+    remember(f"fingerprints-{places[:8]}", folder, files, {"sha256": data})
     return data
 
 
@@ -130,7 +116,3 @@ def _hash_tensor(path: Path, info: TensorInfo) -> bytes:
     except OSError as error:
         raise NibbleError(f"{path} can't be read: {error.strerror or error}.") from error
     return digest.digest()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nibble" / "fingerprints"

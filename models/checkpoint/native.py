@@ -9,10 +9,14 @@ gives the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,18 +28,27 @@ from torch import Tensor
 from models.checkpoint.hub import is_plain
 from models.checkpoint.keymap import Key
 from models.checkpoint.layout import Layout
+from models.checkpoint.remembered import recall, remember, state_of
 from models.checkpoint.stream import Piece
 from models.checkpoint.tensorfile import DTYPES, MappedFolder, TensorInfo, read_header
 from quant.choices import named_dtype
 from quant.common.errors import NibbleError
 from quant.common.files import sha256_file, write_atomically
 from quant.common.jsonfile import flag, integer, kind_of, read_json, table, text, texts
-from quant.common.words import shown, some
+from quant.common.progress import Bar
+from quant.common.words import format_bytes, shown, some
 from quant.storage import Kind, StorageSpec
+
+log = logging.getLogger("nibble")
 
 MANIFEST = "nibble.json"
 FORMAT_VERSION = 1
 REST = "rest.safetensors"  # embedding, final norm and head
+_VERIFIED = "verified"
+_SMALL = 2**28  # bytes: so little is read in less than a second, each time
+_THREADS = 4
+_SAMPLE = 4096  # bytes
+_SAMPLE_EVERY = 16 * 2**20  # bytes
 WEIGHTS_FILE = re.compile(rf"layer-\d{{5}}\.safetensors|{re.escape(REST)}")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -241,6 +254,51 @@ class NativeCheckpoint:
         self._mapped.close()
 
 
+def check_content(folder: Path, manifest: Manifest) -> None:
+    """Raises NibbleError where a file of weights isn't what was written.
+
+    A folder whose files have the sizes, dates and inodes of the time when they were last compared with their checksums
+    is only sampled; another one is read whole. A small one always is.
+    """
+    sums = {name: record.sha256 for name, record in manifest.files.items() if record.tensors}
+    total = sum(manifest.files[name].size for name in sums)
+    state = state_of(folder, sums)
+    found = recall(_VERIFIED, folder, state) if total > _SMALL else None
+    if found is not None and found.get("sums") == sums:
+        differ = [name for name in sums if found["samples"].get(name) != _sample(folder / name)]
+    else:
+        if total > _SMALL:
+            log.info("%s: checking %s once, as it is new here or has changed", folder, format_bytes(total))
+        with Bar("checking the checkpoint", show=total > _SMALL) as bar, ThreadPoolExecutor(_THREADS) as pool:
+            done, differ = 0, []
+            for name, value in zip(sums, pool.map(lambda name: sha256_file(folder / name), sums), strict=True):
+                done += manifest.files[name].size
+                bar.update(done, total, name)
+                if value != sums[name]:
+                    differ.append(name)
+        if not differ and total > _SMALL:
+            samples = {name: _sample(folder / name) for name in sums}
+            remember(_VERIFIED, folder, state, {"sums": sums, "samples": samples})
+    if differ:
+        raise _damaged(folder, manifest, differ)
+
+
+def _sample(path: Path) -> str:
+    """Of a file, 4 KiB out of every 16 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb", 0) as file:
+        for start in range(0, path.stat().st_size, _SAMPLE_EVERY):
+            digest.update(os.pread(file.fileno(), _SAMPLE, start))
+    return digest.hexdigest()
+
+
+def _damaged(folder: Path, manifest: Manifest, differ: list[str]) -> NibbleError:
+    return NibbleError(
+        f"{folder}: {len(differ)} files differ from their checksums: {some(differ)}.\n"
+        f"Delete them, then: {convert_command(manifest, folder)}"
+    )
+
+
 def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
     """What is wrong with the sizes of the files of weights, in words; empty where all is right. Reads no data."""
     wrong = []
@@ -267,10 +325,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, tot
             differ.append(name)
         progress(record.size, total)
     if differ:
-        raise NibbleError(
-            f"{folder}: {len(differ)} files differ from their checksums: {some(differ)}.\n"
-            f"Delete them, then: {convert_command(checkpoint.manifest, folder)}"
-        )
+        raise _damaged(folder, checkpoint.manifest, differ)
     return checkpoint.manifest
 
 
