@@ -1,4 +1,4 @@
-"""The device of a run: which one, what it is called, how much memory it took."""
+"""The device of a run: choice, name and peak memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def choose_device(name: str | None = None, local_rank: int | None = None) -> tor
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls it: "NVIDIA H100 80GB HBM3", or the model of the CPU."""
+    """The manufacturer's name: "NVIDIA H100 80GB HBM3", or the model of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -295,7 +295,7 @@ def test_one_that_hangs_is_given_up(world: World, launch: Launch, tmp_path: Path
     until(lambda: last_step(out) > SAVE_EVERY, run)
     kill(victim, signal.SIGSTOP)
     assert run.wait() == 1
-    wanted = "another process doesn't answer any more: Timed out waiting 5000ms for "
+    wanted = "lost contact with another process: Timed out waiting 5000ms for "
     assert f"\nerror: {wanted}" in run.said, run.said
     assert f"traceback : {wanted}" in run.said, "in torchrun's report"
     assert f"       The last checkpoint is {out / 'checkpoints' / checkpoints(out)[-1]}.\n" in run.said

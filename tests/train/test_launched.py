@@ -19,7 +19,7 @@ from train.__main__ import describe
 from train.launched import run_launched
 
 BROKEN = NibbleError("data.train: row 7 is broken.\nMend it.")
-LOST = ProcessLostError("another process doesn't answer any more: Connection closed")
+LOST = ProcessLostError("lost contact with another process: Connection closed")
 FIRST, NEIGHBOUR = World(0, 16, 0, 2), World(1, 16, 1, 2)
 ELSEWHERE, ITS_NEIGHBOUR = World(8, 16, 0, 2), World(9, 16, 1, 2)
 

@@ -1,7 +1,7 @@
 """Rows to tokenised examples: ids, and for every token whether it carries loss.
 
 What carries loss
-    messages           the assistant's turns (train.data.chat says which characters these are)
+    messages           the assistant's turns (train.data.chat finds the characters)
     prompt_completion  the completion. With a chat template the two are a user's and an assistant's message;
                        without one, prompt + completion are joined as they are
     text               everything

@@ -43,8 +43,8 @@ def load_data(
     """Read, tokenise, split and pack the rows of `config.data` with the tokenizer and template in `folder`.
 
     Rows that could not be used are written to `skipped_path` (which is removed when there are none). `now` is what a
-    chat template that writes the date takes for today; a resumed run passes the day on which it began. `note` is told
-    what a user should know of the rows.
+    chat template that writes the date takes for today; a resumed run passes the day on which it began. `note` gets
+    a line for each problem of a row.
 
     Of several processes the first reads, writes and reports; the others need neither files nor tokenizer and get its
     tokens. What is made of these (split, packing, order) each process makes for itself, the same.

@@ -1,4 +1,4 @@
-"""Training rows: read from JSONL or parquet, checked one by one, and what is wrong with them said once each.
+"""Training rows: read from JSONL or parquet, checked one by one, with one problem reported for each.
 
 Three formats (`data.format`), whose fields `data.fields` can map to other names:
 
@@ -6,7 +6,7 @@ Three formats (`data.format`), whose fields `data.fields` can map to other names
     prompt_completion  prompt, completion
     text               text
 
-A message is trained when its role is assistant, unless it says `"train": false` or `"weight": 0`.
+A message is trained when its role is assistant, unless it has `"train": false` or `"weight": 0`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _ROLE_ALIASES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it lies in the file.
+    """One row as the file has it.
 
     line: 1-based; in a parquet file the number of the row.
-    values: None when `problem` says why the row can't be read.
+    values: None when `problem` is why the row can't be read.
     done: share of all files read so far, 0 to 1, for progress.
     """
 
@@ -80,7 +80,7 @@ class SkippedRow:
 
 
 class RowLog:
-    """Collects what is wrong with rows, and tells it.
+    """Collects the problems of rows, and reports them.
 
     on_bad_row: "skip" records a bad row; "error" raises NibbleError at the first one.
     warn: receives one line per problem: the first three of each kind, then the 10th, 100th, 1000th …; `skipped`
@@ -96,7 +96,7 @@ class RowLog:
     def bad(self, row: Row, problem: BadRow) -> None:
         place = f"{row.file}:{row.line}: {problem}"
         if self.on_bad_row == "error":
-            raise NibbleError(f"{place} (data.on_bad_row: error).\nMend the row, or set data.on_bad_row: skip.")
+            raise NibbleError(f"{place} (data.on_bad_row: error).\nFix the row, or set data.on_bad_row: skip.")
         self.skipped.append(SkippedRow(row.file, row.line, problem.reason, str(problem)))
         self.note(problem.reason, f"{place}; row skipped (data.on_bad_row: skip)")
 
@@ -306,7 +306,7 @@ def _parse_message(entry: Any, place: str, role_name: str, content_name: str) ->
     calls = message.get("tool_calls")
     if calls:
         message["tool_calls"] = _parse_calls(calls, f"{place}.tool_calls")
-    # An assistant that calls a tool may say nothing, and a tool may return nothing.
+    # An assistant's tool call may have no text, and a tool may return nothing.
     may_be_empty = bool(calls) or role in ("tool", "function")
     content = message.pop(content_name, None)
     if content is not None or not calls:

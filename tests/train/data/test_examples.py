@@ -318,7 +318,7 @@ def test_bad_rows_are_skipped_and_reported(tmp_path: Path) -> None:
         setup.build(*rows, on_bad_row="error")
     assert str(caught.value) == (
         f"{setup.path}:2: messages has no assistant message, so there is nothing to learn (data.on_bad_row: error).\n"
-        "Mend the row, or set data.on_bad_row: skip."
+        "Fix the row, or set data.on_bad_row: skip."
     )
 
 

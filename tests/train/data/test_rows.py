@@ -309,5 +309,5 @@ def test_bad_rows_can_be_fatal() -> None:
         bad_row(RowLog("error"), 381)
     assert str(caught.value) == (
         "data/train.jsonl:381: messages[2].content is null (data.on_bad_row: error).\n"
-        "Mend the row, or set data.on_bad_row: skip."
+        "Fix the row, or set data.on_bad_row: skip."
     )
