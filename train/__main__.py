@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_with_others(arguments)
         return carry_out(arguments, load_config(arguments.config, arguments.overrides))
     except (NibbleError, KeyboardInterrupt) as error:
-        print_error(error)
-        return describe(error)[1]
+        text, code = describe(error)
+        say(text, sys.stderr)
+        return code
 
 
 def carry_out(arguments: argparse.Namespace, config: Config, world: World | None = None) -> int:
@@ -96,15 +97,19 @@ def run_with_others(arguments: argparse.Namespace) -> int:
     from train.output.report import log_path
 
     world = launched_world()
-    log: Path | None = None
+    log, older = Path(), 0
+
+    def size() -> int:
+        return log.stat().st_size if log.is_file() else 0
 
     def body() -> int:
-        nonlocal log
+        nonlocal log, older
         config = load_config(arguments.config, arguments.overrides)
         log = log_path(Path(config.output.dir), world.rank)
+        older = size()  # of earlier runs
         return carry_out(arguments, config, world)
 
-    return run_launched(world, body, lambda error: describe(error, log))
+    return run_launched(world, body, lambda error: describe(error, log if size() > older else None))
 
 
 def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
@@ -117,7 +122,7 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
         return "interrupted", 130
     if isinstance(error, NibbleError):
         text, code = str(error), error.exit_code
-    elif log is not None and log.is_file():
+    elif log is not None:
         last = "".join(traceback.format_exception_only(type(error), error)).strip()
         text, code = f"{last}\nThe traceback is in {log}.", 1
     else:
@@ -125,10 +130,6 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
     indent = " " * len("error: ")
     first, *rest = text.splitlines()
     return "\n".join([f"error: {first}", *(indent + line.removeprefix(indent) for line in rest)]), code
-
-
-def print_error(error: BaseException) -> None:
-    say(describe(error)[0], sys.stderr)
 
 
 if __name__ == "__main__":

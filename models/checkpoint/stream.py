@@ -21,7 +21,7 @@ from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.keymap import HEAD, Key, KeyMap
 from models.checkpoint.layout import PREFIXES, Layout
 from quant.common.errors import NibbleError
-from quant.common.words import gib, some
+from quant.common.words import format_bytes, some
 from quant.kinds import quantise
 from quant.storage import all_finite
 
@@ -201,7 +201,7 @@ def sum_up(carried: Sequence[str], checkpoint: HubCheckpoint | None = None) -> s
     lines = []
     for names in parts.values():
         count = f"{len(names)} tensor{'s'[: len(names) != 1]}"
-        size = f", {gib(checkpoint.nbytes_of(names))}" if checkpoint is not None else ""
+        size = f", {format_bytes(checkpoint.nbytes_of(names))}" if checkpoint is not None else ""
         lines.append(f"{_common(names)} ({count}{size})")
     return some(lines)
 

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_world.py do."""
+"""What the processes of tests/parallel/test_world.py do."""
 
 from __future__ import annotations
 

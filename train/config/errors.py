@@ -34,7 +34,7 @@ def problems_of(error: ValidationError, document: Document, schema: Schema) -> l
             found += [Problem(Place(0, 0, document.name), text) for text in missing]
         else:
             wrong.append(_path_in_values(location, document.values))
-    # Of one key's errors the innermost is most exact: {experts: x} has a wrong value inside, rather than "is not an integer".
+    # Of one key's errors the innermost is most exact: {experts: x} has a wrong value inside, not "is not an integer".
     for path in dict.fromkeys(wrong):
         if not any(other[: len(path)] == path and len(other) > len(path) for other in wrong):
             found.append(Problem(document.place(path), _wrong_value(path, document, schema)))

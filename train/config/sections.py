@@ -241,7 +241,7 @@ class TrainConfig(Section):
     resume: PathText = Field(
         default="auto",
         json_schema_extra={"x-wanted": "auto, never or the folder of a checkpoint"},
-        description="auto: continue from the newest checkpoint in output.dir where there is one. never: start at step 0, "
+        description="auto: continue from the newest checkpoint in output.dir if there is one. never: start at step 0; "
         "refused while output.dir holds checkpoints. Otherwise the folder of the checkpoint to continue from (a folder "
         "named auto or never: ./auto, ./never).",
     )

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from models.blocks.documents import Documents
 from quant.common.errors import NibbleError
+from train.data import IGNORED
 from train.data.examples import Examples
 from train.data.packing import Packing, shuffled
-from train.loss import IGNORED
 
 MULTIPLE = 64  # flat batches are padded to a multiple of this
 _ORDER = 3  # keeps this shuffle apart from the others made with the same seed

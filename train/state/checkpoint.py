@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,17 @@ from torch.optim import Optimizer
 from models.checkpoint.tensorfile import DTYPE_NAMES, read_header
 from parallel.parts import Cut, Part
 from parallel.texts import gather_texts
-from parallel.world import World
+from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
 from quant.common.files import disk_error, sync_folder, write_atomically
+from quant.common.words import some
 from train.state.checkpoint_folder import (
     FORMAT,
     MANIFEST,
     OPTIMIZER,
-    PARTIAL,
     REPLACED,
     STATE,
+    UNFINISHED,
     WEIGHTS,
     folders,
     is_name,
@@ -91,7 +92,7 @@ def write_snapshot(
 ) -> Path:
     """The work of `train.state.saver.CheckpointSaver.save`, on all processes of `group`; returns the folder."""
     final = directory / f"step-{snapshot.step:06d}"
-    partial = directory / f"{PARTIAL}{final.name}"
+    partial = directory / f"{UNFINISHED}{final.name}"
     try:
         with _raise_on_all(final, group):
             if world.first:
@@ -196,7 +197,7 @@ class Checkpoint:
             lists = [("lacks", missing), ("has, and this run doesn't train,", unexpected)]
             raise NibbleError(
                 f"{self.path} belongs to another set of trained tensors: it "
-                + "; it ".join(f"{verb} {_listed(names)}" for verb, names in lists if names)
+                + "; it ".join(f"{verb} {some(names, 3)}" for verb, names in lists if names)
                 + f".\nSet adapter and model as they were, or {_START_OVER}."
             )
         for name, tensor in tensors.items():
@@ -252,7 +253,7 @@ class Checkpoint:
 
 
 def latest_checkpoint(
-    directory: Path, report: Callable[[str], None] = to_stderr, world: World | None = None
+    directory: Path, report: Callable[[str], None] = to_stderr, world: World = ALONE
 ) -> Checkpoint | None:
     """The newest checkpoint in `directory` that is whole; None when there is none at all.
 
@@ -261,7 +262,6 @@ def latest_checkpoint(
 
     On several processes all call it; they find what the first one finds, and each verifies its share of the files.
     """
-    directory, world = Path(directory), world or World()
     found: list[str] = []
     with _raise_on_all(directory):
         if world.first:
@@ -287,13 +287,12 @@ def latest_checkpoint(
     return None
 
 
-def read_checkpoint(path: Path, world: World | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, world: World = ALONE) -> Checkpoint:
     """The checkpoint in the folder `path`, after checking its files against their SHA-256.
 
     On several processes all call it, and each checks its share of the files.
     Raises NibbleError when it isn't a checkpoint, UnusableCheckpointError when it is damaged or of another format.
     """
-    path, world = Path(path), world or World()
     with _raise_on_all(path):
         _require_checkpoint(path)
     found = gather_texts(problem(path, hashes=True, share=(world.rank, world.size)) or "")
@@ -309,8 +308,3 @@ def _require_checkpoint(path: Path) -> None:
         inside = next((d for d in (path, path / "checkpoints") if folders(d)), None)
         hint = f"Did you mean {folders(inside)[0]}?" if inside else "Checkpoints are the step-… folders of a run."
         raise NibbleError(f"{path} is {'not a checkpoint' if path.exists() else 'not there'}. {hint}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

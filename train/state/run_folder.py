@@ -62,6 +62,10 @@ def sole_run_in(folder: Path) -> Iterator[None]:
             raise NibbleError(
                 f"output.dir: another run is writing to {folder}. Wait for it, or name another folder."
             ) from error
+        except OSError as error:
+            raise NibbleError(
+                f"output.dir: {folder} can't be locked ({error.strerror}). Name a folder on a file system with locks."
+            ) from error
         yield
 
 

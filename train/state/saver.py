@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.parts import Part
-from parallel.world import NO_LIMIT, World
+from parallel.world import ALONE, NO_LIMIT, World
 from train.state.checkpoint import Snapshot, to_stderr, write_snapshot
 from train.state.optimizer_state import OptimizerState
 
@@ -37,12 +37,11 @@ class CheckpointSaver:
         keep: int,
         report: Callable[[str], None] = to_stderr,
         *,
-        world: World | None = None,
+        world: World = ALONE,
         asynchronous: bool = False,
     ) -> None:
-        self._directory, self._keep, self._report = Path(directory), keep, report
-        self._world = world or World()
-        self._asynchronous = asynchronous
+        self._directory, self._keep, self._report = directory, keep, report
+        self._world, self._asynchronous = world, asynchronous
         self._thread: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: Future[Path] | None = None
