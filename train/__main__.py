@@ -59,9 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_with_others(arguments)
         return carry_out(arguments, load_config(arguments.config, arguments.overrides))
     except (NibbleError, KeyboardInterrupt) as error:
-        text, code = describe(error)
-        say(text, sys.stderr)
-        return code
+        print_error(error)
+        return describe(error)[1]
 
 
 def carry_out(arguments: argparse.Namespace, config: Config, world: World | None = None) -> int:
@@ -130,6 +129,10 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
     indent = " " * len("error: ")
     first, *rest = text.splitlines()
     return "\n".join([f"error: {first}", *(indent + line.removeprefix(indent) for line in rest)]), code
+
+
+def print_error(error: BaseException) -> None:
+    say(describe(error)[0], sys.stderr)
 
 
 if __name__ == "__main__":
