@@ -20,7 +20,7 @@ from models.checkpoint.tensorfile import TensorInfo
 from quant.common.errors import NibbleError
 from quant.common.files import write_atomically
 from quant.common.progress import Bar
-from quant.common.words import gib
+from quant.common.words import format_bytes
 
 log = logging.getLogger("nibble")
 
@@ -62,7 +62,7 @@ def _cached_hash(folder: Path, tensors: Tensors, total: int) -> str:
         record = json.loads(path.read_bytes())
         if record["state"] == state:
             return str(record["sha256"])
-    log.info("%s: hashing %s, once, so that any change of it is seen", folder, gib(total))
+    log.info("%s: hashing %s, once, so that any change of it is seen", folder, format_bytes(total))
     begun = time.monotonic()
     with Bar("hashing the checkpoint, once") as bar:
         data = _hash_tensors(folder, tensors, lambda done: bar.update(done, total))
