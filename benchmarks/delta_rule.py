@@ -22,10 +22,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.measure import CPU, resident_bytes
+from benchmarks.measure import CPU, reset_peak_memory, resident_bytes
 from benchmarks.report import MiB, Result, table
 from benchmarks.step import ROOT, default_threads
-from parallel.device import device_name, peak_memory_bytes, reset_peak_memory
+from parallel.device import device_name, peak_memory_bytes
 from quant.common.errors import NibbleError
 from train.__main__ import print_error
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from benchmarks.distributed import Job
 from benchmarks.documents import one_document
-from benchmarks.measure import CPU, resident_bytes
+from benchmarks.measure import CPU, reset_peak_memory, resident_bytes
 from benchmarks.setting import ALPHA, LEARNING_RATE, MAX_GRAD_NORM, RANK
 from benchmarks.traffic import Traffic, planned_gathers, record
 from models.checkpoint.keymap import key_map_of
 from models.checkpoint.tensorfile import MAPPED_BYTES
 from models.decoder import CausalLM
 from models.load import open_folder
-from parallel.device import peak_memory_bytes, reset_peak_memory
+from parallel.device import peak_memory_bytes
 from parallel.mesh import Meshes, MeshSizes, make_meshes, mesh_sizes
 from parallel.shards import Shards, local_tensor
 from parallel.world import World, launched_world, process_group

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_compare import without_flash_linear_attention
+from benchmarks.measure import reset_peak_memory, synchronise
 from models.attention.causal import causal_attention
 from models.attention.delta_rule import chunked_gated_delta_rule, gated_delta_rule
 from models.blocks.documents import Documents
-from parallel.device import choose_device, peak_memory_bytes, reset_peak_memory, synchronise
+from parallel.device import choose_device, peak_memory_bytes
 
 WARMUP, STEPS = 2, 5
 

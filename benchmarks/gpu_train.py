@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.gpu_cases import ALPHA, MODELS, RANK, Case
+from benchmarks.measure import synchronise
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
 from models.blocks.documents import Documents
@@ -26,7 +27,7 @@ from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
 from models.load import allocate
 from models.registry import ARCHITECTURES
-from parallel.device import choose_device, peak_memory_bytes, synchronise
+from parallel.device import choose_device, peak_memory_bytes
 from quant.storage import DenseStorage, Storage, StorageSpec
 from train.demo.checkpoint import initial_value
 from train.demo.models import demo_model

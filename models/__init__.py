@@ -10,35 +10,21 @@ docs/research.md goes through the names below.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from models.convert import convert
+from models.convert import convert as convert
 
-if TYPE_CHECKING:
-    from models.adapters.files import load_adapter, save_adapter
-    from models.adapters.lora import add_lora, trainable_parameters
-    from models.adapters.targets import AdapterSpec
-    from models.blocks.documents import Documents
-    from models.blocks.experts import Experts
-    from models.blocks.router import Router
-    from models.checkpoint.export import export_hub
-    from models.decoder import CausalLM
-    from models.load import load_model
-    from models.registry import ARCHITECTURES
-
-__all__ = [
-    "ARCHITECTURES",
-    "AdapterSpec",
-    "CausalLM",
-    "Documents",
-    "Experts",
-    "Router",
-    "add_lora",
-    "convert",
-    "export_hub",
-    "load_adapter",
-    "load_model",
-    "save_adapter",
-    "trainable_parameters",
-]
+if TYPE_CHECKING:  # `as`: public, for type checkers
+    from models.adapters.files import load_adapter as load_adapter
+    from models.adapters.files import save_adapter as save_adapter
+    from models.adapters.lora import add_lora as add_lora
+    from models.adapters.lora import trainable_parameters as trainable_parameters
+    from models.adapters.targets import AdapterSpec as AdapterSpec
+    from models.blocks.documents import Documents as Documents
+    from models.blocks.experts import Experts as Experts
+    from models.blocks.router import Router as Router
+    from models.checkpoint.export import export_hub as export_hub
+    from models.decoder import CausalLM as CausalLM
+    from models.load import load_model as load_model
+    from models.registry import ARCHITECTURES as ARCHITECTURES
 
 # Imported when they are first asked for: the commands of this package answer --help without importing torch.
 _HOMES = {
@@ -64,4 +50,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES})

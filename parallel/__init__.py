@@ -1,6 +1,6 @@
 """Where tensors live: the processes of a run, and which of them holds which part of a model.
 
-    parallel.world      the processes, and what they find out together
+    parallel.world      the processes, what they reduce and wait for together
     parallel.mesh       replicate × expert × shard
     parallel.plan       what is gathered together, and how every tensor is cut
     parallel.fsdp       cutting a model as the plan says

@@ -1,4 +1,4 @@
-"""Tensors that lie on one process or several, to files and back, with torch's distributed checkpoint.
+"""Tensors held by one process or several, to files and back, with torch's distributed checkpoint.
 
 Every process writes the parts that it holds into safetensors files of its own; a tensor that all hold whole is written
 by one of them. No tensor is gathered. Any number of processes reads the files, each the slices that it needs; an
@@ -162,7 +162,7 @@ def _first_failure(error: CheckpointException) -> tuple[int, BaseException]:
 
 
 def _chunk(tensor: Tensor, cut: Cut | None) -> tuple[torch.Size, ChunkStorageMetadata]:
-    """The shape of the whole tensor, and where `tensor` lies in it."""
+    """The shape of the whole tensor, and the offsets of `tensor` in it."""
     offsets, shape = [0] * tensor.dim(), tensor.shape
     if cut is not None:
         offsets[cut.dim], shape = cut.start, torch.Size(cut.shape)
@@ -170,7 +170,7 @@ def _chunk(tensor: Tensor, cut: Cut | None) -> tuple[torch.Size, ChunkStorageMet
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
-    """Says of every tensor which part of the whole it is."""
+    """Gives every tensor the offsets of this part in the whole."""
 
     def __init__(self, cuts: Mapping[str, Cut]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -1,4 +1,4 @@
-"""The device of a run: which one, what it is called, how much memory it took."""
+"""The device of a run: choice, name and peak memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def choose_device(name: str | None = None, local_rank: int | None = None) -> tor
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls it: "NVIDIA H100 80GB HBM3", or the model of the CPU."""
+    """The manufacturer's name: "NVIDIA H100 80GB HBM3", or the model of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -61,21 +61,3 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def reset_peak_memory(device: torch.device) -> bool:
-    """Start counting the peak anew from what is in use now; False where the system does not let us."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): 5 resets VmHWM
-    except OSError:
-        return False
-    return True
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it (the CPU always has)."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,19 +1,19 @@
 """Expert parallelism: tokens travel to the processes that own their experts, and the results travel back.
 
-A group of P processes owns E / P consecutive experts each. One token's way: its K choices become K rows among the N·K
+A group of P processes owns E / P consecutive experts each. Per token: its K choices become K rows among the N·K
 that this process sends, sorted by expert and so by owner; each row goes to its owner with its routing weight, is
 computed there by the block of models/blocks/experts.py, and comes back weighted; a token's K rows are summed in
-float32, in the order of its choices. The gradients take the same ways in the other direction.
+float32, in the order of its choices. Gradients are exchanged the same way in the other direction.
 
 Time: five exchanges of rows per layer and step (two forward, one in the recomputation of activation checkpointing, two
 backward) and one small exchange of counts before each forward one. The host waits for the device once, for the counts:
 it must know how much to send and to expect.
 
-Memory: what comes to a process lives for the backward pass, n rows [n, H] in the dtype of x: N·K on average, which is
+Memory: what a process receives is kept for the backward pass, n rows [n, H] in the dtype of x: N·K on average, which is
 K times what the layer of one process keeps, and P·N·K when all tokens choose the experts of one process. Activation
 checkpointing bounds it to one layer at a time.
 
-Shapes: N tokens of this process, E experts of the layer, K chosen per token, H hidden, n rows that came here.
+Shapes: N tokens of this process, E experts of the layer, K chosen per token, H hidden, n rows received.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ExpertExchange:
 
     def __init__(self, group: dist.ProcessGroup, experts: int) -> None:
         if experts % group.size():
-            raise ValueError(f"{experts} experts can't be dealt out evenly to {group.size()} processes")
+            raise ValueError(f"{experts} experts can't be distributed evenly over {group.size()} processes")
         self.group, self.experts = group, experts
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, compute: LocalExperts) -> Tensor:
@@ -70,7 +70,7 @@ class ExpertExchange:
         processes, choices, flat = self.group.size(), chosen.shape[1], chosen.flatten()
         slots = torch.argsort(flat, stable=True)  # the slot token·K + choice of every row that is sent, by expert
         mine = count_choices(flat, self.experts)
-        theirs = torch.empty_like(mine)  # by sender and expert that is here
+        theirs = torch.empty_like(mine)  # by sender and local expert
         dist.all_to_all_single(theirs, mine, group=self.group)
         counts = torch.stack((mine, theirs)).view(2, processes, -1).tolist()  # the wait for the device
         sent, received = ([sum(of_process) for of_process in side] for side in counts)
@@ -84,7 +84,7 @@ class ExpertExchange:
         return _Return.apply(compute(arrived, expert[:, None], arrived_weights, rows), slots, choices, routes)
 
 
-# Two autograd functions, each the other's transpose. Nothing behind the experts is saved for the backward pass: under
+# Two autograd functions, each the other's transpose. Nothing after the experts is saved for the backward pass: under
 # activation checkpointing a layer's recomputation still ends at the experts, with their input that has travelled once
 # more, before they are multiplied (models/blocks/experts.py). `_Return` therefore keeps the first computation's slots,
 # 8 bytes a row, as an attribute. Routing is computed from the same bits both times, so they are those of the

@@ -34,7 +34,7 @@ def shard(model: CausalLM, meshes: Meshes, *, reshard_after_forward: bool = True
     """Cut `model`, which is on the meta device and has its adapter and its requires_grad already, in place.
 
     reshard_after_forward: free a layer's weights after its forward pass and gather them again for the backward pass.
-    cpu_offload: parts, gradients and optimiser state lie in host memory.
+    cpu_offload: parts, gradients and optimiser state are in host memory.
     Raises NibbleError for what can't be cut evenly.
     """
     rules = cuts(model, meshes.sizes)

@@ -3,7 +3,7 @@
 world = replicate × expert × shard. Each process computes other rows of the data. What it holds of the weights:
 
     replicate   copies: as many groups hold the whole model (HSDP); gradients are summed over them
-    expert      the experts are dealt out: a process owns the same range of them in every layer, and tokens travel
+    expert      the experts are distributed: a process owns the same range of them in every layer, and tokens travel
     shard       what is owned is cut once more, and gathered layer by layer when it is needed (FSDP)
 
 Everything but the experts is cut over expert × shard together, so that a process holds 1 / (expert × shard) of every
@@ -42,18 +42,18 @@ def mesh_sizes(world: World, shard: int | None = None, expert: int = 1, replicat
 
     Raises NibbleError where they don't make up the world.
     """
-    said = f"parallel.expert {expert} × parallel.replicate {replicate}"
+    asked = f"parallel.expert {expert} × parallel.replicate {replicate}"
     if shard is None:
         if world.size % (expert * replicate):
             raise NibbleError(
-                f"{said}: {world.size} processes can't be divided by {expert * replicate}.\n"
+                f"{asked}: {world.size} processes can't be divided by {expert * replicate}.\n"
                 f"Start a multiple of {expert * replicate} processes, or lower parallel.expert or parallel.replicate."
             )
         shard = world.size // (expert * replicate)
     if (wanted := replicate * expert * shard) != world.size:
         started = "1 process was" if world.size == 1 else f"{world.size} processes were"
         raise NibbleError(
-            f"parallel.shard {shard} × {said} is {wanted}, but {started} started.\n"
+            f"parallel.shard {shard} × {asked} is {wanted}, but {started} started.\n"
             f"Start {wanted} (torchrun --nproc-per-node {wanted} -m train … on one machine), or leave parallel.shard"
             " out: it is then what the others leave."
         )

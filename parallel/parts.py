@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,31 +13,24 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
 
-class Cut(Protocol):
-    """Indices start .. stop along `dim` of a tensor of `shape`: a Part, or what is cut like one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-
-
 @dataclass(frozen=True)
-class Part:
-    """Indices start .. stop along dimension `dim` of a whole tensor of `shape`, held by this process.
-
-    mesh, placements: the same for torch's DTensor, over all processes; where a tensor is replicated, every process of
-    a dimension of the mesh holds the same.
-    """
+class Cut:
+    """Indices start .. stop along dimension `dim` of a whole tensor of `shape`."""
 
     shape: tuple[int, ...]
     dim: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Part(Cut):
+    """The cut of a tensor that this process holds.
+
+    mesh, placements: the same for torch's DTensor, over all processes; where a tensor is replicated, every process of
+    a dimension of the mesh holds the same.
+    """
+
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
 

@@ -26,7 +26,7 @@ Over = Literal["all", "owners"]
 
 @dataclass(frozen=True)
 class Unit:
-    """Modules that are gathered before they compute and freed behind it, each by itself.
+    """Modules that are gathered before they compute and freed after it, each by itself.
 
     modules: their names, * for the number of a layer. over: cut over all processes that hold one copy of the model, or
     over those that own the same experts. kept: it stays gathered from the forward pass until its backward pass.
@@ -39,7 +39,7 @@ class Unit:
     backward: bool = True
 
 
-# What lies inside another unit stands before it; a unit has what no unit before it has.
+# A unit inside another one comes before it; a unit has the parameters that no unit before it has.
 UNITS = (
     Unit("model.embed_tokens", backward=False),
     Unit("model.layers.*.mlp.experts", over="owners"),  # only with parallel.expert > 1
@@ -59,7 +59,7 @@ def units(model: CausalLM, sizes: MeshSizes) -> Iterator[tuple[Unit, nn.Module]]
         if tied and unit.modules in ("model.embed_tokens", "lm_head"):
             continue  # one tensor can't be in two units
         for name in modules:
-            # A * stands for one number: what lies deeper has more dots.
+            # A * stands for one number: deeper modules have more dots.
             if fnmatch.fnmatchcase(name, unit.modules) and name.count(".") == unit.modules.count("."):
                 yield unit, modules[name]
 

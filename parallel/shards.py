@@ -42,7 +42,7 @@ class Shards:
         if self._local is None:
             self.reshard()
             self._local = {
-                name: self._local_of(parameter)
+                name: nn.Parameter(local_tensor(parameter)) if is_cut(parameter) else parameter
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad
             }
@@ -112,9 +112,6 @@ class Shards:
         if id(parameter) not in self._names:
             self._names = {id(other): name for name, other in self.model.named_parameters()}
         return self.parts[self._names[id(parameter)]]
-
-    def _local_of(self, parameter: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(local_tensor(parameter)) if is_cut(parameter) else parameter
 
 
 def is_cut(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Short texts from process to process: what went wrong, what was written, where to go on."""
+"""Short texts exchanged between processes: errors, manifests, names of checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def gather_texts(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
     """The texts of all processes of `group`, by rank; all of them must call it. Without a process group: [text].
 
-    They travel as bytes, so that nothing is unpickled.
+    They are sent as bytes, so that nothing is unpickled.
     """
     if not dist.is_initialized():
         return [text]

@@ -1,6 +1,6 @@
-"""The processes of a run: which of them this is, and what they find out together.
+"""The processes of a run: which of them this is, and what they reduce and wait for together.
 
-torchrun (or Slurm, see docs/distributed.md) starts one process per device and tells each its rank. A process alone is a
+torchrun (or Slurm, see docs/distributed.md) starts one process per device and gives each its rank. A process alone is a
 world of one: everything here is then free, and no process group is needed.
 """
 
@@ -25,7 +25,7 @@ _START = timedelta(minutes=10)  # machines don't start at the same time
 _POLL = 0.02  # seconds
 # Before and after the training a process may be busy for long: with a download, its rows, its part of a checkpoint.
 NO_LIMIT = timedelta(days=365)
-# In the messages of the errors that a process meets when another one is gone. Gloo's are plain RuntimeErrors.
+# In the messages of the errors that a process gets when another one has exited. Gloo's are plain RuntimeErrors.
 _GLOO = ("gloo/", "pair closure")
 _NCCL = (*_GLOO, "remote process", "timeout", "Timeout", "aborted", "Socket", "peer")
 
@@ -33,7 +33,7 @@ _NCCL = (*_GLOO, "remote process", "timeout", "Timeout", "aborted", "Socket", "p
 @dataclass(frozen=True)
 class World:
     """rank: this process among `size`, 0 is the one that reports and writes. local_rank: among those of its machine.
-    machines: on how many the processes are, as far as the launcher has said.
+    machines: on how many the processes are, 1 where the launcher doesn't set GROUP_WORLD_SIZE.
     """
 
     rank: int = 0
@@ -58,18 +58,19 @@ class World:
         return tensor
 
     def wait(
-        self, note: Callable[[str], None] = lambda text: None, busy_with: str = "come here", news_after: float = 60.0
+        self, log: Callable[[str], None] = lambda text: None, task: str = "catch up", log_every: float = 60.0
     ) -> None:
-        """Until every process is here. Every `news_after` seconds `note` hears what the others are `busy_with`."""
+        """Wait until every process has called this. Every `log_every` seconds `log` gets a line naming the others'
+        `task`."""
         if self.size == 1:
             return
         arrived = dist.all_reduce(torch.zeros(1), async_op=True)
-        started = told = time.monotonic()
+        started = logged = time.monotonic()
         while not arrived.is_completed():
             time.sleep(_POLL)
-            if time.monotonic() - told > news_after:
-                told = time.monotonic()
-                note(f"waiting for other processes to {busy_with} ({(told - started) / 60:.0f} min)")
+            if time.monotonic() - logged > log_every:
+                logged = time.monotonic()
+                log(f"waiting for other processes to {task} ({(logged - started) / 60:.0f} min)")
         arrived.wait()
 
 
@@ -100,13 +101,13 @@ def launched_world() -> World:
 
 
 class ProcessLostError(NibbleError):
-    """Another process has ended, hangs or is cut off."""
+    """Another process has exited, hangs or is unreachable."""
 
     exit_code = 1
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether this is what a process meets when another one is gone: a collective, or the store, has failed."""
+    """Whether a collective, or the store, failed because another process has exited or hangs."""
     if isinstance(error, dist.DistStoreError | dist.DistNetworkError):
         return True
     # NCCL's other errors (a GPU used twice, no memory) are this process's own.
@@ -164,11 +165,11 @@ def _store(world: World) -> dist.Store:
 
 
 def _common_prefix(store: dist.Store, world: World) -> str:
-    """A prefix for all keys of this start, made up by rank 0 and handed to every other process at its request.
+    """A prefix for all keys of this start, chosen by rank 0 and sent to every other process at its request.
 
-    torchrun keeps one store over its restarts (torch 2.13), and with it the addresses of processes that are dead.
+    torchrun keeps one store over its restarts (torch 2.13), and with it the addresses of processes that have exited.
     TORCHELASTIC_RESTART_COUNT can't be the prefix: it counts what one machine has seen, and the counts may differ. An
-    old request does no harm: its answer is addressed to it alone, and the process that lives is waited for.
+    old request does no harm: its answer has a key of its own, and rank 0 waits for the running process.
     """
     if not world.first:
         request = uuid.uuid4().hex
@@ -182,6 +183,6 @@ def _common_prefix(store: dist.Store, world: World) -> str:
             if store.check([f"nibble/request/{rank}"]):
                 store.set(f"nibble/answer/{store.get(f'nibble/request/{rank}').decode()}", prefix)
             if time.monotonic() > deadline:
-                raise TimeoutError(f"rank {rank} did not come.")
+                raise TimeoutError(f"rank {rank} did not connect.")
             time.sleep(_POLL / 4)
     return prefix

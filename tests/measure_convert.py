@@ -2,7 +2,7 @@
 
 Prints three numbers of bytes: the growth of the peak resident memory (mapped files included) when the large one is
 converted, its growth beyond the model's own tensors when it is loaded straight from the hub folder, and the size of
-the large checkpoint. Run in a process of its own, by tests/test_convert.py.
+the large checkpoint. Run in a process of its own, by tests/models/checkpoint/test_convert.py.
 """
 
 from __future__ import annotations

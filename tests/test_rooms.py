@@ -23,8 +23,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models/load", "models/convert", "models/adapter_names", "models/__init__"),
     ("parallel",),
     ("train/config",),
-    ("train/loss", "train/schedule", "train/optim", "train/signals", "train/model"),
     ("train/data",),
+    ("train/loss", "train/schedule", "train/optim", "train/signals", "train/model"),
     ("train/output",),
     ("train/state",),
     ("train",),
@@ -98,7 +98,7 @@ def test_a_room_says_what_it_is_and_is_no_hall(room: Path) -> None:
 def test_the_map_names_every_file() -> None:
     """But those of rooms that it describes by their subjects."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    section = text.split("## The rooms\n")[1].split("\n## ")[0]
+    section = text.split("## The folders\n")[1].split("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", section))
     for path in SOURCES:
         room = path.parent.relative_to(ROOT).as_posix()

@@ -6,21 +6,13 @@ For a loop of one's own, docs/research.md goes through the names below.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from parallel.shards import Shards
-    from train.data.batches import make_batch
-    from train.loop import training_step
-    from train.loss import linear_cross_entropy
-    from train.optim import build_optimizer, clip_gradients
-
-__all__ = [
-    "Shards",
-    "build_optimizer",
-    "clip_gradients",
-    "linear_cross_entropy",
-    "make_batch",
-    "training_step",
-]
+if TYPE_CHECKING:  # `as`: public, for type checkers
+    from parallel.shards import Shards as Shards
+    from train.data.batches import make_batch as make_batch
+    from train.loop import training_step as training_step
+    from train.loss import linear_cross_entropy as linear_cross_entropy
+    from train.optim import build_optimizer as build_optimizer
+    from train.optim import clip_gradients as clip_gradients
 
 # Imported when they are first asked for: `python -m train --help` answers without importing torch.
 _HOMES = {
@@ -40,4 +32,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES})

@@ -28,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
         usage="python -m train --config FILE [--set KEY=VALUE ...] [--check | --print-config]\n"
         "       python -m train --print-schema | --help",
         description="Fine-tune a model as a YAML file describes. Exit code: 0 done, or stopped with everything saved;\n"
-        "2 something in the config, the data or the checkpoint is wrong; 130 interrupted.",
+        "1 any other error, with a traceback; 2 something in the config, the data or the checkpoint is wrong;\n"
+        "130 interrupted.",
         epilog=f"example (shows the config that would run):\n  {EXAMPLE}\n\n"
         f"config keys:\n\n{help_text(config_schema())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def carry_out(arguments: argparse.Namespace, config: Config, world: World | None = None) -> int:
-    """What the arguments ask for. world: of several processes, of which the first one speaks."""
+    """What the arguments ask for. world: of several processes, of which the first one prints."""
     first = world is None or world.first
     if arguments.print_config:
         if first:
@@ -87,7 +88,7 @@ def several_processes() -> bool:
 
 
 def run_with_others(arguments: argparse.Namespace) -> int:
-    """One of several processes. What goes wrong, in a config too, is said once for all of them."""
+    """One of several processes. An error, in the config too, is printed once for all of them."""
     # torch would add dozens of lines of its own to every connection that a failed process leaves broken.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from parallel.world import launched_world
@@ -95,19 +96,23 @@ def run_with_others(arguments: argparse.Namespace) -> int:
     from train.output.report import log_path
 
     world = launched_world()
-    log: Path | None = None
+    log, older = Path(), 0
+
+    def size() -> int:
+        return log.stat().st_size if log.is_file() else 0
 
     def body() -> int:
-        nonlocal log
+        nonlocal log, older
         config = load_config(arguments.config, arguments.overrides)
         log = log_path(Path(config.output.dir), world.rank)
+        older = size()  # of earlier runs
         return carry_out(arguments, config, world)
 
-    return run_launched(world, body, lambda error: describe(error, log))
+    return run_launched(world, body, lambda error: describe(error, log if size() > older else None))
 
 
 def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
-    """What the user is to read of an error, and the exit code.
+    """The message for the user, and the exit code.
 
     A NibbleError is `error: …`, its further lines indented under the first. Any other is its traceback, or the last
     line of it where `log` has the rest.
@@ -116,7 +121,7 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
         return "interrupted", 130
     if isinstance(error, NibbleError):
         text, code = str(error), error.exit_code
-    elif log is not None and log.is_file():
+    elif log is not None:
         last = "".join(traceback.format_exception_only(type(error), error)).strip()
         text, code = f"{last}\nThe traceback is in {log}.", 1
     else:
@@ -127,7 +132,6 @@ def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
 
 
 def print_error(error: BaseException) -> None:
-    """What the user is to read of it, on standard error."""
     say(describe(error)[0], sys.stderr)
 
 

@@ -35,11 +35,11 @@ def held_out_loss(
     progress: Callable[[int], None] = lambda done: None,
     world: World = ALONE,
 ) -> float | None:
-    """Mean loss per labelled token, in nats, over all batches; None when `stop` said so on the way.
+    """Mean loss per labelled token, in nats, over all batches; None when `stop` returned true on the way.
 
     The model is left in the mode (training or not) in which it was. `progress` gets the number of batches done.
     With several processes each has its own batches, as many as the others; the result is that of all of them together,
-    and what `stop` says to one of them stops all.
+    and a `stop` on one of them stops all.
     Raises NibbleError, on every process, when no token is labelled or the loss is not finite.
     """
     was_training = model.training

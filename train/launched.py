@@ -1,8 +1,8 @@
-"""A process among several that a launcher has started: what it says of an error, and how it leaves.
+"""A process among several that a launcher has started: how it reports an error, and how it exits.
 
-When one has failed torchrun ends the others, and reports the first failure with its rank. What a process meets when
-another one has gone is a consequence, and an error in a config is met by all: neither is worth a second message. So a
-process gives torchrun some seconds to end it where its error may not be the first.
+When one has failed torchrun ends the others, and reports the first failure with its rank. An error that
+follows from another process's exit is a consequence, and all processes find an error in the config: neither needs a
+second message. So a process gives torchrun some seconds to end it where its error may not be the first.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ Describe = Callable[[BaseException], tuple[str, int]]
 def run_launched(world: World, body: Callable[[], int], describe: Describe) -> int:
     """body(), which returns an exit code, in one process of `world`; the exit code.
 
-    describe(error) is what the user is to read of an error, and its exit code. An error ends the process here: in the
+    describe(error) is the message for the user, and the exit code. An error ends the process here: in the
     ordinary way out it might wait for others that wait for it.
     """
 
-    def said() -> int:
+    def reporting() -> int:
         try:
             return body()
         except (Exception, KeyboardInterrupt) as error:
-            _say(world, error, describe(error)[0])
+            _print_error(world, error, describe(error)[0])
             raise
 
     try:
-        return record(said, _ErrorFile(describe))() or 0
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  it is said, and ends the process
+        return record(reporting, _ErrorFile(describe))() or 0
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  it is printed, and ends the process
         flush_streams()
         os._exit(describe(error)[1])
 
 
-def _say(world: World, error: BaseException, text: str) -> None:
-    """Print it: at once as the first process of a machine, otherwise where torchrun doesn't end this one before."""
+def _print_error(world: World, error: BaseException, text: str) -> None:
+    """Print `text`: at once as the first process of a machine, otherwise unless torchrun ends this one before."""
     if isinstance(error, KeyboardInterrupt) and not world.first:
         return
     if not world.first:
@@ -62,7 +62,7 @@ def _say(world: World, error: BaseException, text: str) -> None:
 
 
 class _ErrorFile(ErrorHandler):
-    """Writes for torchrun's report what the user is to read, without the traceback: the log has that."""
+    """Writes the message for torchrun's report, without the traceback: the log has that."""
 
     def __init__(self, describe: Describe) -> None:
         self._describe = describe

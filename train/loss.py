@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from quant.common.errors import NibbleError
 from quant.products import product_dtype, without_autocast
-
-IGNORED = -100  # a position without loss, the value that torch.nn.functional.cross_entropy ignores too
+from train.data import IGNORED
 
 # Float32 bytes of one chunk of logits. On a CPU it should stay near the caches; a GPU needs more columns to be busy.
 CPU_CHUNK_BYTES = 16 * 2**20

@@ -83,7 +83,7 @@ def _check_stored(source: ModelFolder, spec: StorageSpec, dtype: torch.dtype) ->
 
 
 def content_fingerprint(source: ModelFolder) -> str:
-    """What identifies the base model, wherever it lies: a converted copy has the fingerprint of its source.
+    """What identifies the base model, whatever its folder: a converted copy has the fingerprint of its source.
 
     Raises NibbleError for a checkpoint of which files are missing or damaged.
     """
@@ -165,29 +165,29 @@ def trained_tensors(shards: Shards) -> dict[str, Tensor]:
 
 
 def attach_balance(model: CausalLM, config: Config, source: ModelFolder) -> None:
-    """Let `model` balance its experts as train.balance says. Raises NibbleError where that doesn't fit the model."""
+    """Let `model` balance its experts as train.balance asks. Raises NibbleError where that doesn't fit the model."""
     method = config.train.balance
     if method == "none":
         return
     routers = [module for module in model.modules() if isinstance(module, Router)]
     biased = any(isinstance(router, SigmoidRouter) for router in routers)
-    said, name = f"train.balance: {method}", model.model_type
+    setting, name = f"train.balance: {method}", model.model_type
     if not routers:
-        raise NibbleError(f"{said}, but no layer of this {name} has experts.\nSet train.balance: none.")
+        raise NibbleError(f"{setting}, but no layer of this {name} has experts.\nSet train.balance: none.")
     if method == "aux_loss" and biased:
         full = "" if config.adapter.kind == "none" else " with adapter.kind: none"
         raise NibbleError(
-            f"{said} is for softmax routers; those of {name} are sigmoid routers, balanced by their bias.\n"
+            f"{setting} is for softmax routers; those of {name} are sigmoid routers, balanced by their bias.\n"
             f"Set train.balance: bias_update{full}, or none."
         )
     if method == "bias_update" and not biased:
         raise NibbleError(
-            f"{said} is for sigmoid routers; those of {name} are softmax routers, without a bias to update.\n"
+            f"{setting} is for sigmoid routers; those of {name} are softmax routers, without a bias to update.\n"
             "Set train.balance: aux_loss, or none."
         )
     if not any(parameter.requires_grad for router in routers for parameter in router.parameters()):
         raise NibbleError(
-            f"{said}, but no router is trained: adapter.targets has none ({', '.join(config.adapter.targets)}).\n"
+            f"{setting}, but no router is trained: adapter.targets has none ({', '.join(config.adapter.targets)}).\n"
             "Add router to adapter.targets, or set train.balance: none."
         )
     kind = AuxiliaryLoss if method == "aux_loss" else BiasUpdate

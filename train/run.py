@@ -1,6 +1,6 @@
 """One run, from a checked config to an adapter (or a model), metrics and a summary.
 
-What lies in its folder: train/state/run_folder.py. Going on from a checkpoint: train/state/resume.py.
+The files of its folder: train/state/run_folder.py. Resuming from a checkpoint: train/state/resume.py.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from train.config.load import Config, dump_config
 from train.data.load import load_data
 from train.loop import Loop, Progress
 from train.model import check_model, content_fingerprint, load_trainable_model, trained_tensors
-from train.optim import build_optimizer, optimizer_state
+from train.optim import build_optimizer
 from train.output.metrics import MetricsLog, read_metrics
 from train.output.overview import data_text, model_text, plan_text, summary_text
 from train.output.plots import loss_curve
 from train.output.report import Report, log_path
 from train.signals import StopOnSignal
 from train.state.fingerprint import resume_fingerprint, run_identity
+from train.state.optimizer_state import optimizer_state
 from train.state.resume import (
     find_checkpoint,
     finished_result,
@@ -49,7 +50,7 @@ from train.state.saver import CheckpointSaver
 
 
 def run(config: Config, config_path: Path | None = None, world: World = ALONE) -> int:
-    """Carry out the run of `config`; returns the exit code, 0. Raises NibbleError for what the user can mend.
+    """Carry out the run of `config`; returns the exit code, 0. Raises NibbleError for what the user can fix.
 
     `config_path` is the file that it was read from, for messages. All processes of `world` call this with the same
     config.

@@ -15,7 +15,7 @@ class StopOnSignal:
     """While this context is open, SIGINT, SIGTERM or SIGHUP (the terminal was closed) sets `requested`; a second SIGINT
     raises KeyboardInterrupt at once. A SIGHUP that is ignored, as under nohup, stays ignored.
 
-    quiet: say nothing of it; of several processes, which a launcher signals all, one speaks. launched: by torchrun,
+    quiet: print nothing; of several processes, all of which a launcher signals, one prints. launched: by torchrun,
     which passes a second SIGINT on as SIGTERM. The handlers that were there before are put back on leaving. Outside the
     main thread Python allows no handlers: there the context does nothing and `requested` stays False.
     """

@@ -23,7 +23,7 @@ from models.checkpoint.stream import is_carried, layout_of, sum_up
 from models.checkpoint.tensorfile import DTYPES, TensorWriter, tensor_bytes
 from models.decoder import CausalLM
 from quant.common.errors import NibbleError
-from quant.common.files import write_atomically
+from quant.common.files import PARTIAL, write_atomically
 from quant.storage import DenseStorage, Storage
 
 log = logging.getLogger("nibble")
@@ -96,7 +96,7 @@ def export_hub(
         return directory
     if directory.exists() and not (overwrite and (directory / CONFIG).is_file()):
         raise NibbleError(f"{directory} exists already. Name a folder that doesn't.")
-    partial = directory.with_name(directory.name + ".partial")
+    partial = directory.with_name(directory.name + PARTIAL)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)

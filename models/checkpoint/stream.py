@@ -21,7 +21,7 @@ from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.keymap import HEAD, Key, KeyMap
 from models.checkpoint.layout import PREFIXES, Layout
 from quant.common.errors import NibbleError
-from quant.common.words import gib, some
+from quant.common.words import format_bytes, some
 from quant.kinds import quantise
 from quant.storage import all_finite
 
@@ -87,7 +87,7 @@ class HubReader:
             yield Piece(key, expert, {native: tensor.unsqueeze(0) for native, tensor in tensors.items()})
 
     def left_out(self) -> str:
-        """The carried tensors in one line: "model.visual.* (333 tensors, 0.85 GiB), mtp.* (785 tensors, 1.58 GiB)"."""
+        """The carried tensors in one line: "model.visual.* (21 tensors, 136.38 KiB), mtp.* (8 tensors, 240 B)"."""
         return sum_up(self.carried, self.checkpoint)
 
     def dense(self, key: Key, expert: int) -> Tensor:
@@ -209,7 +209,7 @@ def sum_up(carried: Sequence[str], checkpoint: HubCheckpoint | None = None) -> s
     lines = []
     for names in parts.values():
         count = f"{len(names)} tensor{'s'[: len(names) != 1]}"
-        size = f", {gib(checkpoint.nbytes_of(names))}" if checkpoint is not None else ""
+        size = f", {format_bytes(checkpoint.nbytes_of(names))}" if checkpoint is not None else ""
         lines.append(f"{_common(names)} ({count}{size})")
     return some(lines)
 

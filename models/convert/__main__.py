@@ -96,7 +96,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from models.checkpoint.native import describe, verify
-    from quant.common.words import gib
+    from quant.common.words import format_bytes
 
     folder = Path(arguments.verify)
     done = 0
@@ -114,15 +114,15 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(json.dumps({"destination": str(folder), "files": len(manifest.files), "bytes": size, "verified": True}))
     else:
         stored = describe(manifest.spec, manifest.dtype)
-        print(f"{folder}: {len(manifest.files)} files, {gib(size)} ({stored}): all checksums match")
+        print(f"{folder}: {len(manifest.files)} files, {format_bytes(size)} ({stored}): all checksums match")
     return 0
 
 
 def _as_text(summary: Summary) -> str:
     from models.checkpoint.stream import LEFT_OUT
-    from quant.common.words import gib
+    from quant.common.words import format_bytes
 
-    sizes = f"{gib(summary.source_bytes)} → {gib(summary.bytes)} ({summary.stored})"
+    sizes = f"{format_bytes(summary.source_bytes)} → {format_bytes(summary.bytes)} ({summary.stored})"
     if summary.kept == summary.files:
         first = f"{summary.destination}: all is done already, {summary.files} files, {sizes}"
     else:

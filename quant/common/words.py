@@ -10,11 +10,6 @@ from collections.abc import Sequence
 _HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
 
 
-def gib(nbytes: int) -> str:
-    """12.34 GiB, or MiB where that would be 0.0."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.2f} MiB"
-
-
 def some(names: list[str], limit: int = 5) -> str:
     """The first few names, and how many more."""
     shown = ", ".join(names[:limit])

@@ -18,8 +18,9 @@ from parallel.mesh import MeshSizes, make_meshes
 from parallel.parts import Part, bounds
 from parallel.world import World
 from quant.common.errors import NibbleError
-from train.optim import NonFiniteError, OptimizerState, build_optimizer, clip_gradients, optimizer_state
+from train.optim import NonFiniteError, build_optimizer, clip_gradients
 from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
+from train.state.optimizer_state import OptimizerState, optimizer_state
 from train.state.saver import CheckpointSaver
 
 # Name: shape and the dimension that is cut. Above and below the 4096 values from which 8-bit states are kept.
@@ -160,14 +161,14 @@ def resume(world: World, folder: str, names: list[str]) -> dict[str, dict[str, A
         fresh, run = (wipe(cut_run(optimizer, world)) for _ in range(2))
         for each in (fresh, run):
             checkpoint.load_tensors(each.parameters.items(), each.parts)
-        anew = checkpoint.load_optimizer(run.optimizer, run.parts)
+        reset = checkpoint.load_optimizer(run.optimizer, run.parts)
         read = run.differences(whole_run(optimizer).steps(range(3)))
         assert name.startswith("alone") or all(value == 0 for key, value in read.items() if key in ALIGNED), read
         expected = whole_run(optimizer).steps(range(3 + LATER))
         for each in (fresh, run):
             each.steps(range(3, 3 + LATER))
         same = [key for key, tensor in run.parameters.items() if tensor.numel() and tensor.equal(fresh.parameters[key])]
-        result[name] = {"anew": anew, "as_fresh": same, "later": run.differences(expected)}
+        result[name] = {"reset": reset, "as_fresh": same, "later": run.differences(expected)}
     return result
 
 

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_exchange.py do: each compares its part with the block of one process.
+"""What the processes of tests/parallel/test_exchange.py do: each compares its part with the block of one process.
 
 Every process makes the same inputs for all of them from a seed, and the one-process block computes them all.
 """

@@ -12,10 +12,10 @@ import torch
 import models.checkpoint.tensorfile
 from benchmarks.distributed_process import held_bytes, largest_tensor, living_bytes
 from benchmarks.documents import one_document
-from benchmarks.measure import resident_bytes
+from benchmarks.measure import reset_peak_memory, resident_bytes
 from benchmarks.traffic import planned_gathers, record
 from models.load import open_folder
-from parallel.device import peak_memory_bytes, reset_peak_memory
+from parallel.device import peak_memory_bytes
 from parallel.mesh import Meshes, make_meshes, mesh_sizes
 from parallel.shards import Shards
 from parallel.world import World

@@ -1,4 +1,4 @@
-"""What a run shows of a model of which this process holds a part. Run by tests/test_overview.py."""
+"""What a run shows of a model of which this process holds a part. Run by tests/train/output/test_overview.py."""
 
 from __future__ import annotations
 

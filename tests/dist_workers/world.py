@@ -1,4 +1,4 @@
-"""What the processes of tests/test_world.py do."""
+"""What the processes of tests/parallel/test_world.py do."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def waits(world: World) -> list[Any]:
 
     if late:
         store.wait(["told by 0"])
-    world.wait(note, "read the rows", news_after=0.1)
+    world.wait(note, "read the rows", log_every=0.1)
     group = dist.new_group()
     with collectives_within(0.1, [group]):
         found = True if late else fails(group)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.device import choose_device, device_name, peak_memory_bytes, reset_peak_memory, synchronise
+from benchmarks.measure import reset_peak_memory
+from parallel.device import choose_device, device_name, peak_memory_bytes
 from quant.common.errors import NibbleError
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without CUDA")
@@ -64,7 +65,3 @@ def test_peak_memory_sees_an_allocation() -> None:
     assert size * 0.9 < peak_memory_bytes(device) - before < size * 1.5
     assert reset_peak_memory(device)
     assert peak_memory_bytes(device) - before < size * 0.5
-
-
-def test_synchronise_on_the_cpu_returns() -> None:
-    synchronise(torch.device("cpu"))

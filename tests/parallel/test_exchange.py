@@ -60,7 +60,7 @@ def test_own_refuses_what_it_cannot_do() -> None:
 
 def test_experts_must_be_dealt_out_evenly() -> None:
     group: Any = SimpleNamespace(size=lambda: 4)
-    with pytest.raises(ValueError, match="6 experts can't be dealt out evenly to 4 processes"):
+    with pytest.raises(ValueError, match="6 experts can't be distributed evenly over 4 processes"):
         ExpertExchange(group, 6)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,9 +12,7 @@ from safetensors.torch import load_file
 from models.blocks.balance import AuxiliaryLoss, BiasUpdate
 from models.load import load_model
 from parallel.shards import Shards
-from parallel.share import share_arrays
-from parallel.world import World
-from tests.dist_workers.share import CPU, RATE, arrays, configured, described, read
+from tests.dist_workers.share import CPU, RATE, configured, described, read
 from tests.helpers import assert_close
 from tests.processes import run_processes
 from tests.run_helpers import messages, questions, write_tokenizer
@@ -48,24 +45,6 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return made
 
 
-def test_arrays_arrive_as_they_were(results: list[dict[str, Any]]) -> None:
-    expected = [[str(array.dtype), array.tolist()] for array in arrays()]
-    assert [result["arrays"] for result in results] == [expected] * 2
-
-
-def test_a_world_of_one_keeps_its_arrays() -> None:
-    given = arrays()
-    assert all(ours is theirs for ours, theirs in zip(share_arrays(World(), given), given, strict=True))
-
-
-def test_what_cannot_be_shared() -> None:
-    for wrong in (None, [np.zeros((2, 2))], [np.zeros(2, np.float16)], [np.array(["text"])]):
-        with pytest.raises(ValueError, match="arrays of one dimension, of bool, uint8, int32, int64 or floats"):
-            share_arrays(World(), wrong)
-    with pytest.raises(ValueError, match="only process 0 has arrays to share"):
-        share_arrays(World(1, 2), arrays())
-
-
 @pytest.mark.parametrize("held_out", ["fraction", "given"])
 def test_every_process_has_its_share_of_the_rows_of_one(
     folder: Path, results: list[dict[str, Any]], held_out: str, tmp_path: Path
@@ -87,9 +66,9 @@ def test_every_process_has_its_share_of_the_rows_of_one(
 def test_one_process_reports_and_writes(results: list[dict[str, Any]]) -> None:
     first, second = results
     assert (first["fraction"]["reports"], first["given"]["reports"]) == ([81], [81, 30])
-    assert (first["given"]["skipped"], first["files"]) == (1, ["log", "skipped.jsonl"])
+    assert (first["given"]["skipped"], first["files"]) == (1, ["log-0", "log-1", "skipped.jsonl"])
     assert second["fraction"]["reports"] == second["given"]["reports"] == []
-    assert (second["given"]["skipped"], second["files"]) == (0, ["log"])
+    assert (second["given"]["skipped"], second["files"]) == (0, first["files"])
 
 
 @pytest.mark.parametrize(

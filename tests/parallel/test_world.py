@@ -169,7 +169,7 @@ def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch, rank: int):
 
 def test_a_process_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "_START", timedelta(0))
-    with pytest.raises(TimeoutError, match="rank 1 did not come"):
+    with pytest.raises(TimeoutError, match="rank 1 did not connect"):
         module._common_prefix(dist.HashStore(), World(0, 2))
 
 

@@ -88,11 +88,11 @@ def test_8_bit_states_start_anew_on_another_number_of_processes(world: World, tm
     for steps, processes in ((2, 2), (3, 2), (4, 1)):
         done = in_processes(settings(world, tmp_path / "out", **changes, train__max_steps=steps), processes)
         assert done.returncode == 0, done.stderr
-        said[steps] = [line for line in done.stderr.splitlines() if "starts anew" in line]
+        said[steps] = [line for line in done.stderr.splitlines() if "is reset to zero" in line]
     assert said[2] == said[3] == []
     assert len(said[4]) == 1
     assert re.fullmatch(
-        r"the 8-bit optimiser state of \d+ tensors starts anew: here it is cut into other parts than in the "
+        r"the 8-bit optimiser state of \d+ tensors is reset to zero: here it is cut into other parts than in the "
         r"checkpoint, and blocks of 8-bit values can't be cut again",
         said[4][0],
     )

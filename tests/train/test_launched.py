@@ -14,12 +14,13 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from parallel.world import ProcessLostError, World
 from quant.common.errors import NibbleError
+from train import __main__ as train_command
 from train import launched
 from train.__main__ import describe
 from train.launched import run_launched
 
 BROKEN = NibbleError("data.train: row 7 is broken.\nMend it.")
-LOST = ProcessLostError("another process doesn't answer any more: Connection closed")
+LOST = ProcessLostError("lost contact with another process: Connection closed")
 FIRST, NEIGHBOUR = World(0, 16, 0, 2), World(1, 16, 1, 2)
 ELSEWHERE, ITS_NEIGHBOUR = World(8, 16, 0, 2), World(9, 16, 1, 2)
 
@@ -97,6 +98,34 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_the_place_of_its_traceback
     left = leave(FIRST, ZeroDivisionError("division by zero"), monkeypatch, capsys, log)
     wanted = f"error: ZeroDivisionError: division by zero\n       The traceback is in {log}.\n"
     assert left == Left(1, None, wanted)
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_only_a_log_that_this_run_has_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, logged: bool
+) -> None:
+    log, config = tmp_path / "run.log", tmp_path / "config.yaml"
+    log.write_text("of an earlier run\n")
+    config.write_text(f"{{model: {{path: x}}, data: {{train: x}}, output: {{dir: {tmp_path}}}}}")
+
+    def fail(*arguments: Any) -> NoReturn:
+        if logged:
+            with log.open("a") as file:
+                file.write("of this one\n")
+        raise ZeroDivisionError("division by zero")
+
+    def exit_now(code: int) -> NoReturn:
+        raise Exit(code)
+
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {**variables, "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train_command, "carry_out", fail)
+    monkeypatch.setattr(os, "_exit", exit_now)
+    with pytest.raises(Exit):
+        train_command.main(["--config", str(config)])
+    shown = capsys.readouterr().err
+    assert (f"The traceback is in {log}." in shown, "Traceback" in shown) == (logged, not logged)
 
 
 def test_the_report_of_torchrun_has_the_message_without_a_traceback(

@@ -12,13 +12,11 @@ from quant.common.errors import NibbleError
 from train.optim import (
     NAMES,
     NonFiniteError,
-    OptimizerState,
     build_optimizer,
     check_loss,
     clip_gradients,
-    load_optimizer_state,
-    optimizer_state,
 )
+from train.state.optimizer_state import OptimizerState, load_optimizer_state, optimizer_state
 
 SHAPES = {"stack.A": (3, 16, 100), "matrix.A": (64, 72), "small.A": (8, 12), "norm.weight": (100,)}
 
@@ -321,7 +319,7 @@ def test_state_of_another_optimiser() -> None:
         load_optimizer_state(build_optimizer("adamw_8bit", make_parameters().items(), 0.01), saved_after_one_step())
     assert str(caught.value) == (
         "the checkpoint's optimiser is torch.AdamW, this run's is bitsandbytes.AdamW8bit.\n"
-        "Set train.optimizer (and the trained dtype) as they were, or start anew in another output.dir."
+        "Set train.optimizer (and the trained dtype) as they were, or start a new run in another output.dir."
     )
 
 
@@ -332,7 +330,7 @@ def test_state_of_a_parameter_that_is_not_trained() -> None:
         load_optimizer_state(build_optimizer("adamw", parameters.items(), 0.01), saved_after_one_step())
     assert str(caught.value) == (
         "the checkpoint holds optimiser state of 1 parameter that this run doesn't train, such as small.A.\n"
-        "Train the same parameters, or start anew in another output.dir."
+        "Train the same parameters, or start a new run in another output.dir."
     )
 
 
@@ -346,7 +344,7 @@ def test_state_of_another_shape(name: str, first: str) -> None:
     assert str(caught.value) == (
         "the checkpoint's optimiser state of matrix.A doesn't fit:"
         f" {first} is [64, 72] {dtype}, here [32, 144] {dtype}.\n"
-        "Train the same parameters in the same dtype, or start anew in another output.dir."
+        "Train the same parameters in the same dtype, or start a new run in another output.dir."
     )
 
 

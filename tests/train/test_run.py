@@ -341,7 +341,8 @@ def test_adapter_init_from_goes_on_where_the_first_ended(world: World, tmp_path:
 # --- the configs that come with the project
 
 
-# This world's model is GLM-4.7-Flash's; the configs of the others are run by tests/test_configs.py and test_demo.py.
+# This world's model is GLM-4.7-Flash's; the configs of the others are run by tests/train/config/test_configs.py and
+# tests/train/demo/test_demo.py.
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("glm47_*.yaml")), ids=lambda path: path.stem)
 def test_configs_run_at_a_tiny_size(
     path: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,5 @@
-"""The config of a run: its keys, what may be combined, YAML in and out, and what is said when it is wrong.
+"""The config of a run: its keys, what may be combined, YAML in and out, and messages for what is wrong.
 
-Imports quant.common and models.blocks.groups, and no torch. `load` is what others call; below it lie `rules` and
-`errors`, then `sections`, `schema` and `yaml_text`.
+Imports quant.common and models.blocks.groups, and no torch. `load` is what others call; it imports `rules` and
+`errors`, and these `sections`, `schema` and `yaml_text`.
 """

@@ -16,7 +16,7 @@ _HINTS: dict[tuple[KeyPath, Any], str] = {
 
 
 def problems_of(error: ValidationError, document: Document, schema: Schema) -> list[Problem]:
-    """One Problem for each mistake that `error` tells of (a union reports one for each of its branches)."""
+    """One Problem for each mistake that `error` reports (a union reports one for each of its branches)."""
     found: list[Problem] = []
     wrong: list[KeyPath] = []
     for item in error.errors(include_url=False, include_input=False):
@@ -34,7 +34,7 @@ def problems_of(error: ValidationError, document: Document, schema: Schema) -> l
             found += [Problem(Place(0, 0, document.name), text) for text in missing]
         else:
             wrong.append(_path_in_values(location, document.values))
-    # Of one key's errors the innermost say most: {experts: x} is not "not an integer" but has a wrong value inside.
+    # Of one key's errors the innermost is most exact: {experts: x} has a wrong value inside, not "is not an integer".
     for path in dict.fromkeys(wrong):
         if not any(other[: len(path)] == path and len(other) > len(path) for other in wrong):
             found.append(Problem(document.place(path), _wrong_value(path, document, schema)))
@@ -42,7 +42,7 @@ def problems_of(error: ValidationError, document: Document, schema: Schema) -> l
 
 
 def _missing(location: KeyPath, schema: Schema) -> list[str]:
-    """What is said of the missing key, or of all that a missing section must have."""
+    """A line for the missing key, or for each key that a missing section must have."""
     where = dotted(location)
     entries = keys(schema)
     return [

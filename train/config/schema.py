@@ -1,4 +1,4 @@
-"""What the config's JSON schema says, in words: the key list of `--help` and the "wanted …" of an error."""
+"""The config's JSON schema in words: the key list of `--help` and the "wanted …" of an error."""
 
 from __future__ import annotations
 

@@ -162,8 +162,8 @@ class TrainConfig(Section):
     gradient_accumulation: Annotated[int, Field(ge=1)] = Field(
         default=4,
         description="Micro-batches in one optimiser step. The step's batch is train.micro_batch_size × this many "
-        "sequences in all, dealt out over the processes, whatever their number: more processes make fewer passes each "
-        "for the same step.",
+        "sequences in all, distributed over the processes, whatever their number: more processes make fewer passes "
+        "each for the same step.",
     )
     epochs: Annotated[int, Field(ge=1)] = Field(
         default=1, description="Passes over the training rows. Not used when train.max_steps is given."
@@ -241,7 +241,7 @@ class TrainConfig(Section):
     resume: PathText = Field(
         default="auto",
         json_schema_extra={"x-wanted": "auto, never or the folder of a checkpoint"},
-        description="auto: continue from the newest checkpoint in output.dir where there is one. never: start anew, "
+        description="auto: continue from the newest checkpoint in output.dir if there is one. never: start at step 0; "
         "refused while output.dir holds checkpoints. Otherwise the folder of the checkpoint to continue from (a folder "
         "named auto or never: ./auto, ./never).",
     )
@@ -263,7 +263,7 @@ class ParallelConfig(Section):
     )
     expert: Annotated[int, Field(ge=1)] = Field(
         default=1,
-        description="In how many ranges the experts are dealt out (expert parallelism): a process computes its own "
+        description="In how many ranges the experts are distributed (expert parallelism): a process computes its own "
         "range only, and tokens travel to it. Above 1 where gathering the experts' weights takes longer than sending "
         "the tokens. Must divide the model's number of experts.",
     )

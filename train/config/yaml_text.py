@@ -1,7 +1,7 @@
 """YAML in and out: plain values that remember the line they came from, and `--set` overrides laid over them.
 
 PyYAML parses and quotes. Done here is what it would do worse for a user, and ruamel.yaml in its place too:
-- Places. ruamel.yaml stops at the first duplicate key and doesn't say where the key stood before.
+- Places. ruamel.yaml stops at the first duplicate key and doesn't report where the key was before.
 - Scalars, which follow the YAML 1.2 core schema. PyYAML reads `2e-4` as text, `no` as false, `010` as 8 and `1:30` as
   90 (YAML 1.1); ruamel.yaml reads `1_000` as a number and `2024-01-01` as a date.
 - Writing, for readers of YAML 1.1 and 1.2 alike. Both turn U+0085 into a space; PyYAML writes the text `2e-4`, and
@@ -66,7 +66,7 @@ class Document:
         return Place(0, 0, self.name)
 
     def override(self, path: KeyPath, value: Any, place: Place) -> None:
-        """Put `value` at `path`; everything that stood there is gone. The parents must be mappings or absent."""
+        """Put `value` at `path`; it replaces everything there. The parents must be mappings or absent."""
         target = self.values
         for part in path[:-1]:
             if target.get(part) is None:
@@ -89,7 +89,7 @@ def plain_scalar(text: str) -> str | int | float | bool | None:
         return None
     if text in _BOOL:
         return _BOOL[text]
-    # Python refuses to read integers of thousands of digits; as a number with a point they are too large, and said so.
+    # Python refuses to read integers of thousands of digits; as a float they are too large, which the schema reports.
     if _INT.fullmatch(text) and len(text) < 1000:
         return int(text)
     if _HEX_OR_OCTAL.fullmatch(text):
@@ -115,8 +115,8 @@ def read_text(text: str, name: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
-        said = "; ".join(part for part in (error.context, error.problem) if part)
-        raise NibbleError(f"{where}: not valid YAML: {said}") from error
+        reason = "; ".join(part for part in (error.context, error.problem) if part)
+        raise NibbleError(f"{where}: not valid YAML: {reason}") from error
     except yaml.YAMLError as error:
         raise NibbleError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
     except RecursionError as error:

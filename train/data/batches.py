@@ -1,6 +1,6 @@
-"""Packed sequences to the batches of an optimiser step, in an order that can be taken up again exactly.
+"""Packed sequences to the batches of an optimiser step, in an order that can be resumed exactly.
 
-With several processes a step's sequences are those of one process, dealt out: its count sequences are cut into
+With several processes a step's sequences are those of one process, distributed: its count sequences are cut into
 micro-batches of min(micro_batch_size, ⌈count / ranks⌉), and micro-batch i goes to process i mod ranks. Where
 gradient_accumulation is a multiple of the processes, these are one process's micro-batches; a step at the end of an
 epoch with fewer than micro_batch_size × ranks sequences has smaller ones, which spread over more processes.
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from models.blocks.documents import Documents
 from quant.common.errors import NibbleError
+from train.data import IGNORED
 from train.data.examples import Examples
 from train.data.packing import Packing, shuffled
-from train.loss import IGNORED
 
 MULTIPLE = 64  # flat batches are padded to a multiple of this
 _ORDER = 3  # keeps this shuffle apart from the others made with the same seed
@@ -131,8 +131,8 @@ class StepBatches:
     def __next__(self) -> list[Batch]:
         """The next step; never ends: the caller counts steps."""
         chosen = self._order[self.position : self.position + self._per_step]
-        dealt = _dealt(len(chosen), self._micro_batch_size, self._rank, self._ranks)
-        step = [_sequences(self._examples, self._packing, chosen[part.start : part.stop]) for part in dealt]
+        shares = _share(len(chosen), self._micro_batch_size, self._rank, self._ranks)
+        step = [_sequences(self._examples, self._packing, chosen[part.start : part.stop]) for part in shares]
         self.position += len(chosen)
         if self.position >= len(self._packing):
             self.epoch, self.position = self.epoch + 1, 0
@@ -161,13 +161,13 @@ class StepBatches:
         if state["seed"] != self._seed:
             raise NibbleError(
                 f"train.seed is {self._seed}, but the checkpoint was written with {state['seed']}.\n"
-                "Use the same seed, or start anew in another output.dir."
+                "Use the same seed, or start a new run in another output.dir."
             )
         if state["sequences"] != len(self._packing) or state["data"] != self._data():
             raise NibbleError(
                 f"the training rows are not those of the checkpoint ({state['sequences']:,} packed sequences there, "
                 f"{len(self._packing):,} here,\nor other tokens): a file, the tokenizer, its template or a data.* key "
-                "has changed.\nRestore them, or start anew in another output.dir."
+                "has changed.\nRestore them, or start a new run in another output.dir."
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._order = self._epoch_order()
@@ -188,7 +188,7 @@ class EvalBatches:
         self, examples: Examples, packing: Packing, *, micro_batch_size: int, rank: int = 0, ranks: int = 1
     ) -> None:
         self._examples, self._packing = examples, packing
-        self._dealt = _dealt(len(packing), micro_batch_size, rank, ranks)
+        self._shares = _share(len(packing), micro_batch_size, rank, ranks)
         self._fingerprint: str | None = None
 
     def fingerprint(self) -> str:
@@ -198,13 +198,13 @@ class EvalBatches:
         return self._fingerprint
 
     def __len__(self) -> int:
-        return len(self._dealt)
+        return len(self._shares)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (_sequences(self._examples, self._packing, part) for part in self._dealt)
+        return (_sequences(self._examples, self._packing, part) for part in self._shares)
 
 
-def _dealt(count: int, micro_batch_size: int, rank: int, ranks: int) -> list[range]:
+def _share(count: int, micro_batch_size: int, rank: int, ranks: int) -> list[range]:
     """Which of `count` sequences process `rank` takes, a range per micro-batch; as many ranges on every process."""
     size = max(1, min(micro_batch_size, -(-count // ranks)))
     passes = -(-count // (size * ranks))

@@ -55,7 +55,7 @@ class Rendering:
     """A conversation, or its beginning, as text.
 
     spans: character ranges [start, end) that carry loss, in order, one per trained turn.
-    next_role: who speaks after the last turn: as the conversation says, else "tool" after tool calls and "user".
+    next_role: the role after the last turn: the conversation's, else "tool" after tool calls and "user".
     """
 
     text: str
@@ -79,7 +79,7 @@ class ChatTemplate:
 
     source: Jinja text. tool_source: the template to use when a row has tools, if the checkpoint has one.
     special_tokens: {"bos_token": …, "eos_token": …}, variables of the template.
-    now: what `strftime_now` tells; None is the moment of the call.
+    now: what `strftime_now` formats; None is the moment of the call.
     Raises NibbleError (naming `where`) when a template isn't valid Jinja.
     """
 
@@ -175,7 +175,7 @@ class ChatTemplate:
             return _common(self.render([*before, other], tools), rendered)
 
     def closing(self) -> str:
-        """The text that the template writes after what an assistant says, to end the turn; "" if nothing."""
+        """The text that the template writes after an assistant's text, to end the turn; "" if nothing."""
         try:
             text = self.render([*_PROBE])
         except RenderError:
@@ -183,7 +183,7 @@ class ChatTemplate:
         return text.rpartition(_ANSWER)[2]
 
     def following(self, role: str) -> str:
-        """The text that the template writes after an assistant's turn when `role` speaks next; "" if it can't tell.
+        """The text that the template writes after an assistant's turn when `role` is next; "" if that can't be found.
 
         Some templates write no end-of-turn token: in GLM's a turn ends where `<|user|>` or `<|observation|>` begins,
         and generation stops at these. This is how one finds out which.

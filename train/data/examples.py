@@ -1,7 +1,7 @@
 """Rows to tokenised examples: ids, and for every token whether it carries loss.
 
 What carries loss
-    messages           the assistant's turns (train.data.chat says which characters these are)
+    messages           the assistant's turns (train.data.chat finds the characters)
     prompt_completion  the completion. With a chat template the two are a user's and an assistant's message;
                        without one, prompt + completion are joined as they are
     text               everything
@@ -24,9 +24,8 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -103,26 +102,19 @@ class Examples:
 class DataReport:
     """What became of the rows.
 
-    rows: read, usable or not. examples, tokens, labelled: made of the usable ones. skipped: rows by reason.
-    cut: examples cut to sequence_length. split: texts longer than sequence_length, made into several examples. lost:
-    examples of usable rows dropped because nothing to learn was left after cutting. longest: tokens of the longest
-    example before cutting or splitting.
+    rows: read, usable or not. cut: examples cut to sequence_length. split: texts longer than sequence_length, made into
+    several examples. lost: examples of usable rows dropped because nothing to learn was left after cutting.
     """
 
     rows: int
-    examples: int
-    tokens: int
-    labelled: int
-    longest: int
     cut: int
     split: int
     lost: int
-    skipped: dict[str, int] = field(default_factory=dict)
-    skipped_rows: list[SkippedRow] = field(default_factory=list, repr=False)
+    skipped_rows: list[SkippedRow]
 
 
 def build_examples(
-    files: str | Path | Sequence[str | Path],
+    file: str | Path,
     *,
     form: Format,
     tokenizer: Tokenizer,
@@ -134,18 +126,18 @@ def build_examples(
     warn: Callable[[str], None] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Examples, DataReport]:
-    """Read, check and tokenise all rows of `files`; the same files give the same arrays.
+    """Read, check and tokenise all rows of `file`; the same file gives the same arrays.
 
     An example longer than sequence_length is cut to it if something to learn is left, else dropped; a text is split.
     warn: receives one line for a bad or cut row (see RowLog). progress: receives the share done, 0 to 1.
-    Raises NibbleError for files that can't be read, for the first bad row with on_bad_row "error", and when no row
+    Raises NibbleError for a file that can't be read, for the first bad row with on_bad_row "error", and when no row
     is usable, and for messages when there is no template.
     """
     if form == "messages" and template is None:
         raise missing_template(tokenizer.where)
     builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn), splits=form == "text")
     pending: list[_Piece] = []
-    for row in read_rows(files, form=form, fields=fields, key=key):
+    for row in read_rows(file, form=form, fields=fields, key=key):
         builder.rows += 1
         try:
             if row.problem is not None:
@@ -162,7 +154,7 @@ def build_examples(
     builder.add(pending)
     if progress is not None:
         progress(1.0)
-    return builder.finish(key, files)
+    return builder.finish(key, file)
 
 
 def split_examples(examples: Examples, eval_fraction: float, seed: int) -> tuple[Examples, Examples]:
@@ -236,7 +228,7 @@ class _Builder:
     ):
         self.tokenizer, self.template, self.sequence_length, self.log = tokenizer, template, sequence_length, log
         self.splits = splits
-        self.rows = self.longest = self.cut = self.split = self.lost = 0
+        self.rows = self.cut = self.split = self.lost = 0
         self._ids: list[NDArray[np.int32]] = []
         self._masks: list[NDArray[np.bool_]] = []
         self._rows: list[int] = []
@@ -298,7 +290,6 @@ class _Builder:
         limit, row, kept = self.sequence_length, piece.row, 0
         longest = max(len(ids) for ids, _ in examples)
         for ids, mask in examples:
-            self.longest = max(self.longest, len(ids))
             mask[:1] = False
             if not (mask if self.splits else mask[:limit]).any():
                 continue
@@ -330,15 +321,14 @@ class _Builder:
         else:
             self.log.bad(row, BadRow("nothing_to_learn", "no token is left to learn"))
 
-    def finish(self, key: str, files: str | Path | Sequence[str | Path]) -> tuple[Examples, DataReport]:
-        names = str(files) if isinstance(files, str | Path) else ", ".join(map(str, files))
+    def finish(self, key: str, file: str | Path) -> tuple[Examples, DataReport]:
         skipped = self.log.skipped
         if not self.rows:
-            raise NibbleError(f"{key}: {names} holds no rows.")
+            raise NibbleError(f"{key}: {file} holds no rows.")
         if not self._ids:
             first = skipped[0]
             raise NibbleError(
-                f"{key}: none of the {self.rows:,} rows of {names} can be used (data.format, data.fields). The first:\n"
+                f"{key}: none of the {self.rows:,} rows of {file} can be used (data.format, data.fields). The first:\n"
                 f"{first.file}:{first.line}: {first.detail}"
             )
         lengths = np.array([len(ids) for ids in self._ids], np.int32)
@@ -350,19 +340,7 @@ class _Builder:
             rows=np.array(self._rows, np.int64),
             labelled=np.array([mask.sum() for mask in self._masks], np.int32),
         )
-        report = DataReport(
-            rows=self.rows,
-            examples=len(examples),
-            tokens=examples.total_tokens,
-            labelled=examples.total_labelled,
-            longest=self.longest,
-            cut=self.cut,
-            split=self.split,
-            lost=self.lost,
-            skipped=dict(Counter(row.reason for row in skipped)),
-            skipped_rows=skipped,
-        )
-        return examples, report
+        return examples, DataReport(self.rows, self.cut, self.split, self.lost, skipped)
 
 
 def _first_token(encoded: Encoded, start: int) -> int:

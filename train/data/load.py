@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
-from parallel.share import Array, share_arrays
+import numpy as np
+
 from parallel.world import ALONE, World
+from quant.common.files import disk_errors
 from quant.common.progress import Bar
 from train.config.load import Config
 from train.data.batches import EvalBatches, StepBatches
@@ -17,6 +19,8 @@ from train.data.examples import DataReport, Examples, build_examples, split_exam
 from train.data.packing import Packing, pack
 from train.data.rows import write_skipped_rows
 from train.data.tokenizer import load_tokenizer
+
+_ARRAYS = [field.name for field in fields(Examples)]
 
 
 @dataclass(frozen=True)
@@ -43,26 +47,35 @@ def load_data(
     """Read, tokenise, split and pack the rows of `config.data` with the tokenizer and template in `folder`.
 
     Rows that could not be used are written to `skipped_path` (which is removed when there are none). `now` is what a
-    chat template that writes the date takes for today; a resumed run passes the day on which it began. `note` is told
-    what a user should know of the rows.
+    chat template that writes the date takes for today; a resumed run passes the day on which it began. `note` gets
+    a line for each problem of a row.
 
-    Of several processes the first reads, writes and reports; the others need neither files nor tokenizer and get its
-    tokens. What is made of these (split, packing, order) each process makes for itself, the same.
+    Of several processes the first reads, writes and reports; the others need neither files nor tokenizer and read its
+    tokens from a file beside `skipped_path`, which all of them see and which is deleted afterwards. What is made of
+    these (split, packing, order) each process makes for itself, the same.
     """
     settings, train = config.data, config.train
     reports: list[DataReport] = []
-    arrays: list[Array] | None = None
+    read: list[Examples] = []
+    shared = skipped_path.with_name(".rows.npz")
     if world.first:
         read, reports = _read(config, folder, note, now)
-        arrays = [array for examples in read for array in _arrays(examples)]
         skipped = [row for one in reports for row in one.skipped_rows]
         skipped_path.unlink(missing_ok=True)
         if skipped:
             write_skipped_rows(skipped_path, skipped)
+        if world.size > 1:
+            with disk_errors(shared):
+                np.savez(shared, *(getattr(examples, name) for examples in read for name in _ARRAYS))
     world.wait(note, "read the rows")
-    shared = share_arrays(world, arrays)
-    number = len(fields(Examples))
-    examples, *others = (Examples(*shared[start : start + number]) for start in range(0, len(shared), number))
+    if not world.first:
+        with np.load(shared) as file:  # of arrays alone: no pickle
+            arrays = [file[name] for name in file.files]
+        read = [Examples(*arrays[i : i + len(_ARRAYS)]) for i in range(0, len(arrays), len(_ARRAYS))]
+    world.wait()
+    if world.first:
+        shared.unlink(missing_ok=True)
+    examples, *others = read
     held_out = others[0] if others else None
     if held_out is None and settings.eval_fraction is not None:
         examples, held_out = split_examples(examples, settings.eval_fraction, train.seed)
@@ -115,7 +128,3 @@ def _read(
     if settings.eval is not None:
         made.append(read(settings.eval, "data.eval"))
     return [examples for examples, _ in made], [rows for _, rows in made]
-
-
-def _arrays(examples: Examples) -> list[Array]:
-    return [getattr(examples, field.name) for field in fields(Examples)]

@@ -66,7 +66,7 @@ def pack(lengths: NDArray[np.int32], sequence_length: int, seed: int = 0, enable
 def _best_fit(lengths: list[int], room: int) -> list[int]:
     """The sequence of each document, for lengths that don't increase.
 
-    `free[r]` holds the sequences with r positions left and bit r of `rooms` tells whether there are any, so the
+    `free[r]` holds the sequences with r positions left and bit r of `rooms` is set when there are any, so the
     smallest sufficient r is one shift and one lowest set bit, whatever the number of sequences.
     """
     smallest = lengths[-1]

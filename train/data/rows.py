@@ -1,4 +1,4 @@
-"""Training rows: read from JSONL or parquet, checked one by one, and what is wrong with them said once each.
+"""Training rows: read from JSONL or parquet, checked one by one, with one problem reported for each.
 
 Three formats (`data.format`), whose fields `data.fields` can map to other names:
 
@@ -6,7 +6,7 @@ Three formats (`data.format`), whose fields `data.fields` can map to other names
     prompt_completion  prompt, completion
     text               text
 
-A message is trained when its role is assistant, unless it says `"train": false` or `"weight": 0`.
+A message is trained when its role is assistant, unless it has `"train": false` or `"weight": 0`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from quant.common.errors import NibbleError
-from train.config.sections import OPTIONAL, REQUIRED, Format
+from train.config.sections import REQUIRED, Format
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # ShareGPT's names.
@@ -29,11 +29,11 @@ _ROLE_ALIASES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it lies in the file.
+    """One row as the file has it.
 
     line: 1-based; in a parquet file the number of the row.
-    values: None when `problem` says why the row can't be read.
-    done: share of all files read so far, 0 to 1, for progress.
+    values: None when `problem` is why the row can't be read.
+    done: share of the file read so far, 0 to 1, for progress.
     """
 
     file: str
@@ -80,7 +80,7 @@ class SkippedRow:
 
 
 class RowLog:
-    """Collects what is wrong with rows, and tells it.
+    """Collects the problems of rows, and reports them.
 
     on_bad_row: "skip" records a bad row; "error" raises NibbleError at the first one.
     warn: receives one line per problem: the first three of each kind, then the 10th, 100th, 1000th …; `skipped`
@@ -96,7 +96,7 @@ class RowLog:
     def bad(self, row: Row, problem: BadRow) -> None:
         place = f"{row.file}:{row.line}: {problem}"
         if self.on_bad_row == "error":
-            raise NibbleError(f"{place} (data.on_bad_row: error).\nMend the row, or set data.on_bad_row: skip.")
+            raise NibbleError(f"{place} (data.on_bad_row: error).\nFix the row, or set data.on_bad_row: skip.")
         self.skipped.append(SkippedRow(row.file, row.line, problem.reason, str(problem)))
         self.note(problem.reason, f"{place}; row skipped (data.on_bad_row: skip)")
 
@@ -114,68 +114,40 @@ def write_skipped_rows(path: str | Path, skipped: Sequence[SkippedRow]) -> None:
             file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 
 
-def check_fields(fields: Mapping[str, str], form: Format) -> None:
-    """Raises NibbleError when `data.fields` maps a name that the format doesn't have."""
-    known = (*REQUIRED[form], *OPTIONAL.get(form, ()))
-    for name in fields:
-        if name not in known:
-            raise NibbleError(
-                f"data.fields.{name}: data.format {form} has no field {name!r}{_did_you_mean(name, known)}; "
-                f"it has {', '.join(known)}."
-            )
+def read_rows(file: str | Path, *, form: Format, fields: Mapping[str, str] | None = None, key: str) -> Iterator[Row]:
+    """The rows of a file, in order, unchecked.
 
-
-def read_rows(
-    files: str | Path | Sequence[str | Path], *, form: Format, fields: Mapping[str, str] | None = None, key: str
-) -> Iterator[Row]:
-    """Rows of one or several files, in order, unchecked.
-
-    fields: {name of the format: name in the file}. key: the config key that names the files, for messages.
+    fields: {name of the format: name in the file}. key: the config key that names the file, for messages.
     Raises NibbleError for a file that is missing, of an unknown kind or unreadable as a whole, before the first row.
     """
-    paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
-    check_fields(fields or {}, form)
-    if not paths:
-        raise NibbleError(f"{key}: no file is named.")
-    for path in paths:
-        if path.is_dir():
-            raise NibbleError(f"{key}: {path} is a folder; name its files (.jsonl, .json or .parquet).")
-        if not path.is_file():
-            raise NibbleError(f"{key}: {path} does not exist (relative to {Path.cwd()}).")
-        if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
-            raise NibbleError(f"{key}: {path} is neither .jsonl, .json (one object per line) nor .parquet.")
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise NibbleError(f"{key}: {path} can't be read: {error.strerror}.") from error
-    return _rows_of(paths, form, fields or {}, key)
+    path, fields = Path(file), fields or {}
+    if path.is_dir():
+        raise NibbleError(f"{key}: {path} is a folder; name its file (.jsonl, .json or .parquet).")
+    if not path.is_file():
+        raise NibbleError(f"{key}: {path} does not exist (relative to {Path.cwd()}).")
+    if path.suffix.lower() not in (".jsonl", ".json", ".parquet"):
+        raise NibbleError(f"{key}: {path} is neither .jsonl, .json (one object per line) nor .parquet.")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise NibbleError(f"{key}: {path} can't be read: {error.strerror}.") from error
+    if path.suffix.lower() != ".parquet":
+        return _read_jsonl(path, key)
+    needed = [fields.get(name, name) for name in REQUIRED[form]]
+    return _read_parquet(path, needed, [fields.get("tools", "tools")] if form == "messages" else [], key)
 
 
-def _rows_of(paths: list[Path], form: Format, fields: Mapping[str, str], key: str) -> Iterator[Row]:
-    sizes = [path.stat().st_size for path in paths]
-    total = max(sum(sizes), 1)
-    before = 0
-    for path, size in zip(paths, sizes, strict=True):
-        if path.suffix.lower() == ".parquet":
-            needed = [fields.get(name, name) for name in REQUIRED[form]]
-            extra = [fields.get("tools", "tools")] if form == "messages" else []
-            rows = _read_parquet(path, needed, extra, before, size, total, key)
-        else:
-            rows = _read_jsonl(path, before, total, key)
-        yield from rows
-        before += size
-
-
-def _read_jsonl(path: Path, before: int, total: int, key: str) -> Iterator[Row]:
+def _read_jsonl(path: Path, key: str) -> Iterator[Row]:
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        position, first = before, True
+        position, first = 0, True
         for number, line in enumerate(file, 1):
             position += len(line)
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
-            row = _parse_line(str(path), number, line, position / total)
+            row = _parse_line(str(path), number, line, position / size)
             if first and row.problem is not None and line.lstrip().startswith(b"["):
                 _check_array(path, file, key)
             first = False
@@ -213,9 +185,7 @@ def _json_error(error: Exception) -> str:
     return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def _read_parquet(
-    path: Path, needed: list[str], extra: list[str], before: int, size: int, total: int, key: str
-) -> Iterator[Row]:
+def _read_parquet(path: Path, needed: list[str], extra: list[str], key: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -231,7 +201,7 @@ def _read_parquet(
                 number += 1
                 if extra:
                     _drop_filled_in(values, needed[0], extra[0])
-                yield Row(str(path), number, values, (before + size * number / rows) / total)
+                yield Row(str(path), number, values, number / rows)
     except pyarrow.ArrowException as error:
         raise NibbleError(f"{key}: {path}: not a readable parquet file: {error}") from error
 
@@ -306,7 +276,7 @@ def _parse_message(entry: Any, place: str, role_name: str, content_name: str) ->
     calls = message.get("tool_calls")
     if calls:
         message["tool_calls"] = _parse_calls(calls, f"{place}.tool_calls")
-    # An assistant that calls a tool may say nothing, and a tool may return nothing.
+    # An assistant's tool call may have no text, and a tool may return nothing.
     may_be_empty = bool(calls) or role in ("tool", "function")
     content = message.pop(content_name, None)
     if content is not None or not calls:

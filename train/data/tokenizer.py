@@ -289,7 +289,7 @@ def _before(whole: list[int], part: list[int]) -> list[int]:
 
 
 class _SentencePiece:
-    """sentencepiece behind the same interface.
+    """sentencepiece with the same interface.
 
     The library doesn't look for special tokens in a text, so the text is split at them first. The space that
     a model puts before a text is put before the first piece only, not after each special token

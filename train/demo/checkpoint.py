@@ -22,7 +22,7 @@ SPECIAL_TOKENS = (
     *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
     *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<think>", "</think>"),
 )
-# In the manner of GLM's own: a turn ends where the next begins, and reasoning is kept behind the last question only.
+# In the manner of GLM's own: a turn ends where the next begins, and reasoning is kept after the last question only.
 CHAT_TEMPLATE = """\
 [gMASK]<sop>
 {%- set last = namespace(user=-1) %}

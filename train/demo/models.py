@@ -1,4 +1,4 @@
-"""The demo's small models: for each architecture a config.json spelled as in the hub's files, and what lies beside.
+"""The demo's small models: for each architecture a config.json spelled as in the hub's files, and extra tensors.
 
 The sizes are alike: 4 layers, hidden 128, 8 experts of width 64 of which 2 are chosen, about a million parameters.
 """
@@ -43,7 +43,7 @@ def _renamed(shapes: Shapes, before: str, after: str) -> Shapes:
 
 
 def _glm_prediction_layer(shapes: Shapes) -> Shapes:
-    """GLM's layer for multi-token prediction lies behind the last one."""
+    """GLM's layer for multi-token prediction comes after the last one."""
     extra = f"model.layers.{LAYERS}."
     layer = _renamed(shapes, f"model.layers.{LAYERS - 1}.", extra)
     layer |= {f"{extra}{norm}.weight": (HIDDEN,) for norm in ("enorm", "hnorm", "shared_head.norm")}

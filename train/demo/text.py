@@ -10,22 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 NAMES = (
-    "Mia",
-    "Tom",
-    "Ada",
-    "Ben",
-    "Eva",
-    "Max",
-    "Lea",
-    "Sam",
-    "Ida",
-    "Leo",
-    "Zoe",
-    "Jan",
-    "Amy",
-    "Kai",
-    "Nora",
-    "Finn",
+    *("Mia", "Tom", "Ada", "Ben", "Eva", "Max", "Lea", "Sam"),
+    *("Ida", "Leo", "Zoe", "Jan", "Amy", "Kai", "Nora", "Finn"),
 )
 THINGS = (
     *("pens", "cups", "books", "apples", "stamps", "coins", "shells", "cards"),

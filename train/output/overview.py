@@ -120,14 +120,14 @@ def _warnings(config: Config, total_steps: int, sizes: MeshSizes) -> str:
             f"  warning   nothing will be learnt: the first step of a warm-up has learning rate 0, and this run has no "
             f"other.\n            Set train.warmup_ratio: 0 (it is {train.warmup_ratio:g}), or train for more steps.\n"
         )
-    # As train/data/batches.py deals them out.
+    # As train/data/batches.py distributes them.
     sequences, processes = train.micro_batch_size * train.gradient_accumulation, sizes.replicate * sizes.parts
     at_a_time = min(train.micro_batch_size, math.ceil(sequences / processes))
     idle = processes - math.ceil(sequences / at_a_time)
     if idle > 0:
         text += (
-            f"  warning   {idle} of {processes} processes get no rows: {counted(sequences, 'sequence')} a step, dealt "
-            f"out {at_a_time} at a time.\n            Raise train.gradient_accumulation (it is "
+            f"  warning   {idle} of {processes} processes get no rows: {counted(sequences, 'sequence')} a step, "
+            f"distributed {at_a_time} at a time.\n            Raise train.gradient_accumulation (it is "
             f"{train.gradient_accumulation}), or start fewer processes.\n"
         )
     return text
@@ -164,7 +164,7 @@ def _gathered_bytes(tensors: list[WholeTensor], sizes: MeshSizes, reshard_after_
     """The most bytes of gathered weights and their gradients that a process has at a time, by parallel/plan.py.
 
     That is two layers, since the next one is gathered while one computes, and what stays gathered: the head, the final
-    norm, and with `reshard_after_forward` false everything. Of experts that are dealt out, a process gathers its own.
+    norm, and with `reshard_after_forward` false everything. Of distributed experts, a process gathers its own.
     """
     weights: dict[int | str, int] = {}
     gradients: dict[int | str, int] = {}

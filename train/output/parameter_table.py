@@ -7,15 +7,13 @@ requires_grad come from the tensors held.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from models.adapters.targets import module_name
 from models.blocks.groups import GROUP_WORDS
-from models.blocks.linear import LoRA
 from models.checkpoint.keymap import Key, key_map_of
 from models.decoder import CausalLM
 from quant.kinds import storage_tensors
@@ -26,16 +24,20 @@ from quant.storage import Storage
 class WholeTensor:
     """One tensor of the model, of the size that it has on a single process.
 
-    name: dotted, as the model has it. key: of the weight that it keeps, or belongs to. lora: it is LoRA's A or B.
-    trained: it has a gradient.
+    name: dotted, as the model has it. key: of the weight that it keeps, or belongs to. kind: the weight's storage or
+    dtype; "lora" for LoRA's A and B. trained: it has a gradient.
     """
 
     name: str
     key: Key
     shape: tuple[int, ...]
     dtype: torch.dtype
-    lora: bool
+    kind: str
     trained: bool
+
+    @property
+    def lora(self) -> bool:
+        return self.kind == "lora"
 
     @property
     def numel(self) -> int:
@@ -66,76 +68,46 @@ class GroupRow:
 def parameter_table(model: CausalLM) -> list[GroupRow]:
     """A row for each group that the model has, then the total."""
     tensors = whole_tensors(model)
-    rows = []
-    for group in GROUP_WORDS:
-        of_group = [tensor for tensor in tensors if tensor.key.group == group]
-        if of_group:
-            rows.append(_row(model, group, of_group))
-    return [*rows, _row(model, "total", tensors)]
+    groups = {group: [tensor for tensor in tensors if tensor.key.group == group] for group in GROUP_WORDS}
+    return [*(_row(group, found) for group, found in groups.items() if found), _row("total", tensors)]
 
 
 def whole_tensors(model: CausalLM) -> list[WholeTensor]:
-    """The tensors of every key, parameters and buffers, then those of its LoRA, in the order of the key map."""
-    return [tensor for key in key_map_of(model).keys for tensor in (*_weights(model, key), *_lora(model, key))]
+    """The tensors of every key, parameters and buffers, each key's followed by those of its LoRA."""
+    found = []
+    for key in key_map_of(model).keys:
+        owner, _, leaf = key.native.rpartition(".")
+        held = getattr(model.get_submodule(owner), leaf)
+        kind = str(held.dtype).removeprefix("torch.")
+        if isinstance(held, Storage):
+            kind = kind if held.kind == "none" else held.kind
+            for name, (shape, dtype) in storage_tensors(held.spec, key.shape, held.dtype, held.name).items():
+                trained = held.get_parameter(name).requires_grad
+                found.append(WholeTensor(f"{key.native}.{name}", key, shape, dtype, kind, trained))
+        else:
+            found.append(WholeTensor(key.native, key, key.shape, held.dtype, kind, held.requires_grad))
+        module = module_name(key.native)
+        lora = getattr(model.get_submodule(module), "lora", None) if key.spec is not None else None
+        if lora is not None:
+            *experts, rows, columns = key.shape
+            for name, tensor, matrix in (("A", lora.A, (lora.rank, columns)), ("B", lora.B, (rows, lora.rank))):
+                shape = (*experts, *matrix)
+                found.append(
+                    WholeTensor(f"{module}.lora.{name}", key, shape, tensor.dtype, "lora", tensor.requires_grad)
+                )
+    return found
 
 
-def _weights(model: CausalLM, key: Key) -> Iterator[WholeTensor]:
-    held = _held(model, key)
-    if isinstance(held, Tensor):
-        yield WholeTensor(key.native, key, key.shape, held.dtype, False, held.requires_grad)
-        return
-    for name, (shape, dtype) in storage_tensors(held.spec, key.shape, held.dtype, held.name).items():
-        trained = held.get_parameter(name).requires_grad
-        yield WholeTensor(f"{key.native}.{name}", key, shape, dtype, False, trained)
-
-
-def _lora(model: CausalLM, key: Key) -> Iterator[WholeTensor]:
-    lora = _lora_of(model, key)
-    if lora is None:
-        return
-    *experts, rows, columns = key.shape
-    for name, tensor, shape in (("A", lora.A, (lora.rank, columns)), ("B", lora.B, (rows, lora.rank))):
-        full = f"{module_name(key.native)}.lora.{name}"
-        yield WholeTensor(full, key, (*experts, *shape), tensor.dtype, True, tensor.requires_grad)
-
-
-def _held(model: CausalLM, key: Key) -> Storage | Tensor:
-    owner, _, leaf = key.native.rpartition(".")
-    held = getattr(model.get_submodule(owner), leaf)
-    assert isinstance(held, Storage | Tensor)
-    return held
-
-
-def _lora_of(model: CausalLM, key: Key) -> LoRA | None:
-    return getattr(model.get_submodule(module_name(key.native)), "lora", None) if key.spec is not None else None
-
-
-def _row(model: CausalLM, group: str, tensors: Iterable[WholeTensor]) -> GroupRow:
-    parameters = nbytes = trained = 0
-    kinds: dict[str, int] = {}
-    ranks: set[int] = set()
-    for key, of_key in _by_key(tensors):
-        size = sum(tensor.nbytes for tensor in of_key if not tensor.lora)
-        kind = _kind(_held(model, key))
-        kinds[kind] = kinds.get(kind, 0) + size
-        nbytes += size
-        if key.counted:
-            parameters += math.prod(key.shape)
-        trained += sum(tensor.numel for tensor in of_key if tensor.trained)
-        if (lora := _lora_of(model, key)) is not None:
-            ranks.add(lora.rank)
-    stored = tuple(sorted(kinds, key=lambda kind: -kinds[kind]))
-    return GroupRow(group, parameters, stored, nbytes, trained, tuple(sorted(ranks, reverse=True)))
-
-
-def _by_key(tensors: Iterable[WholeTensor]) -> Iterable[tuple[Key, list[WholeTensor]]]:
-    found: dict[Key, list[WholeTensor]] = {}
+def _row(group: str, tensors: list[WholeTensor]) -> GroupRow:
+    sizes: Counter[str] = Counter()
     for tensor in tensors:
-        found.setdefault(tensor.key, []).append(tensor)
-    return found.items()
-
-
-def _kind(held: Storage | Tensor) -> str:
-    if isinstance(held, Storage) and held.kind != "none":
-        return held.kind
-    return str(held.dtype).removeprefix("torch.")
+        if not tensor.lora:
+            sizes[tensor.kind] += tensor.nbytes
+    return GroupRow(
+        group=group,
+        parameters=sum(math.prod(key.shape) for key in {tensor.key for tensor in tensors} if key.counted),
+        stored=tuple(kind for kind, _ in sizes.most_common()),
+        nbytes=sizes.total(),
+        trained=sum(tensor.numel for tensor in tensors if tensor.trained),
+        ranks=tuple(sorted({t.shape[-2] for t in tensors if t.name.endswith(".lora.A")}, reverse=True)),
+    )

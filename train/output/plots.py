@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from quant.common.files import disk_error
+from quant.common.files import write_atomically
 from train.output.metrics import Record
 
 
@@ -49,13 +49,9 @@ def loss_curve(records: Sequence[Record], path: Path, title: str) -> None:
     if train or held_out:
         axes.legend(frameon=False)
 
-    partial = path.with_name(path.name + ".partial")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    write_atomically(path, data.getvalue())
 
 
 def _running_mean(values: Sequence[float], reach: int) -> list[float]:

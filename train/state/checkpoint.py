@@ -2,7 +2,7 @@
 
     step-000123/
       weights/                the trained tensors, each process's parts in files of its own (parallel/checkpoint.py)
-      optimizer/              the optimiser's tensors (train.optim.OptimizerState), in the same way
+      optimizer/              the optimiser's tensors (train/state/optimizer_state.py), in the same way
       state.json              step, the run's own state, the optimiser's values
       manifest.json           size and SHA-256 of the files above
 
@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,17 @@ from torch.optim import Optimizer
 from models.checkpoint.tensorfile import DTYPE_NAMES, read_header
 from parallel.parts import Cut, Part
 from parallel.texts import gather_texts
-from parallel.world import World
+from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
 from quant.common.files import disk_error, sync_folder, write_atomically
-from train.optim import OptimizerState, load_optimizer_state, room_for_state
+from quant.common.words import some
 from train.state.checkpoint_folder import (
     FORMAT,
     MANIFEST,
     OPTIMIZER,
-    PARTIAL,
     REPLACED,
     STATE,
+    UNFINISHED,
     WEIGHTS,
     folders,
     is_name,
@@ -52,10 +52,11 @@ from train.state.checkpoint_folder import (
     tidy,
 )
 from train.state.fingerprint import resume_differences
+from train.state.optimizer_state import OptimizerState, load_optimizer_state, room_for_state
 
 # parallel.checkpoint is imported where it is used: torch's distributed checkpoint takes a second to import.
 
-_START_ANEW = "start anew in another output.dir"
+_START_OVER = "start a new run in another output.dir"
 
 
 class UnusableCheckpointError(NibbleError):
@@ -71,7 +72,7 @@ def to_stderr(message: str) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint is written from. The tensors are this process's; the cuts say which of them are parts."""
+    """What a checkpoint is written from. The tensors are this process's; those in the cuts are parts."""
 
     step: int
     weights: Mapping[str, Tensor]
@@ -91,17 +92,17 @@ def write_snapshot(
 ) -> Path:
     """The work of `train.state.saver.CheckpointSaver.save`, on all processes of `group`; returns the folder."""
     final = directory / f"step-{snapshot.step:06d}"
-    partial = directory / f"{PARTIAL}{final.name}"
+    partial = directory / f"{UNFINISHED}{final.name}"
     try:
-        with _same_error(final, group):
+        with _raise_on_all(final, group):
             if world.first:
                 directory.mkdir(parents=True, exist_ok=True)
                 tidy(directory)
                 partial.mkdir()
-        with _same_error(final, group):
+        with _raise_on_all(final, group):
             written = _write_tensors(partial, snapshot, group)
         everything = gather_texts(json.dumps(written), group)
-        with _same_error(final, group):
+        with _raise_on_all(final, group):
             if world.first:
                 write_atomically(partial / STATE, snapshot.text)
                 files = {name: entry for text in everything for name, entry in json.loads(text).items()}
@@ -121,13 +122,13 @@ def write_snapshot(
         raise NibbleError(f"{error}\n{_what_is_left(directory, snapshot.step)}") from error
     if world.first:
         prune(directory, snapshot.step, keep, report)
-    # Nobody goes on into a step, where waiting is limited, while the first deletes old checkpoints.
+    # No process starts the next step, where waiting is limited, while the first deletes old checkpoints.
     gather_texts("", group)
     return final
 
 
 @contextlib.contextmanager
-def _same_error(path: Path, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def _raise_on_all(path: Path, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """A NibbleError, or an OSError concerning `path`, in here on one process is a NibbleError on all of them."""
     message, cause = "", None
     try:
@@ -135,9 +136,9 @@ def _same_error(path: Path, group: dist.ProcessGroup | None = None) -> Iterator[
     except (OSError, NibbleError) as error:
         cause = error
         message = str(disk_error(error, Path(error.filename or path)) if isinstance(error, OSError) else error)
-    for said in gather_texts(message, group):
-        if said:
-            raise NibbleError(said) from cause
+    for text in gather_texts(message, group):
+        if text:
+            raise NibbleError(text) from cause
 
 
 def _write_tensors(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -196,8 +197,8 @@ class Checkpoint:
             lists = [("lacks", missing), ("has, and this run doesn't train,", unexpected)]
             raise NibbleError(
                 f"{self.path} belongs to another set of trained tensors: it "
-                + "; it ".join(f"{verb} {_listed(names)}" for verb, names in lists if names)
-                + f".\nSet adapter and model as they were, or {_START_ANEW}."
+                + "; it ".join(f"{verb} {some(names, 3)}" for verb, names in lists if names)
+                + f".\nSet adapter and model as they were, or {_START_OVER}."
             )
         for name, tensor in tensors.items():
             shape, dtype = saved[name]
@@ -206,7 +207,7 @@ class Checkpoint:
             if theirs != ours:
                 raise NibbleError(
                     f"{self.path}: {name} is {theirs}, this run's is {ours}.\n"
-                    f"Set adapter and model as they were, or {_START_ANEW}."
+                    f"Set adapter and model as they were, or {_START_OVER}."
                 )
         load_parts(folder, tensors, parts)
 
@@ -214,15 +215,15 @@ class Checkpoint:
         """Put the saved state into a new optimiser of the same kind over the same parameters.
 
         parts: of the parameters of which the optimiser has a part. Each process reads what it holds. Returns the names
-        of the parameters whose state starts anew (`train.optim.room_for_state`), the same on all processes. Raises
+        of the parameters whose state is reset (`room_for_state`), the same on all processes. Raises
         NibbleError when kind, parameters or shapes differ.
         """
         state = self.optimizer_state(parts)
         load_optimizer_state(optimizer, state, parts)
-        return state.anew
+        return state.reset
 
     def optimizer_state(self, parts: Mapping[str, Part] | None = None) -> OptimizerState:
-        """For `train.optim.load_optimizer_state`; a part of those named in `parts`. Tensors are on the host."""
+        """For `load_optimizer_state`; a part of those named in `parts`. Tensors are on the host."""
         from parallel.checkpoint import load_parts
 
         folder, saved = self._saved(OPTIMIZER)
@@ -247,23 +248,22 @@ class Checkpoint:
             them = "it" if len(differences) == 1 else "them"
             raise NibbleError(
                 f"{self.path} was written by another config: {'; '.join(differences)}.\n"
-                f"Set {them} as in the checkpoint to continue it, or {_START_ANEW}."
+                f"Set {them} as in the checkpoint to continue it, or {_START_OVER}."
             )
 
 
 def latest_checkpoint(
-    directory: Path, report: Callable[[str], None] = to_stderr, world: World | None = None
+    directory: Path, report: Callable[[str], None] = to_stderr, world: World = ALONE
 ) -> Checkpoint | None:
     """The newest checkpoint in `directory` that is whole; None when there is none at all.
 
-    Half-written ones are ignored. `report` is told of a damaged one that is passed over. Raises NibbleError when there
-    are checkpoints and none can be used: starting anew should be the user's decision.
+    Half-written ones are ignored. `report` gets a line for each damaged one that is skipped. Raises NibbleError when
+    there are checkpoints and none can be used: starting over should be the user's decision.
 
     On several processes all call it; they find what the first one finds, and each verifies its share of the files.
     """
-    directory, world = Path(directory), world or World()
     found: list[str] = []
-    with _same_error(directory):
+    with _raise_on_all(directory):
         if world.first:
             recover(directory)
             found = [path.name for path in folders(directory)]
@@ -282,24 +282,23 @@ def latest_checkpoint(
         more = f" The same goes for {len(unusable) - 1} before it." if len(unusable) > 1 else ""
         raise NibbleError(
             f"{unusable[0]}{more}\n"
-            f"No checkpoint there can be continued. Delete {directory} to start anew, or name another output.dir."
+            f"No checkpoint there can be continued. Delete {directory} to start over, or name another output.dir."
         )
     return None
 
 
-def read_checkpoint(path: Path, world: World | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, world: World = ALONE) -> Checkpoint:
     """The checkpoint in the folder `path`, after checking its files against their SHA-256.
 
     On several processes all call it, and each checks its share of the files.
     Raises NibbleError when it isn't a checkpoint, UnusableCheckpointError when it is damaged or of another format.
     """
-    path, world = Path(path), world or World()
-    with _same_error(path):
+    with _raise_on_all(path):
         _require_checkpoint(path)
     found = gather_texts(problem(path, hashes=True, share=(world.rank, world.size)) or "")
     wrong = next((text for text in found if text), None)
     if wrong is not None:
-        raise UnusableCheckpointError(f"{path} can't be used: {wrong}.\nContinue from another one, or {_START_ANEW}.")
+        raise UnusableCheckpointError(f"{path} can't be used: {wrong}.\nContinue from another one, or {_START_OVER}.")
     text = json.loads((path / STATE).read_bytes())
     return Checkpoint(path, text["step"], text["run"], text["optimizer"])
 
@@ -309,8 +308,3 @@ def _require_checkpoint(path: Path) -> None:
         inside = next((d for d in (path, path / "checkpoints") if folders(d)), None)
         hint = f"Did you mean {folders(inside)[0]}?" if inside else "Checkpoints are the step-… folders of a run."
         raise NibbleError(f"{path} is {'not a checkpoint' if path.exists() else 'not there'}. {hint}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -17,7 +17,7 @@ FORMAT, READABLE = 3, (1, 2, 3)
 
 _NAME = re.compile(r"step-(\d{6,})")
 # Folders on their way in or out. A replaced one comes back when the process died before its successor was in place.
-PARTIAL, REPLACED, DELETED = ".partial-", ".replaced-", ".deleted-"
+UNFINISHED, REPLACED, DELETED = ".partial-", ".replaced-", ".deleted-"
 
 
 def is_name(name: str) -> bool:
@@ -46,7 +46,7 @@ def recover(directory: Path) -> None:
 def tidy(directory: Path) -> None:
     """Recover, and delete what is left of checkpoints that were never finished or are no longer wanted."""
     recover(directory)
-    for prefix in (PARTIAL, REPLACED, DELETED):
+    for prefix in (UNFINISHED, REPLACED, DELETED):
         for path in directory.glob(f"{prefix}*"):
             shutil.rmtree(path)
 

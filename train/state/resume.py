@@ -1,4 +1,4 @@
-"""What a run finds in its folder, and going on from a checkpoint."""
+"""Finding a run's checkpoint, checking that it fits, and resuming from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from train.state.run_folder import RunFolder
 
 
 def find_checkpoint(config: Config, folder: RunFolder, report: Report, world: World = ALONE) -> Checkpoint | None:
-    """The checkpoint that `train.resume` says to go on from. Raises NibbleError rather than overwrite another run's."""
+    """The checkpoint that `train.resume` resumes from. Raises NibbleError rather than overwrite another run's."""
     wanted, here = config.train.resume, folders(folder.checkpoints)
     if wanted == "auto":
         checkpoint = latest_checkpoint(folder.checkpoints, report.note, world)
@@ -95,7 +95,7 @@ def require_same_model(fingerprint: str, config: Config) -> str:
 
 
 def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], config: Config, source: ModelFolder) -> None:
-    """Raises NibbleError when the checkpoint was trained on another base model, wherever that lay.
+    """Raises NibbleError when the checkpoint was trained on another base model, whatever its folder.
 
     base: name and fingerprint (train.model.content_fingerprint) of this run's, which is in `source`.
     """
@@ -110,13 +110,13 @@ def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], confi
         else:
             raise NibbleError(
                 f"whether {config.model.path} is the model that {checkpoint.path} was trained on ({was}) can't be\n"
-                "told: one of them was made by an earlier version of nibble, with another kind of fingerprint.\n"
+                "checked: one of them was made by an earlier version of nibble, with another kind of fingerprint.\n"
                 f"Set model.path to the hub's folder ({source.manifest.source})."
             )
     was = "what was there then" if was == base["name"] else was
     raise NibbleError(
         f"model.path: {config.model.path} is not the model that {checkpoint.path} was trained on ({was}):\n"
-        "config.json or the weights differ. Set model.path to that model, or start anew in another output.dir."
+        "config.json or the weights differ. Set model.path to that model, or start a new run in another output.dir."
     )
 
 
@@ -136,7 +136,7 @@ def restore_data(checkpoint: Checkpoint | None, data: Data, total_steps: int) ->
     if checkpoint.state["held_out"] != (data.held_out.fingerprint() if data.held_out is not None else None):
         raise NibbleError(
             f"the held-out rows are not those of {checkpoint.path}, so that losses could not be compared: data.eval\n"
-            "has changed. Restore it, or start anew in another output.dir."
+            "has changed. Restore it, or start a new run in another output.dir."
         )
 
 
@@ -156,15 +156,15 @@ def restore(
     if checkpoint is None:
         return {}
     checkpoint.load_tensors(trained_tensors(shards).items(), shards.parts)
-    anew = checkpoint.load_optimizer(optimizer, shards.parts)
+    reset = checkpoint.load_optimizer(optimizer, shards.parts)
     elsewhere = checkpoint.path.parent.parent / folder.metrics.name
     if world.first and not folder.metrics.exists() and elsewhere.exists():
         shutil.copyfile(elsewhere, folder.metrics)  # the checkpoint of another folder brings its history with it
     report.note(f"resuming from {checkpoint.path}, after step {checkpoint.step} of {total_steps}")
-    if anew:
+    if reset:
         report.note(
-            f"the 8-bit optimiser state of {counted(len(anew), 'tensor')} starts anew: here it is cut into other parts "
-            "than in the checkpoint, and blocks of 8-bit values can't be cut again"
+            f"the 8-bit optimiser state of {counted(len(reset), 'tensor')} is reset to zero: here it is cut into other "
+            "parts than in the checkpoint, and blocks of 8-bit values can't be cut again"
         )
     progress: dict[str, Any] = checkpoint.state["progress"]
     return progress

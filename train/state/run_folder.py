@@ -1,4 +1,4 @@
-"""output.dir: the names of what lies in it, who may write to it, and what a full disk or memory looks like.
+"""output.dir: the names of its files, the lock on it, and messages for a full disk or memory.
 
 output.dir/
   config.yaml          the config with every key filled in; runs again as it is
@@ -29,7 +29,7 @@ from train.state.checkpoint_folder import folders
 
 
 class RunFolder:
-    """The names of what lies in output.dir."""
+    """The paths of what is in output.dir."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,6 +61,10 @@ def sole_run_in(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise NibbleError(
                 f"output.dir: another run is writing to {folder}. Wait for it, or name another folder."
+            ) from error
+        except OSError as error:
+            raise NibbleError(
+                f"output.dir: {folder} can't be locked ({error.strerror}). Name a folder on a file system with locks."
             ) from error
         yield
 
@@ -117,7 +121,7 @@ def explained_errors(folder: Path) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0].partition("] ")[2].partition(". ")[0] or str(error)
         raise ProcessLostError(
-            f"another process doesn't answer any more: {reason}\n"
-            "It has ended, failed with an error of its own, hangs, or takes longer than parallel.lost_after.\n"
+            f"lost contact with another process: {reason}\n"
+            "It has exited, failed with an error of its own, hangs, or takes longer than parallel.lost_after.\n"
             f"{last_checkpoint(RunFolder(folder))}"
         ) from error

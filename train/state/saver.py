@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.parts import Part
-from parallel.world import NO_LIMIT, World
-from train.optim import OptimizerState
+from parallel.world import ALONE, NO_LIMIT, World
 from train.state.checkpoint import Snapshot, to_stderr, write_snapshot
+from train.state.optimizer_state import OptimizerState
 
-_LAST_CHANCE = 10.0  # seconds that a checkpoint has to get ready when the run ends with an error
+_ABORT_TIMEOUT = 10.0  # seconds to wait for a checkpoint in progress when the run ends with an error
 
 
 class CheckpointSaver:
-    """Saves into `directory`, keeping the newest `keep`; `report` is told of old ones that couldn't be deleted.
+    """Saves into `directory`, keeping the newest `keep`; `report` gets a line for each old one that can't be deleted.
 
     asynchronous: `save` copies what this process holds to the host and returns; a thread writes it, and the checkpoint
     is in place when all processes have written. A run that dies before goes on from the one before. An error shows at
@@ -37,15 +37,14 @@ class CheckpointSaver:
         keep: int,
         report: Callable[[str], None] = to_stderr,
         *,
-        world: World | None = None,
+        world: World = ALONE,
         asynchronous: bool = False,
     ) -> None:
-        self._directory, self._keep, self._report = Path(directory), keep, report
-        self._world = world or World()
-        self._asynchronous = asynchronous
+        self._directory, self._keep, self._report = directory, keep, report
+        self._world, self._asynchronous = world, asynchronous
         self._thread: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
-        self._under_way: Future[Path] | None = None
+        self._pending: Future[Path] | None = None
 
     def __enter__(self) -> CheckpointSaver:
         if self._asynchronous:
@@ -57,11 +56,11 @@ class CheckpointSaver:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is not None and self._group is not None:
-            # The others may never write their part, or wait for this process where it isn't.
-            wait([self._under_way] if self._under_way else [], _LAST_CHANCE)
+            # The others may never write their part, or wait for this process in another collective.
+            wait([self._pending] if self._pending else [], _ABORT_TIMEOUT)
             return
         try:
-            # Where the run has failed already, that is what is to be said.
+            # An error that ended the run already is the one to report.
             with contextlib.suppress(*([] if kind is None else [Exception])):
                 self.wait()
         finally:
@@ -82,7 +81,7 @@ class CheckpointSaver:
 
         `tensors` are the trained ones by name, in any dtype and on any device. `state` is whatever the run needs to go
         on, as JSON types; "fingerprint" in it is what `Checkpoint.require_same_config` compares. Checkpoints of later
-        steps, left by a run that was taken up again from an earlier one, are deleted. Extra memory: that of
+        steps, left by a run that was resumed from an earlier one, are deleted. Extra memory: that of
         `parallel.checkpoint.save_parts`.
 
         On several processes all call it, for a directory that all of them see. `tensors` are then what each holds: of
@@ -101,13 +100,13 @@ class CheckpointSaver:
         if self._thread is None:
             write_snapshot(*arguments)
         else:
-            self._under_way = self._thread.submit(write_snapshot, *arguments)
+            self._pending = self._thread.submit(write_snapshot, *arguments)
 
     def wait(self) -> None:
         """Until the checkpoint that is being written, if any, is in place. Raises what went wrong with it."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -296,7 +296,7 @@ def test_prediction_layer_is_left_out_and_named(hub: Path, tmp_path: Path, capsy
     source = write_hub(tmp_path / "mtp", tensors | {key: torch.ones(2, 2) for key in extra}, hub)
     assert command.main([str(source), str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "left out, as nothing here computes with them: model.layers.3.* (2 tensors, 0.00 MiB)"
+    assert lines[1] == "left out, as nothing here computes with them: model.layers.3.* (2 tensors, 32 B)"
     assert Manifest.load(tmp_path / "out").carried == tuple(extra)
     convert(hub, tmp_path / "plain", NF4)
     assert contents(tmp_path / "plain", "*.safetensors") == contents(tmp_path / "out", "*.safetensors")
@@ -367,7 +367,7 @@ def test_again_says_that_all_is_done(hub: Path, tmp_path: Path, capsys: pytest.C
     out, err = capsys.readouterr()
     assert err == ""  # no progress bar where there is no terminal
     assert re.fullmatch(
-        rf"{tmp_path}/out: [\d,]+ parameters, \d+\.\d\d MiB → \d+\.\d\d MiB "
+        rf"{tmp_path}/out: [\d,]+ parameters, 1\.41 MiB → \d+\.\d\d KiB "
         r"\(nf4 with double quantisation, bfloat16\) in 4 files, \d+\.\d s\n",
         out,
     )
@@ -517,7 +517,7 @@ def test_verify(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     convert(hub, target, NF4)
     assert command.main(["--verify", str(target)]) == 0
     assert "8 files, " in (out := capsys.readouterr().out)
-    assert out.endswith("MiB (nf4 with double quantisation, bfloat16): all checksums match\n")
+    assert out.endswith("KiB (nf4 with double quantisation, bfloat16): all checksums match\n")
     data = bytearray((target / "layer-00002.safetensors").read_bytes())
     data[-1] ^= 1
     (target / "layer-00002.safetensors").write_bytes(data)

@@ -320,7 +320,7 @@ def test_a_large_checkpoint_is_hashed_once(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert HubCheckpoint(folder).fingerprint() == other
-    assert "will be hashed again the next time, as that can't be remembered" in caplog.messages[-1]
+    assert "will be read whole again the next time, as that can't be remembered" in caplog.messages[-1]
 
 
 def test_resolve_existing_folder_and_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,7 +301,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_configs_run_at_a_tiny_size(
     path: Path, prepared: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those of GLM-4.7-Flash are run by tests/test_run.py."""
+    """Those of GLM-4.7-Flash are run by tests/train/test_run.py."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     folder, out = prepared[PUBLISHED[values["model"]["path"]]["model_type"]], tmp_path / "run"
     changes = {

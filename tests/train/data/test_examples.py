@@ -125,7 +125,7 @@ def test_each_turn_of_a_rewriting_template_is_learnt_once_in_its_own_example(tmp
         ["r2</think>a2<|user|>"],
         ["a3<|user|>"],
     ]
-    assert (report.rows, report.examples) == (2, 4)
+    assert report.rows == 2
 
 
 def test_turns_marked_not_to_train_are_context(tmp_path: Path) -> None:
@@ -160,12 +160,12 @@ def test_prompt_and_completion_with_and_without_a_template(tmp_path: Path) -> No
 
 def test_text_is_learnt_from_its_second_token(tmp_path: Path) -> None:
     setup = Setup(tmp_path)
-    examples, report = setup.build({"text": "The quick brown fox"}, form="text")
+    examples, _ = setup.build({"text": "The quick brown fox"}, form="text")
     tokens, mask = examples[0]
     assert setup.tokenizer.decode(tokens) == "The quick brown fox</s>"
     assert not mask[0]
     assert mask[1:].all()
-    assert report.labelled == examples.total_labelled == report.tokens - 1
+    assert examples.total_labelled == examples.total_tokens - 1
 
 
 def test_documents_begin_as_the_tokenizer_begins_them(tmp_path: Path) -> None:
@@ -198,14 +198,13 @@ def test_gsm8k_shaped_rows(tmp_path: Path) -> None:
     rows = gsm8k_rows(1200)
     done: list[float] = []
     examples, report = setup.build(*rows, form="prompt_completion", fields=GSM8K, progress=done.append)
-    assert len(examples) == report.rows == report.examples == 1200
-    assert report.skipped == {}
+    assert len(examples) == report.rows == 1200
+    assert report.skipped_rows == []
     for index in (0, 511, 512, 1199):
         assert setup.learnt(examples, index) == [rows[index]["answer"] + "<|user|>"]
     assert done == sorted(done)
     assert done[-1] == 1.0
     assert len(done) == 3
-    assert report.longest == examples.lengths.max()
     assert (examples.tokens.dtype, examples.mask.dtype) == (np.int32, np.bool_)
     again, _ = setup.build(*rows, form="prompt_completion", fields=GSM8K)
     assert again.fingerprint() == examples.fingerprint()
@@ -223,7 +222,7 @@ def test_long_documents_are_cut_and_counted(tmp_path: Path) -> None:
     )
     assert examples.lengths.tolist() == [12, 12, 12]
     assert examples[0][0].tolist() == whole[0][0][:12].tolist()
-    assert (report.cut, report.longest, report.lost) == (3, len(whole[0][0]), 0)
+    assert (report.cut, report.lost) == (3, 0)
     assert told[1] == (
         f"{setup.path}:2: {len(whole[0][0])} tokens, cut to data.sequence_length 12. 2 such rows so far."
     )
@@ -244,7 +243,7 @@ def test_a_long_text_is_split_and_every_token_of_it_learnt(tmp_path: Path) -> No
         assert [*parts[0][0], *(token for tokens, _ in parts[1:] for token in tokens[1:])] == ids
         assert examples.rows.tolist() == [0] + [1] * len(parts)
         assert (report.split, report.cut, report.lost) == (int(limit < len(ids)), 0, 0)
-        assert (report.longest, report.labelled) == (len(ids), 1 + len(ids) - 1)
+        assert examples.total_labelled == 1 + len(ids) - 1
     setup.build({"text": text}, form="text", sequence_length=len(ids) - 1, warn=told.append)
     assert told == [
         f"{setup.path}:1: {len(ids)} tokens, split into 2 documents of at most data.sequence_length {len(ids) - 1}. "
@@ -258,7 +257,7 @@ def test_documents_with_nothing_left_after_cutting_are_bad_rows(tmp_path: Path) 
     long, short = {"prompt": "1 2 3 4 5 6", "completion": " 7"}, {"prompt": "1", "completion": " 2"}
     examples, report = setup.build(long, short, form="prompt_completion", sequence_length=5, warn=told.append)
     assert examples.rows.tolist() == [1]
-    assert report.skipped == {"too_long": 1}
+    assert [row.reason for row in report.skipped_rows] == ["too_long"]
     count = len(setup.tokenizer.encode("1 2 3 4 5 6 7</s>"))
     assert told == [
         f"{setup.path}:1: nothing to learn within data.sequence_length 5 (the row has {count} tokens); row skipped "
@@ -272,7 +271,7 @@ def test_a_row_that_loses_some_of_its_examples_says_so(tmp_path: Path) -> None:
     messages = say("q1", "a1", "q2 is a much longer question, with many tokens", "a2")
     messages[1]["reasoning_content"] = "r"
     examples, report = glm.build(messages, sequence_length=20, warn=told.append)
-    assert (len(examples), report.lost, report.skipped) == (1, 1, {})
+    assert (len(examples), report.lost, report.skipped_rows) == (1, 1, [])
     assert told == [
         f"{glm.path}:1: 1 of its 2 examples have nothing to learn within data.sequence_length 20. 1 such row so far."
     ]
@@ -300,8 +299,7 @@ def test_bad_rows_are_skipped_and_reported(tmp_path: Path) -> None:
         warn=told.append,
     )
     assert examples.rows.tolist() == [0, 4]
-    assert (report.rows, report.examples) == (6, 2)
-    assert report.skipped == {"nothing_to_learn": 1, "template_error": 1, "not_utf8": 1, "malformed_json": 1}
+    assert report.rows == 6
     assert [(row.line, row.reason) for row in report.skipped_rows] == [
         (2, "nothing_to_learn"),
         (3, "template_error"),
@@ -318,7 +316,7 @@ def test_bad_rows_are_skipped_and_reported(tmp_path: Path) -> None:
         setup.build(*rows, on_bad_row="error")
     assert str(caught.value) == (
         f"{setup.path}:2: messages has no assistant message, so there is nothing to learn (data.on_bad_row: error).\n"
-        "Mend the row, or set data.on_bad_row: skip."
+        "Fix the row, or set data.on_bad_row: skip."
     )
 
 
@@ -329,7 +327,8 @@ def test_a_text_of_one_token_has_nothing_to_learn(tmp_path: Path) -> None:
     setup.tokenizer = load_tokenizer(setup.folder)
     told: list[str] = []
     examples, report = setup.build({"text": "a"}, {"text": "ab"}, form="text", warn=told.append)
-    assert (examples.rows.tolist(), report.skipped) == ([1], {"nothing_to_learn": 1})
+    assert examples.rows.tolist() == [1]
+    assert [row.reason for row in report.skipped_rows] == ["nothing_to_learn"]
     assert told == [
         f"{setup.path}:1: no token is left to learn; row skipped (data.on_bad_row: skip). 1 such row so far."
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quant.common.errors import NibbleError
-from tests.text_helpers import say, write_lines
+from tests.text_helpers import say
 from train.data.rows import (
     BadRow,
     Chat,
@@ -18,7 +18,6 @@ from train.data.rows import (
     RowLog,
     SkippedRow,
     Text,
-    check_fields,
     parse_row,
     read_rows,
     write_skipped_rows,
@@ -160,18 +159,8 @@ def test_bad_texts_and_completions() -> None:
     )
 
 
-def test_fields_must_exist_in_the_format() -> None:
-    check_fields(GSM8K, "prompt_completion")
-    with pytest.raises(NibbleError) as caught:
-        check_fields({"promt": "question"}, "prompt_completion")
-    assert str(caught.value) == (
-        "data.fields.promt: data.format prompt_completion has no field 'promt' (did you mean 'prompt'?); "
-        "it has prompt, completion."
-    )
-
-
-def read(files: Any, form: Any = "text") -> list[Row]:
-    return list(read_rows(files, form=form, key="data.train"))
+def read(file: Path, form: Any = "text") -> list[Row]:
+    return list(read_rows(file, form=form, key="data.train"))
 
 
 def test_jsonl_with_bom_blank_lines_and_crlf(tmp_path: Path) -> None:
@@ -214,13 +203,6 @@ def test_a_file_that_is_one_array(tmp_path: Path) -> None:
             f"data.train: {path} is one JSON array; one object per line is expected.\n"
             "Convert it: jq -c '.[]' rows.json > rows.jsonl"
         )
-
-
-def test_several_files_in_order(tmp_path: Path) -> None:
-    paths = [write_lines(tmp_path / f"{name}.jsonl", {"text": name}, {"text": name * 2}) for name in "ba"]
-    rows = read(paths)
-    assert [row.values for row in rows] == [{"text": text} for text in ("b", "bb", "a", "aa")]
-    assert [row.done for row in rows] == sorted(row.done for row in rows)
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -270,13 +252,11 @@ def test_fields_that_parquet_fills_in_are_not_arguments(tmp_path: Path) -> None:
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(NibbleError, match=rf"^data.train: {tmp_path}/no.jsonl does not exist \(relative to /"):
         read(tmp_path / "no.jsonl")
-    with pytest.raises(NibbleError, match=rf"^data.train: {tmp_path} is a folder; name its files"):
+    with pytest.raises(NibbleError, match=rf"^data.train: {tmp_path} is a folder; name its file"):
         read(tmp_path)
     (tmp_path / "rows.csv").touch()
     with pytest.raises(NibbleError, match=r"rows.csv is neither .jsonl, .json \(one object per line\) nor .parquet"):
         read(tmp_path / "rows.csv")
-    with pytest.raises(NibbleError, match=r"^data.train: no file is named"):
-        read([])
 
 
 def bad_row(log: RowLog, line: int, reason: str = "null") -> None:
@@ -309,5 +289,5 @@ def test_bad_rows_can_be_fatal() -> None:
         bad_row(RowLog("error"), 381)
     assert str(caught.value) == (
         "data/train.jsonl:381: messages[2].content is null (data.on_bad_row: error).\n"
-        "Mend the row, or set data.on_bad_row: skip."
+        "Fix the row, or set data.on_bad_row: skip."
     )

@@ -172,9 +172,9 @@ def test_title_of_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (2, 4, 8, None),
         (2, 4, 4, None),
-        (2, 2, 8, "4 of 8 processes get no rows: 4 sequences a step, dealt out 1 at a time."),
-        (2, 3, 4, "1 of 4 processes get no rows: 6 sequences a step, dealt out 2 at a time."),
-        (1, 1, 2, "1 of 2 processes get no rows: 1 sequence a step, dealt out 1 at a time."),
+        (2, 2, 8, "4 of 8 processes get no rows: 4 sequences a step, distributed 1 at a time."),
+        (2, 3, 4, "1 of 4 processes get no rows: 6 sequences a step, distributed 2 at a time."),
+        (1, 1, 2, "1 of 2 processes get no rows: 1 sequence a step, distributed 1 at a time."),
         (1, 1, 1, None),
     ],
 )

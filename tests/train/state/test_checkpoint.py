@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 from models.checkpoint.tensorfile import read_header
 from quant.common.errors import NibbleError
-from train.optim import OptimizerState, build_optimizer, optimizer_state
+from train.optim import build_optimizer
 from train.state.checkpoint import (
     UnusableCheckpointError,
     latest_checkpoint,
     read_checkpoint,
 )
+from train.state.optimizer_state import OptimizerState, optimizer_state
 from train.state.saver import CheckpointSaver
 
-START_ANEW = "start anew in another output.dir"
+START_OVER = "start a new run in another output.dir"
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
@@ -242,7 +243,7 @@ KILLS = """
 import itertools, os, resource, shutil, signal, sys
 from pathlib import Path
 import torch
-from train.optim import OptimizerState
+from train.state.optimizer_state import OptimizerState
 from train.state.checkpoint import latest_checkpoint
 from train.state.saver import CheckpointSaver
 
@@ -374,7 +375,7 @@ def test_damaged_checkpoint(tmp_path: Path, how: str, problem: str) -> None:
 
     with pytest.raises(UnusableCheckpointError) as caught:
         read_checkpoint(path)
-    assert str(caught.value) == f"{path} can't be used: {problem}.\nContinue from another one, or {START_ANEW}."
+    assert str(caught.value) == f"{path} can't be used: {problem}.\nContinue from another one, or {START_OVER}."
 
 
 def test_all_damaged(tmp_path: Path) -> None:
@@ -384,7 +385,7 @@ def test_all_damaged(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}/step-000004 can't be used: manifest.json is missing. The same goes for 1 before it.\n"
-        f"No checkpoint there can be continued. Delete {tmp_path} to start anew, or name another output.dir."
+        f"No checkpoint there can be continued. Delete {tmp_path} to start over, or name another output.dir."
     )
 
 
@@ -421,7 +422,7 @@ def test_other_tensors(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{checkpoint.path} belongs to another set of trained tensors:"
         " it lacks layers.1.A, layers.2.A, layers.3.A and 2 more; it has, and this run doesn't train, layers.0.B.\n"
-        f"Set adapter and model as they were, or {START_ANEW}."
+        f"Set adapter and model as they were, or {START_OVER}."
     )
 
 
@@ -436,7 +437,7 @@ def test_other_shape_or_dtype(tmp_path: Path, other: Tensor, shown: str) -> None
         checkpoint.load_tensors(parameters.items())
     assert str(caught.value) == (
         f"{checkpoint.path}: layers.0.A is [3, 5, 7] F32, this run's is {shown}.\n"
-        f"Set adapter and model as they were, or {START_ANEW}."
+        f"Set adapter and model as they were, or {START_OVER}."
     )
     assert not parameters["layers.0.B"].any()
 
@@ -449,7 +450,7 @@ def test_other_config(tmp_path: Path) -> None:
         checkpoint.require_same_config({**saved, "train.seed": 1})
     assert str(caught.value) == (
         f"{checkpoint.path} was written by another config: train.seed is 1, the checkpoint has 0.\n"
-        f"Set it as in the checkpoint to continue it, or {START_ANEW}."
+        f"Set it as in the checkpoint to continue it, or {START_OVER}."
     )
     with pytest.raises(NibbleError, match=r"train.seed is 1, .*; adapter.rank is 8, .*32\.\nSet them as in"):
         checkpoint.require_same_config({**saved, "train.seed": 1, "adapter.rank": 8})

@@ -26,8 +26,8 @@ from parallel.texts import gather_texts
 from quant.common.errors import NibbleError
 from tests.dist_workers.checkpoint import ALIGNED, LATER, TENSORS, whole_run, wipe
 from tests.processes import LIMIT, ROOT
-from train.optim import _scales_cut
 from train.state.checkpoint import read_checkpoint
+from train.state.optimizer_state import _scales_cut
 from train.state.saver import CheckpointSaver
 
 EXACT = dict.fromkeys(TENSORS, 0.0)
@@ -76,9 +76,9 @@ def is_exact(differences: dict[str, float], aligned: tuple[str, ...] = ALIGNED) 
 
 
 def check_cut_otherwise(results: list[dict[str, Any]]) -> None:
-    """What is cut into another number of parts and has 8-bit states starts anew; all else goes on bit for bit."""
+    """What is cut into another number of parts and has 8-bit states is reset; all else goes on bit for bit."""
     for result in results:
-        assert result["anew"] == CUT_8BIT
+        assert result["reset"] == CUT_8BIT
         assert set(result["as_fresh"]) <= set(CUT_8BIT)
         assert {name for name, value in result["later"].items() if value == 0} >= set(TENSORS) - set(CUT_8BIT)
     assert set(results[0]["as_fresh"]) == set(CUT_8BIT)  # the first process has a part of each
@@ -120,7 +120,7 @@ def test_resumed_on_as_many_it_goes_on_bit_for_bit(four: list[dict[str, Any]], n
 
 def test_four_go_on_from_what_one_saved(four: list[dict[str, Any]]) -> None:
     found = [result["resumed"]["alone_adamw"] for result in four]
-    assert [result["anew"] for result in found] == [[]] * 4
+    assert [result["reset"] for result in found] == [[]] * 4
     assert worst([result["later"] for result in found]) == pytest.approx(EXACT, abs=1e-6)
     check_cut_otherwise([result["resumed"]["alone_adamw_8bit"] for result in four])
 
@@ -138,16 +138,16 @@ def test_one_goes_on_from_what_four_saved(four: list[dict[str, Any]], folder: Pa
         fresh, run = wipe(whole_run(name)), wipe(whole_run(name))
         for each in (fresh, run):
             checkpoint.load_tensors(each.parameters.items())
-        anew = checkpoint.load_optimizer(run.optimizer)
+        reset = checkpoint.load_optimizer(run.optimizer)
         saved = run.differences(whole_run(name).steps(range(3)))
         assert is_exact(saved), saved
         later = run.steps(range(3, 3 + LATER)).differences(whole_run(name).steps(range(3 + LATER)))
         if name == "adamw":
-            assert anew == ()
+            assert reset == ()
             assert later == pytest.approx(EXACT, abs=1e-6)
         else:
             as_fresh = [key for key, value in run.differences(fresh.steps(range(3, 3 + LATER))).items() if value == 0]
-            check_cut_otherwise([{"anew": list(anew), "as_fresh": as_fresh, "later": later}])
+            check_cut_otherwise([{"reset": list(reset), "as_fresh": as_fresh, "later": later}])
 
 
 def test_two_copies_of_the_model_are_saved_once(four: list[dict[str, Any]], folder: Path) -> None:
@@ -242,8 +242,8 @@ def test_killed_at_any_point_of_a_save(results: dict[str, Any]) -> None:
 
 def test_errors_are_the_same_on_all(four: list[dict[str, Any]], folder: Path) -> None:
     path = folder / "errors" / "step-000001"
-    anew = "start anew in another output.dir"
-    as_they_were = f"Set adapter and model as they were, or {anew}."
+    new_run = "start a new run in another output.dir"
+    as_they_were = f"Set adapter and model as they were, or {new_run}."
     damaged = "weights/shard-00003-model-00001-of-00001.safetensors is not what was written (its SHA-256 differs)"
     full_disk = (
         f"Process 1 of 4: the disk is full: {folder}/errors/.partial-step-000002/weights can't be written"
@@ -258,10 +258,10 @@ def test_errors_are_the_same_on_all(four: list[dict[str, Any]], folder: Path) ->
         "dtype": f"{path}: stack.A is [8, 16, 64] F32, this run's is [8, 16, 64] F16.\n{as_they_were}",
         "shape": f"{path}: stack.A is [8, 16, 64] F32, this run's is [8, 8, 64] F32.\n{as_they_were}",
         "state shape": "the checkpoint's optimiser state of stack.A doesn't fit: exp_avg is [8, 16, 64] float32,"
-        f" here [8, 8, 64] float32.\nTrain the same parameters in the same dtype, or {anew}.",
-        "damaged": f"{path} can't be used: {damaged}.\nContinue from another one, or {anew}.",
+        f" here [8, 8, 64] float32.\nTrain the same parameters in the same dtype, or {new_run}.",
+        "damaged": f"{path} can't be used: {damaged}.\nContinue from another one, or {new_run}.",
         "none usable": f"{path} can't be used: {damaged}.\n"
-        f"No checkpoint there can be continued. Delete {folder}/errors to start anew, or name another output.dir.",
+        f"No checkpoint there can be continued. Delete {folder}/errors to start over, or name another output.dir.",
         "not there": f"{folder}/errors/step-000009 is not there. Checkpoints are the step-… folders of a run.",
     }
     for result in four:

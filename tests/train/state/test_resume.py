@@ -256,7 +256,7 @@ def test_files_may_move_but_not_change(
         assert message == (
             f"error: model.path: {moved / 'model'} is not the model that {out / 'checkpoints' / 'step-000005'} was "
             f"trained on ({world.model}):\n       config.json or the weights differ. Set model.path to that model, or "
-            "start anew in another output.dir.\n"
+            "start a new run in another output.dir.\n"
         )
 
     shutil.rmtree(moved / "model")

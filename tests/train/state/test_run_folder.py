@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.processes import run_processes
 from train.config.load import Config
 from train.output.report import Report
 from train.state.resume import find_checkpoint
-from train.state.run_folder import RunFolder, last_checkpoint, require_shared
+from train.state.run_folder import RunFolder, last_checkpoint, require_shared, sole_run_in
 
 
 def test_a_folder_that_is_not_shared_is_named_on_every_process(tmp_path: Path) -> None:
@@ -63,3 +64,15 @@ def test_another_config_is_named_on_every_process() -> None:
         "Start all processes with the same config and --set options, on the same kind of device."
     )
     assert 'train.device is "cpu" there, "cuda" for rank 0' in first[2]
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(NibbleError) as caught, sole_run_in(tmp_path):
+        pass
+    assert str(caught.value) == (
+        f"output.dir: {tmp_path} can't be locked (No locks available). Name a folder on a file system with locks."
+    )
