@@ -25,7 +25,7 @@ EXAMPLE = "python -m train --config configs/glm47_qlora.yaml --set train.max_ste
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m train",
-        usage="python -m train --config FILE [--set KEY=VALUE ...] [--check | --print-config]\n"
+        usage="python -m train --config FILE [--set KEY=VALUE ...] [--restart | --check | --print-config]\n"
         "       python -m train --print-schema | --help",
         description="Fine-tune a model as a YAML file describes. Exit code: 0 done, or stopped with everything saved;\n"
         "1 any other error, with a traceback; 2 something in the config, the data or the checkpoint is wrong;\n"
@@ -41,6 +41,11 @@ def parser() -> argparse.ArgumentParser:
         help="change one key, e.g. --set train.max_steps=3; VALUE is YAML; may be repeated",
     )  # fmt: skip
     only = made.add_mutually_exclusive_group()
+    only.add_argument(
+        "--restart",
+        action="store_true",
+        help="start anew: an earlier run in output.dir is moved to output.dir.1 (.2 …)",
+    )
     only.add_argument("--check", action="store_true", help="only check the config and that its files are there")
     only.add_argument("--print-config", action="store_true", help="only print the config with every key filled in")
     only.add_argument("--print-schema", action="store_true", help="only print the config's JSON schema")
@@ -79,7 +84,7 @@ def carry_out(arguments: argparse.Namespace, config: Config, world: World | None
     from parallel.world import ALONE
     from train.run import run
 
-    return run(config, config_path=Path(arguments.config), world=world or ALONE)
+    return run(config, config_path=Path(arguments.config), world=world or ALONE, restart=arguments.restart)
 
 
 def several_processes() -> bool:

@@ -247,7 +247,7 @@ def test_other_data_or_seed_are_refused() -> None:
         ) as caught:
             changed.restore(state)
         assert str(caught.value).count("\n") <= 2
-        assert str(caught.value).endswith("Restore them, or start a new run in another output.dir.")
+        assert str(caught.value).endswith("Restore them, or start a new run in another output.dir, or with --restart.")
 
 
 def test_no_sequences() -> None:
