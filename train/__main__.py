@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take their time
+    from quant.common.terminal import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
 import os
@@ -12,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.common.errors import NibbleError
+from quant.common.terminal import INTERRUPTED, error_text, exit_code, raise_on_interrupt, run_command, say, write
 from train.config.load import Config, check_files, config_schema, dump_config, load_config
 from train.config.schema import help_text
-from train.output.console import flush_streams, say
 
 if TYPE_CHECKING:
     from parallel.world import World
@@ -55,17 +60,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.print_schema:
-        say(json.dumps(config_schema(), indent=2, ensure_ascii=False), sys.stdout)
+        write(json.dumps(config_schema(), indent=2, ensure_ascii=False), sys.stdout)
         return 0
     if arguments.config is None:
         parser().error("--config FILE is required, e.g. --config configs/glm47_qlora.yaml")
-    try:
-        if several_processes():
-            return run_with_others(arguments)
-        return carry_out(arguments, load_config(arguments.config, arguments.overrides))
-    except (NibbleError, KeyboardInterrupt) as error:
-        print_error(error)
-        return describe(error)[1]
+    if several_processes():
+        return exit_code(lambda: run_with_others(arguments))
+    return exit_code(lambda: carry_out(arguments, load_config(arguments.config, arguments.overrides)))
 
 
 def carry_out(arguments: argparse.Namespace, config: Config, world: World | None = None) -> int:
@@ -73,7 +74,7 @@ def carry_out(arguments: argparse.Namespace, config: Config, world: World | None
     first = world is None or world.first
     if arguments.print_config:
         if first:
-            say(dump_config(config).removesuffix("\n"), sys.stdout)
+            write(dump_config(config).removesuffix("\n"), sys.stdout)
         return 0
     check_files(config, rows=first)
     if arguments.check:
@@ -84,6 +85,7 @@ def carry_out(arguments: argparse.Namespace, config: Config, world: World | None
     from parallel.world import ALONE
     from train.run import run
 
+    raise_on_interrupt()
     return run(config, config_path=Path(arguments.config), world=world or ALONE, restart=arguments.restart)
 
 
@@ -119,33 +121,20 @@ def run_with_others(arguments: argparse.Namespace) -> int:
 def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
     """The message for the user, and the exit code.
 
-    A NibbleError is `error: …`, its further lines indented under the first. Any other is its traceback, or the last
-    line of it where `log` has the rest.
+    An error that isn't a NibbleError is its traceback, or the last line of it where `log` has the rest.
     """
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130
+        return "interrupted", INTERRUPTED
     if isinstance(error, NibbleError):
-        text, code = str(error), error.exit_code
-    elif log is not None:
+        return error_text(error), error.exit_code
+    if log is not None:
         last = "".join(traceback.format_exception_only(type(error), error)).strip()
-        text, code = f"{last}\nThe traceback is in {log}.", 1
-    else:
-        return "".join(traceback.format_exception(error)).rstrip(), 1
-    indent = " " * len("error: ")
-    first, *rest = text.splitlines()
-    return "\n".join([f"error: {first}", *(indent + line.removeprefix(indent) for line in rest)]), code
-
-
-def print_error(error: BaseException) -> None:
-    say(describe(error)[0], sys.stderr)
+        return error_text(NibbleError(f"{last}\nThe traceback is in {log}.")), 1
+    return "".join(traceback.format_exception(error)).rstrip(), 1
 
 
 if __name__ == "__main__":
     # A run needs nothing of torch.compile. bitsandbytes marks fallbacks of its kernels for it when it is imported,
     # which without this setting loads torch's compiler: 2 seconds.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    try:
-        code = main()
-    finally:
-        flush_streams()  # argparse, too, prints and leaves: --help | head
-    sys.exit(code)
+    sys.exit(run_command(main))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -240,3 +241,22 @@ def test_bad_rows_are_counted_and_listed(world: World, tmp_path: Path, capsys: p
     assert f"2 skipped (see {out / 'skipped_rows.jsonl'})" in shown.out
     skipped = [json.loads(line) for line in (out / "skipped_rows.jsonl").read_text().splitlines()]
     assert [row["line"] for row in skipped] == [97, 98]
+
+
+def test_a_terminal_that_is_not_utf8_and_rows_that_would_write_to_it(world: World, tmp_path: Path) -> None:
+    rows = tmp_path / "röws…$x_$.jsonl"  # $ begins a formula in matplotlib
+    out = rows.with_suffix("")
+    rows.write_text(world.rows.read_text() + json.dumps({"mess\x1b[31mages\x07": []}) + "\n")
+    arguments = settings(world, out, data__train=str(rows), model__storage="none", train__max_steps=1)
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *arguments], cwd=ROOT, capture_output=True, timeout=LIMIT, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"r\xc3\xb6ws" not in done.stdout and "röws\\u2026$x_$".encode("latin-1") in done.stdout
+    assert rb"mess\x1b[31mages\x07" in done.stderr
+    log = (out / "run.log").read_bytes()
+    assert "röws…$x_$".encode() in log
+    for text in (done.stdout, done.stderr, log):
+        assert not any(byte < 0x20 and byte != 0x0A for byte in text)
+    assert (out / "loss.png").is_file()

@@ -35,6 +35,7 @@ from parallel.texts import gather_texts
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
 from quant.common.files import disk_error, sync_folder, write_atomically
+from quant.common.terminal import say
 from quant.common.words import some
 from train.state.checkpoint_folder import (
     FORMAT,
@@ -62,7 +63,7 @@ class UnusableCheckpointError(NibbleError):
 
 
 def to_stderr(message: str) -> None:
-    print(message, file=sys.stderr)
+    say(message, sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -243,7 +243,7 @@ def test_other_data_or_seed_are_refused() -> None:
         steps(examples, packing=pack(examples.lengths, ROOM, enabled=False)),
     ):
         with pytest.raises(
-            NibbleError, match=r"^the training rows are not those of the checkpoint \(\d+ packed"
+            NibbleError, match=r"^the training rows are not those that the run began with \(\d+ packed"
         ) as caught:
             changed.restore(state)
         assert str(caught.value).count("\n") <= 2
