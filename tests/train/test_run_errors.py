@@ -28,6 +28,7 @@ from tests.run_helpers import ROOT, World, error_of, in_a_process, losses, make_
 from train.__main__ import main
 from train.config.load import load_config
 from train.model import check_model
+from train.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +183,17 @@ def test_a_full_disk_or_memory_in_any_part(
     assert "Traceback" in (tmp_path / "run" / "run.log").read_text()
 
 
+def scale_rate(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """A learning rate beyond what a config may have, so that the weights overflow at once."""
+    monkeypatch.setattr("train.loop.learning_rate", lambda *given: factor * learning_rate(*given))
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    changes = {"train__learning_rate": 1e15, "train__warmup_ratio": 0.5, "train__save_every": 1}
+    changes = {"train__warmup_ratio": 0.5, "train__save_every": 1}
+    scale_rate(monkeypatch, 1e17)
     message = error_of(settings(world, out, **changes), capsys)
     done = len(losses(out, "train"))
     assert 1 <= done < 6, message
@@ -203,10 +210,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 
 
 def test_weights_that_are_not_finite_are_not_saved(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    changes = {"train__learning_rate": 1e38, "train__warmup_ratio": 0.0, "train__save_every": 1}
+    changes = {"train__warmup_ratio": 0.0, "train__save_every": 1}
+    scale_rate(monkeypatch, 1e40)
     message = error_of(settings(world, out, **changes), capsys)
     assert re.match(r"error: after step 1 \S+ is not finite, so that no checkpoint is written\.", message)
     assert "No checkpoint was written yet" in message
