@@ -602,3 +602,35 @@ def test_interruption_from_code_is_an_exception(hub: Path, tmp_path: Path) -> No
 
     with pytest.raises(Interrupted, match=r"interrupted: 0 of 4 files are finished and kept"):
         convert(hub, tmp_path / "out", NF4, progress=stop)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_force_removes_only_what_a_conversion_wrote(hub: Path, tmp_path: Path, damaged: bool) -> None:
+    target = tmp_path / "out"
+    convert(hub, target, NF4)
+    notes = {name: f"my {name}" for name in ("notes.txt", "layer-notes.safetensors", "x.partial", "model.safetensors")}
+    for name, text in notes.items():
+        (target / name).write_text(text)
+    manifest = json.loads((target / MANIFEST).read_text())
+    if damaged:
+        (target / MANIFEST).write_text("{")
+    else:
+        # Somebody's file, in a list that somebody has edited.
+        record = {"size": 8, "sha256": "0" * 64, "tensors": []}
+        (target / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {"notes.txt": record}}))
+        with pytest.raises(NibbleError, match=r"notes\.txt is not what a conversion wrote there, so --force doesn't"):
+            convert(hub, target, NF4, force=True)
+        assert (target / "layer-00000.safetensors").is_file(), "refused before anything was removed"
+        (target / MANIFEST).write_text(json.dumps(manifest))
+    convert(hub, target, NF4, force=True)
+    assert {name: (target / name).read_text() for name in notes} == notes
+    assert NativeCheckpoint(target).manifest.complete
+
+
+def test_a_changed_side_file_is_not_removed(hub: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    convert(hub, target, NF4)
+    (target / "chat_template.jinja").write_text("mine")
+    with pytest.raises(NibbleError, match=r"chat_template\.jinja is not what a conversion wrote there"):
+        convert(hub, target, NF4, force=True)
+    assert (target / "chat_template.jinja").read_text() == "mine"
