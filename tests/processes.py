@@ -31,6 +31,12 @@ _TAIL = 3000  # characters of what a process said that a failure shows
 _GRACE = 3.0  # seconds that the others have once one process has failed: time to say what they saw
 # Seconds that anything a test starts may take: what hangs is to end one day, and a busy machine is no failure.
 LIMIT = 900.0
+# What a run imports where it needs it.
+PRELOADED = (
+    "torch.distributed.fsdp", "torch.distributed.checkpoint", "bitsandbytes", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "parallel.checkpoint", "parallel.fsdp", "rich.progress", "tokenizers",
+    "train.launched", "train.run",
+)  # fmt: skip
 
 
 def free_port() -> int:
@@ -185,9 +191,7 @@ class Nursery:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.processes", "nursery"], cwd=ROOT, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
-            # As `python -m train` sets it: without torch's compiler bitsandbytes is imported in half the time.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+            stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
         )  # fmt: skip
 
     def start(self, call: Call, variables: dict[str, str]) -> Forked:
@@ -204,7 +208,7 @@ def _nursery() -> Nursery:
 
 def nursery() -> None:
     """The work of a Nursery: a line of JSON for each process to fork, answered by its pid."""
-    for module in ("torch.distributed.fsdp", "torch.distributed.checkpoint", "bitsandbytes", "train.run"):
+    for module in PRELOADED:
         importlib.import_module(module)
     children: dict[int, Path] = {}
     requests = os.fdopen(0, "rb", buffering=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -251,8 +252,10 @@ def test_a_run_imports_slow_libraries_only_where_it_needs_them(world: World, tmp
     )
     runs = [tmp_path / storage for storage in ("none", "nf4")]
     configs = [settings(world, run, model__storage=run.name, train__max_steps=1)[1] for run in runs]
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}  # a run sets it
+    command = [sys.executable, "-c", code, *configs]
     done = subprocess.run(
-        [sys.executable, "-c", code, *configs], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith(("BEFORE", "AFTER"))]
