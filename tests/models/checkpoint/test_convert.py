@@ -28,6 +28,7 @@ from quant.common.errors import NibbleError
 from quant.common.progress import Bar
 from quant.storage import StorageSpec
 from tests.helpers import key_map_for, save_tiny_glm
+from tests.processes import run_commands
 
 NF4 = StorageSpec("nf4", True)
 ROOT = Path(__file__).parents[3]
@@ -304,26 +305,11 @@ def test_prediction_layer_is_left_out_and_named(hub: Path, tmp_path: Path, capsy
 
 # Interrupted, resumed, repeated
 
-KILLED_AT = """
-import os, signal, sys
-from models.checkpoint.conversion import convert
-from quant.storage import StorageSpec
-
-calls = 0
-def progress(done, total, what):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-convert(sys.argv[1], sys.argv[2], StorageSpec("nf4", True), progress=progress)
-"""
-
 
 @pytest.mark.parametrize("calls", [2, 40])
 def test_killed_conversion_goes_on_and_gives_the_same_bytes(hub: Path, tmp_path: Path, calls: int) -> None:
     target = tmp_path / "killed"
-    killed = run("-c", KILLED_AT, hub, target, calls)
+    (killed,) = run_commands(1, "tests.dist_workers.killed:while_it_converts", str(hub), str(target), calls)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = Manifest.load(target)
     assert not finished.complete
