@@ -227,3 +227,15 @@ def test_named_templates_are_carried(tmp_path: Path) -> None:
         assert (tmp_path / folder / template).read_text() == "{{ messages }}"
     convert(tmp_path / "hub", tmp_path / "native", StorageSpec("none"), torch.float32, force=True)
     assert (tmp_path / "native" / template).read_text() == "{{ messages }}"
+
+
+def test_an_export_keeps_what_it_did_not_write(tmp_path: Path) -> None:
+    save_tiny_glm(tmp_path / "hub")
+    model = load_model(tmp_path / "hub", "none", torch.float32)
+    export_hub(model, tmp_path / "out", tmp_path / "hub", max_shard_bytes=100_000)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "model-q4.gguf").write_text("mine too")
+    export_hub(model, tmp_path / "out", tmp_path / "hub", overwrite=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.txt", "model-q4.gguf"}
+    assert_same(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "hub"))
