@@ -15,8 +15,6 @@ from quant.common.errors import NibbleError
 from tests.tiny import TINY, save_tiny
 
 TEXT = [name for name in sorted(TINY) if name != "qwen3_5_moe"]  # that one has the text model in a section
-    name for name in sorted(TINY) if name != "qwen3_5_moe"
-]  # the one whose config has the text model's in a section
 
 
 def parse(model_type: str, **changes: Any) -> Any:
