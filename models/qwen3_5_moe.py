@@ -158,7 +158,7 @@ def _delta_net(config: dict[str, Any], hidden: int, eps: float, where: str) -> G
 
 
 def _refuse_other_layers(config: dict[str, Any], where: str) -> None:
-    """What files may say of layers, and every published model has alike."""
+    """Raises NibbleError for options of layers that no published model uses and that aren't implemented."""
     for key, only in {"attn_output_gate": True, "mlp_only_layers": []}.items():
         if config.get(key, only) not in (only, None):
             raise NibbleError(f"{where}: {key} is {config[key]!r}; only {only!r} is implemented.")
