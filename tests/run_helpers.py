@@ -142,6 +142,6 @@ def in_processes(arguments: list[str], processes: int) -> subprocess.CompletedPr
     )
 
 
-def forked(arguments: list[str], processes: int) -> list[subprocess.CompletedProcess[str]]:
-    """What each process of `torchrun` does, without torchrun and without waiting for imports."""
-    return run_commands(processes, "train.__main__:main", [*PATIENT, *arguments])
+def forked(arguments: list[str], processes: int, grace: float = 0.0) -> list[subprocess.CompletedProcess[str]]:
+    """What each process of `torchrun` does, without torchrun and without waiting for imports (grace: run_commands)."""
+    return run_commands(processes, "train.__main__:main", [*PATIENT, *arguments], grace=grace)

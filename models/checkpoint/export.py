@@ -42,7 +42,7 @@ log = logging.getLogger("nibble")
 _QUANTISED = "quantization_config"
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
-# Makes one tensor of a parameter that may lie in parts.
+# Makes one tensor of a parameter that may be cut into parts.
 Gather = Callable[[Tensor], Tensor]
 
 
@@ -83,7 +83,7 @@ def export_hub(
         converted from; where that is gone, a warning says what is left out. A copy of a tied head is not written.
     max_shard_bytes: a tensor larger than that gets a shard of its own.
     overwrite: replace a checkpoint that is there already; files that are not a checkpoint's stay.
-    gather, writes: as for `models.adapters.files.save_adapter`, where the model lies in parts on several processes.
+    gather, writes: as for `models.adapters.files.save_adapter`, where the model is cut into parts on several processes.
 
     Everything is written in the model's dtype, except what the model keeps in float32 all the same (routers, their
     biases, Trinity's norms, DeltaNet's decay): that is float32, unless the source has it in the model's dtype and

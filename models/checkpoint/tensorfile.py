@@ -45,14 +45,14 @@ _OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "U16": 16, "U3
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
-# What is read of a mapped file counts as memory of this process until it is unmapped. Mapping it anew takes about 1 ms.
+# What is read of a mapped file counts as memory of this process until it is unmapped. Mapping it again takes 1 ms.
 MAPPED_BYTES = 16 * 2**20
 _READ_AT_ONCE = 4 * 2**20  # bytes, of what is read back to be hashed
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies. dtype is the format's own name ("BF16"); begin and end are byte offsets in the file."""
+    """Where one tensor is. dtype is the format's own name ("BF16"); begin and end are byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -226,7 +226,8 @@ class TensorWriter:
         with disk_errors(self._partial):
             os.fsync(self._file)
         self._close()
-        self._partial.replace(self.path)
+        with disk_errors(self.path):
+            self._partial.replace(self.path)
         sync_folder(self.path.parent)
         return self._hash.hexdigest() if self._hash is not None else ""
 
@@ -234,10 +235,10 @@ class TensorWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Without `finish`, what was written is removed."""
+        """Without a `finish` that succeeds, what was written is removed."""
         if self._file >= 0:
             self._close()
-            self._partial.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
 
     def _close(self) -> None:
         os.close(self._file)

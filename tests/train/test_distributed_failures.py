@@ -288,7 +288,9 @@ def test_two_machines_start_again_together(world: World, undisturbed: Path, laun
 
 @pytest.mark.slow
 def test_one_that_hangs_is_given_up(world: World, launch: Launch, tmp_path: Path) -> None:
-    """torchrun needs another 30 s: it asks a process to end before it kills it."""
+    """torchrun needs another 30 s: it asks a process to end before it kills it. Here 30 s pass before that, not the
+    default 20, so that the steps of a busy machine aren't taken for one that hangs.
+    """
     out = tmp_path / "out"
     run = launch([*settings(world, out, **CHANGES), "--set", "parallel.lost_after=30"], 2)
     victim = until(lambda: run.workers().get(1), run)
@@ -330,7 +332,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(
     assert worst_weight(out, undisturbed) < 1e-5
 
 
-# --- what the user can mend
+# --- what the user can fix
 
 
 def test_an_unknown_key(world: World, tmp_path: Path) -> None:
@@ -362,7 +364,7 @@ def test_experts_that_can_not_be_divided(world: World, tmp_path: Path) -> None:
 
 def assert_said_once(arguments: list[str], processes: int, wanted: str) -> None:
     """By the first process, while the others wait to be ended (tests/train/test_launched.py)."""
-    first, *others = forked(arguments, processes)
+    first, *others = forked(arguments, processes, grace=2.0)
     assert first.returncode == 2
     assert first.stderr.count("error: ") == 1, first.stderr
     assert wanted in first.stderr
@@ -375,7 +377,6 @@ def test_an_error_of_one_process_alone(world: World, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "ranks").touch()
     first, second = forked(settings(world, tmp_path / "out"), 2)
-    assert first.returncode != 0
     assert "error: " not in first.stderr
     assert second.returncode == 2
     assert second.stderr.startswith(f"rank 1 on {os.uname().nodename}: error: {tmp_path / 'out' / 'ranks'}")

@@ -22,6 +22,8 @@ from train.data.tokenizer import load_tokenizer
 
 _ARRAYS = [field.name for field in fields(Examples)]
 
+SHARED_ROWS = ".rows.npz"  # in output.dir, while several processes start
+
 
 @dataclass(frozen=True)
 class Data:
@@ -57,24 +59,26 @@ def load_data(
     settings, train = config.data, config.train
     reports: list[DataReport] = []
     read: list[Examples] = []
-    shared = skipped_path.with_name(".rows.npz")
-    if world.first:
-        read, reports = _read(config, folder, note, now)
-        skipped = [row for one in reports for row in one.skipped_rows]
-        skipped_path.unlink(missing_ok=True)
-        if skipped:
-            write_skipped_rows(skipped_path, skipped)
-        if world.size > 1:
-            with disk_errors(shared):
-                np.savez(shared, *(getattr(examples, name) for examples in read for name in _ARRAYS))
-    world.wait(note, "read the rows")
-    if not world.first:
-        with np.load(shared) as file:  # of arrays alone: no pickle
-            arrays = [file[name] for name in file.files]
-        read = [Examples(*arrays[i : i + len(_ARRAYS)]) for i in range(0, len(arrays), len(_ARRAYS))]
-    world.wait()
-    if world.first:
-        shared.unlink(missing_ok=True)
+    shared = skipped_path.with_name(SHARED_ROWS)
+    try:
+        if world.first:
+            read, reports = _read(config, folder, note, now)
+            skipped = [row for one in reports for row in one.skipped_rows]
+            skipped_path.unlink(missing_ok=True)
+            if skipped:
+                write_skipped_rows(skipped_path, skipped)
+            if world.size > 1:
+                with disk_errors(shared):
+                    np.savez(shared, *(getattr(examples, name) for examples in read for name in _ARRAYS))
+        world.wait(note, "read the rows")
+        if not world.first:
+            with np.load(shared) as file:  # of arrays alone: no pickle
+                arrays = [file[name] for name in file.files]
+            read = [Examples(*arrays[i : i + len(_ARRAYS)]) for i in range(0, len(arrays), len(_ARRAYS))]
+        world.wait(note, "read the tokens of the rows")
+    finally:
+        if world.first:
+            shared.unlink(missing_ok=True)
     examples, *others = read
     held_out = others[0] if others else None
     if held_out is None and settings.eval_fraction is not None:
