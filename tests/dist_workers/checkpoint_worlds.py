@@ -1,8 +1,8 @@
 """The worlds of test_distributed_checkpoint, forked from one process that has torch in memory already.
 
-Starting a process is most of what these tests would take otherwise. main(FOLDER) leaves FOLDER/results.json. In the last of the worlds two
-processes save a checkpoint, and one dies by SIGKILL when it opens, makes, renames or removes its k-th file, for every k
-until the save gets through.
+Starting a process is most of what these tests would take otherwise. main(FOLDER) leaves FOLDER/results.json. In the
+last of the worlds two processes save a checkpoint, and one dies by SIGKILL when it opens, makes, renames or removes its
+k-th file, for every k until the save gets through.
 """
 
 from __future__ import annotations
