@@ -16,6 +16,12 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 @pytest.fixture
+def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave no loss.png, which takes longer to draw than a tiny model's step."""
+    monkeypatch.setattr("train.run.loss_curve", lambda *_: None)
+
+
+@pytest.fixture
 def signals_heeded() -> Iterator[None]:
     """Ctrl-C and a closed terminal do here, and in what a test starts, what they usually do. In the background of a
     script, or under nohup, they are ignored.

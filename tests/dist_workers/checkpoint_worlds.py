@@ -31,8 +31,8 @@ from parallel.parts import Part
 from parallel.world import World
 from tests.dist_workers.checkpoint import four, resume, whole_run
 from tests.processes import LIMIT
-from train.optim import OptimizerState
 from train.state.checkpoint import latest_checkpoint
+from train.state.optimizer_state import OptimizerState
 from train.state.saver import CheckpointSaver
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
