@@ -127,14 +127,17 @@ def _own_name(name: str, present: Iterable[str]) -> str:
 
 
 def _joined_text(values: dict[str, Any], parts: tuple[tuple[str, str], ...]) -> str:
+    """The columns put into the text; white space between two of them is left out beside an empty one."""
     text, filled = "", False
-    for before, column in parts:
+    for index, (before, column) in enumerate(parts):
         value = values.get(column) if column else None
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
         elif value is not None and not isinstance(value, str):
             raise BadRow("wrong_type", f"{printable(column, 60)} is {kind_of(value)}, expected text")
         filled = filled or bool(value and value.strip())
+        if index and column and not before.strip() and not (text and value):
+            before = ""
         text += before + (value or "")
     if not filled:
         names = [printable(column, 60) for _, column in parts if column]

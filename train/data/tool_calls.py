@@ -45,7 +45,7 @@ def parse_call(call: Any, place: str) -> dict[str, Any]:
             arguments = json_of(text, f"{place}.arguments")
         elif text in ("", "null"):
             arguments = None
-    return {**call, "arguments": {} if arguments is None else arguments}
+    return {**call, "arguments": {} if arguments is None or arguments == [] else arguments}  # []: an empty map of Arrow
 
 
 def spoken_calls(value: Any, place: str) -> list[Any]:
