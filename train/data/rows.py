@@ -134,13 +134,13 @@ def _joined_text(values: dict[str, Any], parts: tuple[tuple[str, str], ...]) -> 
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
         elif value is not None and not isinstance(value, str):
-            raise BadRow("wrong_type", f"{printable(column, 60)} is {kind_of(value)}, expected text")
+            raise BadRow("wrong_type", f"{column} is {kind_of(value)}, expected text")
         filled = filled or bool(value and value.strip())
         if index and column and not before.strip() and not (text and value):
             before = ""
         text += before + (value or "")
     if not filled:
-        names = [printable(column, 60) for _, column in parts if column]
+        names = [column for _, column in parts if column]
         raise BadRow("empty", f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} empty")
     return text
 
@@ -149,7 +149,7 @@ def _parse_chat(values: dict[str, Any], fields: Mapping[str, str]) -> Chat:
     name = fields.get("messages") or _own_name("messages", values)
     if name not in values:
         raise BadRow("missing_field", missing(name, values, "the row", "messages"))
-    raw, name = values[name], printable(name, 60)
+    raw = values[name]
     if isinstance(raw, str) and raw.lstrip().startswith("["):
         raw = json_of(raw, name)
     if not isinstance(raw, list):
@@ -167,7 +167,7 @@ def _parse_turns(values: dict[str, Any], turns: list[Any], fields: Mapping[str, 
     messages: list[dict[str, Any]] = []
     trained: list[bool] = []
     for name, role, value in zip(REQUIRED["prompt_completion"], ("user", "assistant"), turns, strict=True):
-        place = printable(fields.get(name, name), 60)
+        place = fields.get(name, name)
         if isinstance(value, list) and _are_messages(value):
             found, wanted = _parse_messages(value, place, fields)
         else:
@@ -192,7 +192,7 @@ def _chat(
     if not any(trained):
         raise BadRow("nothing_to_learn", f"every assistant message of {name} has train: false or weight: 0")
     tools = fields.get("tools", "tools")
-    return Chat(messages, trained, parse_tools(values.get(tools), printable(tools, 60)))
+    return Chat(messages, trained, parse_tools(values.get(tools), tools))
 
 
 def _put_system_first(
