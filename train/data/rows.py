@@ -122,8 +122,10 @@ def _advice(form: Format, names: Sequence[str]) -> str:
 
 def _own_name(name: str, present: Iterable[str]) -> str:
     """The name of a field that data.fields doesn't give: the format's, or ShareGPT's where only that is there."""
-    other = _SHAREGPT.get(name)
-    return other if other is not None and name not in present and other in present else name
+    if name in present:
+        return name
+    other = _SHAREGPT.get(name, name)
+    return other if other in present else name
 
 
 def _joined_text(values: dict[str, Any], parts: tuple[tuple[str, str], ...]) -> str:
