@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import JsonError, kind_of, parse_json
-from quant.common.words import shown
+from quant.common.words import printable, shown
 from train.config.row_paths import require_file
 from train.config.sections import Format
 from train.data.bad_rows import BadRow
@@ -219,11 +219,23 @@ def _read_parquet(
         for batch in table.iter_batches(batch_size=1024, columns=[*needed, *left]):
             for name in left:
                 columns.filled[name] += _filled(batch.column(name))  # type: ignore[union-attr]
-            for values in batch.select(needed).to_pylist():
+            for values, problem in _rows_of(batch.select(needed)):
                 number += 1
-                yield Row(str(path), number, values, number / rows)
-    except pyarrow.ArrowException as error:
-        raise NibbleError(f"{key}: {path}: not a readable parquet file: {error}") from error
+                yield Row(str(path), number, values, number / rows, problem)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = printable(" ".join(str(error).split()), 200)
+        raise NibbleError(f"{key}: {path}: not a readable parquet file: {reason}") from error
+
+
+def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any] | None, BadRow | None]]:
+    try:
+        yield from [(values, None) for values in batch.to_pylist()]
+    except UnicodeDecodeError as error:  # in one row, or in several
+        if len(batch) == 1:
+            yield None, BadRow("not_utf8", f"not valid UTF-8 at byte {error.start} of a text")
+        else:
+            for number in range(len(batch)):
+                yield from _rows_of(batch.slice(number, 1))
 
 
 def _left_out(schema: Any, needed: list[str], columns: Columns) -> list[str]:

@@ -95,6 +95,34 @@ def test_parquet(tmp_path: Path) -> None:
         read(path, "messages")
 
 
+def test_parquet_with_a_text_that_is_not_utf8(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"a", b"\xff", "é".encode()], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
+    rows = read(tmp_path / "rows.parquet")
+    assert [row.values for row in rows] == [{"text": "a"}, None, {"text": "é"}]
+    assert (rows[1].line, str(rows[1].problem)) == (2, "not valid UTF-8 at byte 0 of a text")
+
+
+def test_damaged_parquet_is_an_error_of_the_file(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["some text"] * 50}), path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]):
+            path.write_bytes(damaged)
+            try:
+                read(path)
+            except NibbleError as error:
+                assert str(error).startswith(f"data.train: {path}: ")
+                assert str(error).isprintable()
+
+
 ROWS = [
     {"text": "a"},
     {"text": 'brackets ]}[{, a "quote", a \\ and \n a line', "of": [{"x": ["]"]}, {}]},
