@@ -222,7 +222,7 @@ def _read_parquet(
             for values, problem in _rows_of(batch.select(needed)):
                 number += 1
                 yield Row(str(path), number, values, number / rows, problem)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = printable(" ".join(str(error).split()), 200)
         raise NibbleError(f"{key}: {path}: not a readable parquet file: {reason}") from error
 

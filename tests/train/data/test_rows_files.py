@@ -116,11 +116,12 @@ def test_damaged_parquet_is_an_error_of_the_file(tmp_path: Path) -> None:
     for place in range(0, len(whole), 7):
         for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]):
             path.write_bytes(damaged)
+            said = ""
             try:
                 read(path)
             except NibbleError as error:
-                assert str(error).startswith(f"data.train: {path}: ")
-                assert str(error).isprintable()
+                said = str(error)
+            assert not said or (said.startswith(f"data.train: {path}: ") and said.isprintable())
 
 
 ROWS = [
