@@ -39,7 +39,9 @@ def takes_mapping(entry: Schema) -> bool:
 
 def wanted(entry: Schema, depth: int = 0) -> str:
     """The values that a key takes, in words; `depth` > 0 asks for what stands inside a mapping or list of it."""
-    choices = [entry] if "x-wanted" in entry else entry.get("anyOf", [entry])
+    if "x-wanted" in entry:
+        return str(entry["x-wanted"])
+    choices = entry.get("anyOf", [entry])
     if depth:
         inner = [
             choice.get("additionalProperties", choice.get("items", choice.get("prefixItems", [{}])[0]))
@@ -51,8 +53,6 @@ def wanted(entry: Schema, depth: int = 0) -> str:
 
 
 def _wanted_one(entry: Schema) -> str:
-    if "x-wanted" in entry:
-        return str(entry["x-wanted"])
     if "enum" in entry:
         return "one of " + ", ".join(map(str, entry["enum"]))
     kind = entry.get("type")
