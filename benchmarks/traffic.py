@@ -106,7 +106,7 @@ class Gathers:
 def planned_gathers(shards: Shards, sizes: MeshSizes) -> Gathers:
     """What parallel/plan.py has every process gather in one micro-batch, from the sizes of the parts that it holds.
 
-    For a model cut with reshard_after_forward. Before a step and behind it, not within.
+    For a model cut with reshard_after_forward. Before a step and after it, not within.
     """
     packed = dense = 0
     seen: set[torch.nn.Parameter] = set()

@@ -42,6 +42,8 @@ _HOMES = {
     "trainable_parameters": "models.adapters.lora",
 }
 
+__all__ = ["convert", *_HOMES]
+
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:

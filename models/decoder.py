@@ -123,7 +123,7 @@ class Head(Linear):
     def reduce(self, hidden: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """function(hidden, weight): for what is computed of the logits without their ever being there all at once.
 
-        Where the weight lies in parts on several processes, it is whole inside `function`, and only there.
+        Where the weight is cut into parts on several processes, it is whole inside `function`, and only there.
         """
         assert isinstance(self.weight, DenseStorage)
         return function(hidden, self.weight.value)

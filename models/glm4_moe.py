@@ -38,11 +38,11 @@ class Glm4MoeConfig(GlmConfig):
     @staticmethod
     def parse(config: dict[str, Any], where: str) -> Glm4MoeConfig:
         """Reads config.json of either generation; absent keys have the defaults of GLM-4.5-Air."""
-        shared = GlmConfig.shared(config, where, DEFAULTS)
-        hidden, heads = shared["hidden"], integer(config, "num_attention_heads", 96, where)
+        common = GlmConfig.common(config, where, DEFAULTS)
+        hidden, heads = common["hidden"], integer(config, "num_attention_heads", 96, where)
         head_dim = integer(config, "head_dim", max(hidden // heads, 1), where)
         return Glm4MoeConfig(
-            **shared,
+            **common,
             attention=GroupedQueryAttentionConfig(
                 hidden=hidden,
                 heads=heads,

@@ -30,7 +30,7 @@ class GlmConfig:
     routing: RoutingRule
 
     @staticmethod
-    def shared(config: dict[str, Any], where: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    def common(config: dict[str, Any], where: str, defaults: dict[str, Any]) -> dict[str, Any]:
         """These fields, from config.json of either generation (transformers 4 or 5).
 
         defaults: the architecture's values for absent keys, by their names in the file.

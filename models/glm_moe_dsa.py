@@ -55,12 +55,12 @@ class GlmMoeDsaConfig(GlmConfig):
                 )
         rope = parse_rope(config, integer(config, "qk_rope_head_dim", 64, where), where)
         attention = LatentAttentionConfig.parse(config, where, DEFAULTS, rope)
-        shared = GlmConfig.shared(config, where, DEFAULTS)
+        common = GlmConfig.common(config, where, DEFAULTS)
         return GlmMoeDsaConfig(
-            **shared,
+            **common,
             attention=attention,
             indexer=_indexer(config, attention, where),
-            selects=_selecting_layers(config, len(shared["dense"]), where),
+            selects=_selecting_layers(config, len(common["dense"]), where),
             rope=rope,
         )
 

@@ -198,7 +198,9 @@ def fill(
                     else:
                         target = target[piece.start - first :][: value.shape[0]]
                     if target.shape != value.shape or target.dtype != value.dtype:
-                        raise ValueError(f"{name}: {tuple(value.shape)} {value.dtype} for {tuple(target.shape)}")
+                        raise ValueError(
+                            f"{name}: {tuple(value.shape)} {value.dtype} for {tuple(target.shape)} {target.dtype}"
+                        )
                     target.copy_(value)
                     filled[name] += value.numel()
             done += torch.Size(key.shape).numel()

@@ -12,6 +12,7 @@ from models import afmoe, glm4_moe, glm4_moe_lite, glm_moe_dsa, qwen3_5_moe, qwe
 from models.blocks.factory import Factory
 from models.decoder import CausalLM
 from quant.common.errors import NibbleError
+from quant.common.words import shown
 from quant.storage import StorageSpec
 
 
@@ -49,7 +50,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 def architecture_for(config_json: dict[str, Any], where: str) -> Architecture:
     """The architecture of a config.json. `where` names the file in messages."""
     model_type = config_json.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise NibbleError(f"{where}: model_type {model_type!r} is not supported. Supported: {known}.")
+        raise NibbleError(f"{where}: model_type {shown(model_type)} is not supported. Supported: {known}.")
     return ARCHITECTURES[model_type]

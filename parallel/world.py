@@ -57,9 +57,7 @@ class World:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
-    def wait(
-        self, log: Callable[[str], None] = lambda text: None, task: str = "catch up", log_every: float = 60.0
-    ) -> None:
+    def wait(self, log: Callable[[str], None] = lambda text: None, task: str = "", log_every: float = 60.0) -> None:
         """Wait until every process has called this. Every `log_every` seconds `log` gets a line naming the others'
         `task`."""
         if self.size == 1:

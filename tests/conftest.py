@@ -11,6 +11,14 @@ import pytest
 # The models of the tests are so small that threads cost more than they bring. Set before torch is first imported, and
 # in the environment, so that the commands which tests start have it too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As `python -m train` sets it: without torch's compiler bitsandbytes is imported in half the time.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+@pytest.fixture
+def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave no loss.png, which takes longer to draw than a tiny model's step."""
+    monkeypatch.setattr("train.run.loss_curve", lambda *_: None)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Several processes of one world on this machine, for tests: torchrun's environment without its agent.
 
 A test names a function of a module in tests/dist_workers/; every process imports it, calls it as function(world, *args)
-with a gloo process group open, and its return value comes back as JSON.
+with a gloo process group open, and its return value comes back as JSON. run_commands calls functions that stand for
+commands instead: they open no group, and return an exit code.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -30,6 +31,12 @@ _TAIL = 3000  # characters of what a process said that a failure shows
 _GRACE = 3.0  # seconds that the others have once one process has failed: time to say what they saw
 # Seconds that anything a test starts may take: what hangs is to end one day, and a busy machine is no failure.
 LIMIT = 900.0
+# What a run imports where it needs it.
+PRELOADED = (
+    "torch.distributed.fsdp", "torch.distributed.checkpoint", "bitsandbytes", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "parallel.checkpoint", "parallel.fsdp", "rich.progress", "tokenizers",
+    "train.launched", "train.run",
+)  # fmt: skip
 
 
 def free_port() -> int:
@@ -59,29 +66,65 @@ def run_processes(
     with the end of what every process said where one of them fails or is not done within `timeout` seconds; all are
     gone by then.
     """
-    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [rank_environment(rank, size, port) for rank in range(size)]
         calls = [Call(target, json.dumps(args), f"{folder}/{rank}") for rank in range(size)]
         processes: Sequence[Process]
         if env is None:
-            processes = [_nursery().start(call, variables) for call, variables in zip(calls, ranks, strict=True)]
+            processes = _forked(calls)
         else:
-            processes = [call.start({**variables, **env}) for call, variables in zip(calls, ranks, strict=True)]
-        try:
-            codes = _wait(processes, time.monotonic() + timeout)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+            processes = [call.start({**variables, **env}) for call, variables in zip(calls, _ranks(size), strict=True)]
+        codes = _ended(processes, timeout, _GRACE)
         if any(code != 0 for code in codes):
             parts = [f"{target} in {size} processes:"]
             for rank, code in enumerate(codes):
-                path = Path(folder, f"{rank}.err")  # one that was stopped soon may not have made it yet
-                said = path.read_text(encoding="utf-8", errors="replace")[-_TAIL:] if path.exists() else ""
+                said = "".join(_text(f"{folder}/{rank}.{stream}") for stream in ("out", "err"))[-_TAIL:]
                 parts.append(f"--- rank {rank} {'was stopped' if code is None else f'ended with {code}'}:\n{said}")
             raise AssertionError("\n".join(parts))
         return [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(size)]
+
+
+def run_commands(
+    size: int, target: str, *args: Any, grace: float = 0.0, env: dict[str, str] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """Calls "package.module:function"(*args), which returns an exit code, in `size` forked processes, as a launcher
+    starts a command; of each, by rank, its exit code, standard output and standard error.
+
+    args: JSON. Once one has failed the others are ended `grace` seconds later, as torchrun ends them. env: further
+    environment variables. One process alone has no launcher's variables.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        calls = [Call(target, json.dumps(args), f"{folder}/{rank}", command=True) for rank in range(size)]
+        codes = _ended(_forked(calls, env or {}), LIMIT, grace)
+        done = []
+        for rank, code in enumerate(codes):
+            out, err = (_text(f"{folder}/{rank}.{stream}") for stream in ("out", "err"))
+            done.append(subprocess.CompletedProcess(target, -signal.SIGKILL if code is None else code, out, err))
+        return done
+
+
+def _ranks(size: int) -> list[dict[str, str]]:
+    port = free_port()
+    return [rank_environment(rank, size, port) for rank in range(size)]
+
+
+def _forked(calls: Sequence[Call], env: dict[str, str] | None = None) -> list[Forked]:
+    ranks = [{}] if len(calls) == 1 else _ranks(len(calls))
+    return [_nursery().start(call, {**variables, **(env or {})}) for call, variables in zip(calls, ranks, strict=True)]
+
+
+def _ended(processes: Sequence[Process], timeout: float, grace: float) -> list[int | None]:
+    """The exit codes of processes that are all gone by then."""
+    try:
+        return _wait(processes, time.monotonic() + timeout, grace)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _text(path: str) -> str:
+    """What a process wrote; one that was stopped soon may not have made the file yet."""
+    return Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else ""
 
 
 class Process(Protocol):
@@ -90,7 +133,7 @@ class Process(Protocol):
     def wait(self) -> Any: ...
 
 
-def _wait(processes: Sequence[Process], deadline: float) -> list[int | None]:
+def _wait(processes: Sequence[Process], deadline: float, grace: float) -> list[int | None]:
     """The exit codes; None for a process that still runs at the deadline, which a failure of another brings near."""
     while True:
         codes = [process.poll() for process in processes]
@@ -98,17 +141,20 @@ def _wait(processes: Sequence[Process], deadline: float) -> list[int | None]:
         if None not in codes or now > deadline:
             return codes
         if any(codes):
-            deadline = min(deadline, now + _GRACE)
+            deadline = min(deadline, now + grace)
         time.sleep(0.02)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one process is to do. path: of its result (.json) and of what it says (.err)."""
+    """What one process is to do. path: of its result (.json) and of what it says (.out, .err). command: the target
+    returns an exit code, and opens the process group itself if it needs one.
+    """
 
     target: str
     args: str
     path: str
+    command: bool = False
 
     def start(self, variables: dict[str, str]) -> subprocess.Popen[bytes]:
         """In a process of its own."""
@@ -162,7 +208,7 @@ def _nursery() -> Nursery:
 
 def nursery() -> None:
     """The work of a Nursery: a line of JSON for each process to fork, answered by its pid."""
-    for module in ("torch.distributed.fsdp", "torch.distributed.checkpoint", "bitsandbytes", "train.run"):
+    for module in PRELOADED:
         importlib.import_module(module)
     children: dict[int, Path] = {}
     requests = os.fdopen(0, "rb", buffering=0)
@@ -190,13 +236,18 @@ def _work(call: dict[str, Any]) -> NoReturn:
     """What a forked process does."""
     code = 1
     try:
-        errors = os.open(f"{call['path']}.err", os.O_WRONLY | os.O_CREAT)
-        for stream in (1, 2):
-            os.dup2(errors, stream)
+        for number, stream in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{call['path']}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         os.close(0)
         os.environ.update(call["variables"])
-        main(call["target"], call["args"], f"{call['path']}.json")
-        code = 0
+        # Ctrl-C and a closed terminal do here what they usually do. In the background of a script they are ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        if call["command"]:
+            code = _function(call["target"])(*json.loads(call["args"]))
+        else:
+            main(call["target"], call["args"], f"{call['path']}.json")
+            code = 0
     except BaseException:  # noqa: BLE001  the process ends here
         traceback.print_exc()
     finally:
@@ -205,16 +256,21 @@ def _work(call: dict[str, Any]) -> NoReturn:
         os._exit(code)
 
 
+def _function(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
 def main(target: str, args: str, result: str) -> None:
     """One process of run_processes."""
     import torch
 
     from parallel.world import launched_world, process_group
 
-    module, _, function = target.partition(":")
     world = launched_world()
     with process_group(world, torch.device("cpu")):
-        value = getattr(importlib.import_module(module), function)(world, *json.loads(args))
+        value = _function(target)(world, *json.loads(args))
         world.wait()  # nobody's sockets close while another still computes
     Path(result).write_text(json.dumps(value), encoding="utf-8")
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from tests.helpers import save_tiny_glm
-from tests.processes import LIMIT
+from tests.processes import LIMIT, run_commands
 from train.__main__ import main
 from train.output.metrics import read_metrics
 
@@ -27,6 +26,8 @@ TEMPLATE = """[gMASK]<sop>
 SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
+# No process of a busy machine is to be taken for lost.
+PATIENT = ["--set", "parallel.lost_after=600"]
 SIZES = {"vocab_size": 320, "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -119,17 +120,6 @@ def losses(out: Path, kind: str) -> list[float]:
     return [r["loss"] for r in read_metrics(out / "metrics.jsonl") if r["kind"] == kind]
 
 
-def in_a_process(arguments: list[str], meddle: str) -> subprocess.CompletedProcess[str]:
-    """`python -m train` in a process of its own, with `meddle` run before: it may wrap functions to cause trouble."""
-    code = f"import os, signal, sys\nimport train.loop, train.state.checkpoint\n{meddle}\n"
-    code += f"from train.__main__ import main\nsys.exit(main({arguments!r}))\n"
-    # As many threads as here: sums are split among them, so their number shows in the last bits.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
-    )
-
-
 def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert main(arguments) == 2
@@ -141,15 +131,17 @@ def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def torchrun(arguments: list[str], processes: int, *options: str, module: str = "train") -> list[str]:
     """The command that runs `python -m train ARGUMENTS`, or another module, in so many processes of this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    # No process of a busy machine is to be taken for lost.
-    patient = ["--set", "parallel.lost_after=600"]
-    return [*launcher, *(options or ("--standalone",)), "-m", module, *patient, *arguments]
+    return [*launcher, *(options or ("--standalone",)), "-m", module, *PATIENT, *arguments]
 
 
-def in_processes(arguments: list[str], processes: int, *options: str) -> subprocess.CompletedProcess[str]:
+def in_processes(arguments: list[str], processes: int) -> subprocess.CompletedProcess[str]:
     """`torchrun` to its end, a thread for each process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        torchrun(arguments, processes, *options), cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=LIMIT,
-    )  # fmt: skip
+        torchrun(arguments, processes), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
+
+
+def forked(arguments: list[str], processes: int, grace: float = 0.0) -> list[subprocess.CompletedProcess[str]]:
+    """What each process of `torchrun` does, without torchrun and without waiting for imports (grace: run_commands)."""
+    return run_commands(processes, "train.__main__:main", [*PATIENT, *arguments], grace=grace)

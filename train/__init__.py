@@ -24,6 +24,8 @@ _HOMES = {
     "training_step": "train.loop",
 }
 
+__all__ = [*_HOMES]
+
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:

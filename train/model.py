@@ -98,7 +98,7 @@ def load_trainable_model(
     """The model with what the config trains ready to be trained, and all else frozen.
 
     meshes: cut it over these, each process reading its own part; all of them must call this. None: it is whole here.
-    progress: show a bar while weights are read.
+    progress: of the first process: check the files of a converted checkpoint, and show a bar while weights are read.
     """
     settings, dtype = config.model, config.model.dtype
     if meshes is None:
@@ -111,7 +111,9 @@ def load_trainable_model(
         from parallel.fsdp import materialise, shard
 
         # Nothing has memory until it is known what this process keeps of it.
-        model, reader = prepare_model(source.path, settings.storage, dtype, device, double_quant=settings.double_quant)
+        model, reader = prepare_model(
+            source.path, settings.storage, dtype, device, double_quant=settings.double_quant, verify=progress
+        )
         model.requires_grad_(False)
         make_trainable(model, config)
         parallel = config.parallel

@@ -87,8 +87,8 @@ def save_adapter(
     base_model_name_or_path: hub id or folder of the base checkpoint, for PEFT to find it.
     names: `checkpoint` names matrices as the base checkpoint does. PEFT applies an adapter to the class whose names it
         has: `text` is for AutoModelForCausalLM, also of a vision-language checkpoint; `vision-language` for the whole.
-    gather, writes: where the model lies in parts on several processes, all of them call this: `gather` makes one tensor
-        of the parts of a parameter, one at a time, and only the process that `writes` touches the disk.
+    gather, writes: where the model is cut into parts on several processes, all of them call this: `gather` makes one
+        tensor of the parts of a parameter, one at a time, and only the process that `writes` touches the disk.
     The tensors keep their dtype. The same adapter always gives the same bytes. A save that fails or is interrupted
     leaves the old adapter or, for a moment at the end, none; never a mixture. Raises NibbleError when the model has no
     adapter or the disk is full.

@@ -36,7 +36,7 @@ def _fla_is_right() -> bool:
         return True
     log.warning(
         "flash-linear-attention %s isn't used: before %d.%d.0 it computes wrong values where value heads outnumber key "
-        "heads. The gated delta rule runs in torch, slower. To mend it: pip install -U fla-core",
+        "heads. The gated delta rule runs in torch, slower. To use it: pip install -U fla-core",
         found,
         *FLA_NEEDED,
     )

@@ -1,4 +1,4 @@
-"""What layers are made of whatever mixes their tokens: linear layers with LoRA, norms, routers, experts, balance.
+"""Parts of layers that any kind of attention goes with: linear layers with LoRA, norms, routers, experts, balance.
 
 Imports quant.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,17 @@ from torch import Tensor
 
 from models.blocks.configjson import text_section
 from models.blocks.linear import LoRA
-from models.checkpoint.hub import CONFIG, INDEX, SINGLE, HubCheckpoint, local_folder, read_config, side_files
+from models.checkpoint.hub import (
+    CONFIG,
+    INDEX,
+    SIDE_FILES,
+    SINGLE,
+    TEMPLATES,
+    HubCheckpoint,
+    local_folder,
+    read_config,
+    side_files,
+)
 from models.checkpoint.keymap import HEAD, Key, KeyMap, key_map_of
 from models.checkpoint.native import Manifest, dtype_name, is_converted
 from models.checkpoint.stream import is_carried, layout_of, sum_up
@@ -29,8 +40,9 @@ from quant.storage import DenseStorage, Storage
 log = logging.getLogger("nibble")
 
 _QUANTISED = "quantization_config"
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
-# Makes one tensor of a parameter that may lie in parts.
+# Makes one tensor of a parameter that may be cut into parts.
 Gather = Callable[[Tensor], Tensor]
 
 
@@ -70,8 +82,8 @@ def export_hub(
         prediction, vision tower) are carried through as they are, from the hub folder that `source` is or was
         converted from; where that is gone, a warning says what is left out. A copy of a tied head is not written.
     max_shard_bytes: a tensor larger than that gets a shard of its own.
-    overwrite: replace a checkpoint that is there already.
-    gather, writes: as for `models.adapters.files.save_adapter`, where the model lies in parts on several processes.
+    overwrite: replace a checkpoint that is there already; files that are not a checkpoint's stay.
+    gather, writes: as for `models.adapters.files.save_adapter`, where the model is cut into parts on several processes.
 
     Everything is written in the model's dtype, except what the model keeps in float32 all the same (routers, their
     biases, Trinity's norms, DeltaNet's decay): that is float32, unless the source has it in the model's dtype and
@@ -282,6 +294,7 @@ def _config(source: Path, dtype: torch.dtype) -> bytes:
 
 
 def _swap(partial: Path, directory: Path) -> None:
+    """Put what is written in the place of an older export; what else is in its folder stays there."""
     if not directory.exists():
         partial.rename(directory)
         return
@@ -290,4 +303,7 @@ def _swap(partial: Path, directory: Path) -> None:
         shutil.rmtree(old)
     directory.rename(old)
     partial.rename(directory)
+    for path in old.iterdir():
+        if not (_SHARD.fullmatch(path.name) or path.name in (INDEX, TEMPLATES, *SIDE_FILES)):
+            path.rename(directory / path.name)
     shutil.rmtree(old)

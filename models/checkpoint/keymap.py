@@ -93,7 +93,7 @@ class KeyMap:
 
 
 def key_map_of(model: CausalLM) -> KeyMap:
-    """The table of `model`, which may be on the meta device or lie in parts: sizes are those of the whole tensors."""
+    """The table of `model`, which may be on the meta device or cut into parts: sizes are those of whole tensors."""
     keys = tuple(_keys(model, "", None, model, set()))
     tied = not any(key.native == HEAD for key in keys)
     key_map = KeyMap(keys, (*model.hub.carried, *([re.escape(HEAD)] if tied else ())))

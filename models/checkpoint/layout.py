@@ -1,7 +1,7 @@
 """The forms in which hub files hold the same tensors.
 
 transformers has the same layers at `model.layers` in a text model and at `model.language_model.layers` in the
-vision-language model around it, and writes either prefix beside either config.json. Routed experts lie in files as one
+vision-language model around it, and writes either prefix beside either config.json. Routed experts are in files as one
 fused stack or as matrices per expert. All of these are read, and an export writes the form that its source has.
 
 PEFT gives an adapter to the class that has its names; in the other it computes without, after a warning.

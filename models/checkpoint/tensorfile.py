@@ -40,17 +40,19 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Bits of the format's other dtypes, which nothing here reads: such a tensor can only be left where it is.
+_OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
-# What is read of a mapped file counts as memory of this process until it is unmapped. Mapping it anew takes about 1 ms.
+# What is read of a mapped file counts as memory of this process until it is unmapped. Mapping it again takes 1 ms.
 MAPPED_BYTES = 16 * 2**20
 _READ_AT_ONCE = 4 * 2**20  # bytes, of what is read back to be hashed
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies. dtype is the format's own name ("BF16"); begin and end are byte offsets in the file."""
+    """Where one tensor is. dtype is the format's own name ("BF16"); begin and end are byte offsets in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -76,7 +78,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header = parse_json(text)
         if not isinstance(header, dict):
             raise JsonError(f"it is {kind_of(header)}")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise JsonError("its __metadata__ must be texts by name")
         tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
     except JsonError as error:
         raise NibbleError(f"{path} is not a safetensors file: its header can't be read ({error}).\n{_AGAIN}") from error
@@ -104,10 +108,12 @@ def _tensor_info(name: str, entry: Any, start: int) -> TensorInfo:
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise JsonError(f"{shown(name)} needs a dtype, a shape and two data_offsets of whole numbers")
+    bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _OTHER_BITS.get(dtype)
+    if bits is None:
+        raise JsonError(f"{shown(name)} has the unknown dtype {shown(dtype)}")
     begin, end = offsets
-    # Of a dtype that isn't known here the size isn't either; it can't be read, only left where it is.
-    wanted = tensor_bytes(tuple(shape), DTYPES[dtype]) if dtype in DTYPES else end - begin
-    if end < begin or end - begin != wanted:
+    if (end - begin) * 8 != math.prod(shape) * bits:
+        wanted = math.prod(shape) * bits // 8
         raise JsonError(f"{shown(name)} has {end - begin:,} bytes, {dtype} {shown(shape)} needs {wanted:,}")
     return TensorInfo(dtype, tuple(shape), start + begin, start + end)
 
@@ -220,7 +226,8 @@ class TensorWriter:
         with disk_errors(self._partial):
             os.fsync(self._file)
         self._close()
-        self._partial.replace(self.path)
+        with disk_errors(self.path):
+            self._partial.replace(self.path)
         sync_folder(self.path.parent)
         return self._hash.hexdigest() if self._hash is not None else ""
 
@@ -228,10 +235,10 @@ class TensorWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Without `finish`, what was written is removed."""
+        """Without a `finish` that succeeds, what was written is removed."""
         if self._file >= 0:
             self._close()
-            self._partial.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
 
     def _close(self) -> None:
         os.close(self._file)

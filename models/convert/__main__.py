@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
+    """Returns the exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
     body = _verify if arguments.verify else _convert
     return exit_code(lambda: body(arguments), "interrupted; the same command starts again")

@@ -6,7 +6,7 @@ FLOAT16 = "float16 needs loss scaling, which is not supported; use bfloat16 or f
 
 
 class NibbleError(Exception):
-    """Something the user can mend: bad input, a missing file, a combination that can't work.
+    """Something the user can fix: bad input, a missing file, a combination that can't work.
 
     The message is one to three lines: what is wrong, where, and what to do about it. Commands print it
     as `error: …` on standard error and exit with code 2; no traceback is shown.

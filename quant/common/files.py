@@ -52,11 +52,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that a reader sees either the old one or the new one, also after a crash."""
     partial = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)  # it would keep a full disk full
+            raise
         sync_folder(path.parent)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +19,6 @@ MAX_BYTES = 256 * 2**20  # of a file that is read whole; the index of the larges
 MAX_DEPTH = 100  # of objects and lists within each other
 LARGEST = 2**24  # an integer, unless its reader says otherwise: no matrix has as many rows
 
-_BRACKETS = re.compile(r"[\[{]")
 _T = TypeVar("_T")
 
 
@@ -33,7 +31,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+        value = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         raise JsonError(f"not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
@@ -44,7 +42,7 @@ def parse_json(text: str | bytes) -> Any:
         raise
     except ValueError as error:  # an integer with thousands of digits
         raise JsonError(str(error).partition(";")[0]) from error
-    if len(_BRACKETS.findall(text)) > MAX_DEPTH and _deeper(value, MAX_DEPTH):
+    if text.count("[") + text.count("{") > MAX_DEPTH and _deeper(value, MAX_DEPTH):
         raise JsonError(f"nested more than {MAX_DEPTH} deep")
     return value
 
@@ -181,3 +179,6 @@ def _deeper(value: Any, levels: int) -> bool:
     if levels == 0:
         return True
     return any(_deeper(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value))
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)

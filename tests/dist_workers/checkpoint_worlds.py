@@ -1,9 +1,8 @@
 """The worlds of test_distributed_checkpoint, forked from one process that has torch in memory already.
 
-Starting a process is most of what these tests would take otherwise.
-`python -m tests.dist_workers.checkpoint_worlds FOLDER` leaves FOLDER/results.json. In the last of the worlds two
-processes save a checkpoint, and one dies by SIGKILL when it opens, makes, renames or removes its k-th file, for every k
-until the save gets through.
+Starting a process is most of what these tests would take otherwise. main(FOLDER) leaves FOLDER/results.json. In the
+last of the worlds two processes save a checkpoint, and one dies by SIGKILL when it opens, makes, renames or removes its
+k-th file, for every k until the save gets through.
 """
 
 from __future__ import annotations
@@ -157,7 +156,8 @@ def kills(root: Path) -> list[dict[str, Any]]:
     return results
 
 
-def main(root: Path) -> None:
+def main(folder: str) -> int:
+    root = Path(folder)
     # Imports are not to be counted as files, and are to be made once.
     save_parts(root / "warm", {"a": torch.zeros(2)}, {})
     load_parts(root / "warm", {"a": torch.zeros(2)}, {})
@@ -174,7 +174,4 @@ def main(root: Path) -> None:
             }
         )
     )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return 0

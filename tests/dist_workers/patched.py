@@ -12,10 +12,13 @@ import json
 import os
 import pkgutil
 import sys
+import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.processes import free_port, rank_environment
 
 LIBRARIES = ("torch", "peft", "bitsandbytes")
 PACKAGES = ("quant", "models", "parallel", "train")
@@ -136,25 +139,48 @@ def all_modules() -> Iterator[str]:
             yield found.name
 
 
-def main(arguments: list[str], meddle: str, result: str) -> None:
-    """Train as `python -m train` with `arguments` does, and write what has changed to `result`. meddle: to be executed
-    after the first look."""
+def main(arguments: list[str], meddle: str, result: str) -> int:
+    """Look at the libraries; then three processes, forked from this one, go on: two train together as `python -m train`
+    with `arguments` does, the third executes `meddle` and trains nothing. Each writes what has changed to `result`.
+    """
     for name in SUBMODULES:
         importlib.import_module(name)
     torch = sys.modules["torch"]
     torch.optim.AdamW([torch.zeros(1)])  # torch itself wraps the class's step when the first one is made
-    project = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
+    found = {"early": [name for name in sys.modules if name.partition(".")[0] in PACKAGES]}
     before, sources, hooked = snapshot(), files(), hooks()
-    exec(meddle)  # noqa: S102 - a test's own line, so that it is seen to fail
-    for name in all_modules():
-        importlib.import_module(name)
-    code = importlib.import_module("train.__main__").main(arguments)
-    wrong = differences(before, snapshot())
-    wrong += [f"{path} was written" for path, status in files().items() if sources.get(path, status) != status]
-    wrong += [f"{name} has {count} more" for name, count in hooks().items() if count != hooked[name]]
-    found = {"code": code, "early": project, "compared": len(before), "wrong": wrong}
-    Path(result).write_text(json.dumps(found), encoding="utf-8")
+    found["compared"] = len(before)
+
+    def compare(given: list[str], number: int) -> None:
+        for name in all_modules():
+            importlib.import_module(name)
+        found["code"] = importlib.import_module("train.__main__").main(given)
+        wrong = differences(before, snapshot())
+        wrong += [f"{path} was written" for path, status in files().items() if sources.get(path, status) != status]
+        wrong += [f"{name} has {count} more" for name, count in hooks().items() if count != hooked[name]]
+        Path(f"{result}-{number}.json").write_text(json.dumps({**found, "wrong": wrong}), encoding="utf-8")
+
+    port = free_port()
+    children = []
+    for number in range(3):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                if number < 2:
+                    os.environ.update(rank_environment(number, 2, port))
+                    compare(arguments, number)
+                else:
+                    exec(meddle)  # noqa: S102 - a test's own lines, so that the comparison is seen to fail
+                    compare(["--print-schema"], number)
+                code = 0
+            except BaseException:  # noqa: BLE001  the process ends here
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), sys.argv[2], f"{sys.argv[3]}-{os.environ['RANK']}.json")
+    sys.exit(main(*[json.loads(sys.argv[1]), *sys.argv[2:]]))

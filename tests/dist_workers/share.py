@@ -102,7 +102,13 @@ def everything(world: World, sigmoid: str, softmax: str, rows: str, other: str, 
     absent = {} if world.first else {"sigmoid": "nowhere", "rows": "nowhere.jsonl", "other": "nowhere.jsonl"}
     here = {"sigmoid": sigmoid, "rows": rows, "other": other} | absent
     fraction = configured(here["sigmoid"], here["rows"], folder)
-    given = configured(here["sigmoid"], here["rows"], folder, "data.eval_fraction=null", f"data.eval={here['other']}")
+    given = configured(
+        here["sigmoid"],
+        here["rows"],
+        folder,
+        "data.eval_fraction=null",
+        f"data.eval=[{{path: {here['other']}, weight: 0.5}}]",
+    )
     result["fraction"] = described(read(fraction, folder, world), steps=3)
     result["given"] = described(read(given, folder, world), steps=3)
     world.wait()  # the last one to have read has deleted the file of the rows

@@ -198,7 +198,7 @@ def test_damaged_or_unfinished_copy_beside_is_not_used(tmp_path: Path, caplog: p
     assert caplog.messages == []
     (copy / "nibble.json").write_text("{")
     load_model(hub, "int8")
-    assert "nibble.json is damaged" in caplog.messages[0]
+    assert "nibble.json is not valid JSON: " in caplog.messages[0]
 
 
 def test_converted_folder_with_another_storage_names_both(hub: Path, tmp_path: Path) -> None:

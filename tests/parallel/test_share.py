@@ -49,7 +49,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
 def test_every_process_has_its_share_of_the_rows_of_one(
     folder: Path, results: list[dict[str, Any]], held_out: str, tmp_path: Path
 ) -> None:
-    given = () if held_out == "fraction" else ("data.eval_fraction=null", f"data.eval={folder / 'other.jsonl'}")
+    weighted = f"data.eval=[{{path: {folder / 'other.jsonl'}, weight: 0.5}}]"
+    given = () if held_out == "fraction" else ("data.eval_fraction=null", weighted)
     config = configured(str(folder / SIGMOID), str(folder / "rows.jsonl"), tmp_path, *given)
     alone, (first, second) = described(read(config, tmp_path), steps=3), (result[held_out] for result in results)
     for key in ("state", "fingerprint", "rows"):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from quant.common.errors import NibbleError
-from quant.fourbit import dynamic_map
+from quant.fourbit import dynamic_map, import_bitsandbytes
 from quant.kinds import new_storage, quantise, storage_tensors
 from quant.storage import Storage, StorageSpec
 
@@ -262,26 +263,26 @@ def test_inf_and_nan_are_refused(spec, dtype):
     assert torch.equal(storage.dense(), before)
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(
-        [sys.executable, "-c", code], env=variables, cwd=ROOT, capture_output=True, text=True, check=True
-    )
-
-
-def test_using_bitsandbytes_prints_nothing():
-    done = run(
-        "import torch\n"
+def test_bitsandbytes_is_imported_only_when_it_is_needed_and_prints_nothing():
+    code = (
+        "import sys\n"
+        "import quant.common.errors\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch, quant.storage, quant.fourbit, quant.int8\n"
         "from quant.kinds import new_storage\n"
         "from quant.storage import StorageSpec\n"
-        "storage = new_storage(StorageSpec('nf4'), (64, 64), torch.float32, 'cpu', 'w')\n"
+        "for kind in ('none', 'int8', 'fp4', 'nf4'):\n"
+        "    storage = new_storage(StorageSpec(kind), (64, 64), torch.float32, 'cpu', 'w')\n"
+        "assert 'bitsandbytes' not in sys.modules\n"
         "storage.load_dense(torch.ones(64, 64))\n"
         "assert bool((storage.dense() == 1).all())\n"
+        "assert 'bitsandbytes' in sys.modules\n"
     )
-    assert (done.stdout, done.stderr) == ("", "")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_only_the_advice_to_install_kernels_is_silenced(tmp_path):
+def test_only_the_advice_to_install_kernels_is_silenced(tmp_path, monkeypatch, caplog):
     """bitsandbytes gives it only on CPUs with AVX512-BF16: a stand-in gives it on any."""
     package = tmp_path / "bitsandbytes"
     package.mkdir()
@@ -291,25 +292,10 @@ def test_only_the_advice_to_install_kernels_is_silenced(tmp_path):
         "logger.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please …', 'no kernels')\n"
         "logger.warning('another warning')\n"
     )
-    done = run(
-        "import logging\n"
-        "from quant.fourbit import import_bitsandbytes\n"
-        "import_bitsandbytes()\n"
-        "assert not logging.getLogger('bitsandbytes.backends.cpu.ops').filters\n",
-        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
-    )
-    assert done.stderr == "another warning\n"
-
-
-def test_bitsandbytes_is_imported_only_when_it_is_needed():
-    run(
-        "import sys\n"
-        "import quant.common.errors\n"
-        "assert 'torch' not in sys.modules\n"
-        "import torch, quant.storage, quant.fourbit, quant.int8\n"
-        "from quant.kinds import new_storage\n"
-        "from quant.storage import StorageSpec\n"
-        "for kind in ('none', 'nf4', 'fp4', 'int8'):\n"
-        "    new_storage(StorageSpec(kind), (64, 64), torch.float32, 'cpu', 'w')\n"
-        "assert 'bitsandbytes' not in sys.modules\n"
-    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with mock.patch.dict(sys.modules):
+        sys.modules.pop("bitsandbytes", None)
+        module = import_bitsandbytes.__wrapped__()  # which is otherwise called once
+    assert module.__file__ == str(package / "__init__.py")
+    assert caplog.messages == ["another warning"]
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").filters

@@ -15,7 +15,7 @@ import pytest
 
 from parallel.world import World
 from quant.common.errors import NibbleError
-from tests.processes import LIMIT, free_port, rank_environment
+from tests.processes import LIMIT, run_commands
 from train.__main__ import EXAMPLE, main
 from train.config.load import Config, config_schema, load_config, parse_config
 from train.config.schema import keys
@@ -192,17 +192,9 @@ def test_of_several_processes_one_answers(config_path: Path) -> None:
     """Of an error the other one speaks too, with its rank, where no torchrun ends it before."""
 
     def run_two(*arguments: str) -> list[tuple[int, str, str]]:
-        port, started = free_port(), []
-        for rank in range(2):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", **rank_environment(rank, 2, port)}
-            command = [sys.executable, "-m", "train", "--config", str(config_path), *arguments]
-            started.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-                )
-            )
-        said = [process.communicate(timeout=LIMIT) for process in started]
-        return [(process.returncode, *streams) for process, streams in zip(started, said, strict=True)]
+        given = ["--config", str(config_path), *arguments]
+        done = run_commands(2, "train.__main__:main", given, grace=LIMIT)
+        return [(process.returncode, process.stdout, process.stderr) for process in done]
 
     assert run_two("--check") == [(0, f"{config_path}: ok\n", ""), (0, "", "")]
     wrong = "error: --set train.max_stpes=3: unknown key 'train.max_stpes'. Did you mean 'train.max_steps'?\n"

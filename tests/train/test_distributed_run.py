@@ -1,4 +1,7 @@
-"""`torchrun -m train` does what `python -m train` does, and takes up what another number of processes has left."""
+"""Several processes do what `python -m train` does, and take up what another number of processes has left.
+
+Those that torchrun itself starts: tests/train/test_distributed_failures.py, and the tests here that are marked slow.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.run_helpers import World, curve, in_processes, losses, make_world, settings
+from tests.run_helpers import World, curve, forked, in_processes, losses, make_world, settings
 from train.__main__ import main
 
 # Extending a run leaves its checkpoints valid only where the schedule doesn't know the end.
@@ -56,9 +59,9 @@ def half(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """The first three steps on four processes, two of which own the experts of each copy of the model."""
     out = tmp_path_factory.mktemp("half") / "out"
     changes = {**STEADY, "train__eval_every": 3, "parallel__expert": 2, "train__save_async": True}
-    done = in_processes(settings(world, out, **changes, train__max_steps=3), 4)
-    assert done.returncode == 0, done.stderr
-    assert "processes 4 = 1 replicate × 2 expert × 2 shard" in done.stdout
+    done = forked(settings(world, out, **changes, train__max_steps=3), 4)
+    assert [process.returncode for process in done] == [0] * 4, done
+    assert "processes 4 = 1 replicate × 2 expert × 2 shard" in done[0].stdout
     assert (out / "adapter" / "adapter_config.json").is_file()
     return out, changes
 
@@ -73,8 +76,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
     if processes == 1:
         assert main(arguments) == 0
     else:
-        done = in_processes(arguments, processes)
-        assert done.returncode == 0, done.stderr
+        done = forked(arguments, processes)
+        assert [process.returncode for process in done] == [0] * processes, done
     resumed = losses(tmp_path / "out", "train")[3:]
     undisturbed = losses(alone, "train")[3:]
     assert max(abs(a - b) / b for a, b in zip(resumed, undisturbed, strict=True)) < 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -230,10 +231,8 @@ def test_a_record_is_the_mean_over_the_steps_since_the_one_before(world: World, 
     check({3: range(3), 6: range(4, 6), 7: range(6, 7)})
 
 
-@pytest.mark.parametrize(("storage", "needed"), [("none", []), ("nf4", ["bitsandbytes"])])
-def test_a_run_imports_slow_libraries_only_where_it_needs_them(
-    world: World, tmp_path: Path, storage: str, needed: list[str]
-) -> None:
+def test_a_run_imports_slow_libraries_only_where_it_needs_them(world: World, tmp_path: Path) -> None:
+    """Two runs in one process, the second of which needs what the first doesn't."""
     slow = ["bitsandbytes", "matplotlib", "peft", "pyarrow", "tensorboard", "torch._inductor.scheduler", "transformers"]
     code = (
         "import runpy, sys\n"
@@ -244,19 +243,25 @@ def test_a_run_imports_slow_libraries_only_where_it_needs_them(
         "    show('BEFORE')\n"
         "    return step(*args, **options)\n"
         "train.loop.training_step = shown\n"
-        "try:\n"
-        "    runpy.run_module('train', run_name='__main__', alter_sys=True)\n"
-        "finally:\n"
-        "    show('AFTER')\n"
+        "for config in sys.argv[1:]:\n"
+        "    sys.argv[1:] = ['--config', config]\n"
+        "    try:\n"
+        "        runpy.run_module('train', run_name='__main__', alter_sys=True)\n"
+        "    except SystemExit as end:\n"
+        "        show(f'AFTER {end.code}')\n"
     )
-    arguments = settings(world, tmp_path / "run", model__storage=storage, train__max_steps=1)
+    runs = [tmp_path / storage for storage in ("none", "nf4")]
+    configs = [settings(world, run, model__storage=run.name, train__max_steps=1)[1] for run in runs]
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}  # a run sets it
+    command = [sys.executable, "-c", code, *configs]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith(("BEFORE", "AFTER"))]
-    assert lines == [f"BEFORE {needed}", f"AFTER {[*needed, 'matplotlib']}"]
-    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    first, second = ["matplotlib"], ["bitsandbytes", "matplotlib"]
+    assert lines == ["BEFORE []", f"AFTER 0 {first}", f"BEFORE {second}", f"AFTER 0 {second}"], done.stderr
+    assert all((run / "adapter" / "adapter_config.json").is_file() for run in runs)
 
 
 def test_accumulation_equals_larger_micro_batches(world: World, tmp_path: Path) -> None:

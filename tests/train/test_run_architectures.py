@@ -18,6 +18,7 @@ from tests.tiny import TINY
 from train.__main__ import main
 
 FORMS = [form for form in ALL_FORMS if form in TINY and form != "glm4_moe_lite"] + ["vision-language"]
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
 TOKENS = random_tokens((2, 24), vocabulary=320)
 
 

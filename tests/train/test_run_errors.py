@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from models.checkpoint.conversion import convert
 from models.load import open_folder
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-from tests.processes import LIMIT
-from tests.run_helpers import ROOT, World, error_of, in_a_process, losses, make_world, settings
+from tests.run_helpers import World, error_of, losses, make_world, settings
 from train.__main__ import main
 from train.config.load import load_config
 from train.model import check_model
@@ -39,14 +37,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 # --- before anything large is read
 
 
-def test_what_the_command_says_of_an_unknown_target(world: World, tmp_path: Path) -> None:
+def test_what_the_command_says_of_an_unknown_target(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("not a row\n")  # which would be an error of its own
     arguments = settings(world, tmp_path / "run", data__train=str(rows), adapter__targets=["attention", "q_proj"])
-    command = [sys.executable, "-m", "train", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(
         "error: adapter.targets: 'q_proj' matches nothing in glm4_moe_lite (multi-head latent attention).\n"
         "       Its attention projections are q_a_proj, q_b_proj, "
     )
@@ -150,12 +150,17 @@ def test_rows_that_may_not_be_read(
 # --- in the middle of it
 
 
-def test_a_full_disk(world: World, tmp_path: Path) -> None:
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3072, resource.RLIM_INFINITY))"
-    done = in_a_process(settings(world, tmp_path / "run", train__max_steps=20), limit)
-    assert done.returncode == 2, done.stderr
-    assert "\nerror: the disk is full: " in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_full_disk(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = settings(world, tmp_path / "run", train__max_steps=20)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3072, limits[1]))  # writing past it fails as on a full disk
+    try:
+        assert main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert "\nerror: the disk is full: " in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("kind", ["disk", "memory"])

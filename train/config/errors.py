@@ -23,7 +23,7 @@ def problems_of(error: ValidationError, document: Document, schema: Schema) -> l
         location = item["loc"]
         if item["type"] == "combination":
             found += [_combination(keys_, text, document) for keys_, text in item["ctx"]["found"]]
-        elif item["type"] == "extra_forbidden":
+        elif item["type"] == "extra_forbidden" and len(location) <= 2:
             name = dotted(location)
             text = f"unknown key '{name}'. {suggest_key(name, schema)}"
             if len(location) == 1 and name in keys(schema):

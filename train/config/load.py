@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from quant.common.errors import NibbleError
 from train.config import schema, yaml_text
 from train.config.errors import problems_of
+from train.config.row_paths import row_files
 from train.config.rules import combination_problems
 from train.config.sections import (
     AdapterConfig,
@@ -133,11 +134,13 @@ def check_files(config: Config, rows: bool = True) -> None:
     rows: whether this process reads data.train and data.eval; of several only the first does.
     """
     here = f"Relative paths start at the current directory ({Path.cwd()})."
-    missing = [
-        f"{key}: {value}: no such file. {here}"
-        for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval))
-        if rows and value is not None and not Path(value).exists()
-    ]
+    missing = []
+    for key, value in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if rows and value is not None:
+            try:
+                row_files(value, key)
+            except NibbleError as error:
+                missing.append(str(error))
     folders = {"adapter.init_from": config.adapter.init_from}
     if config.train.resume not in ("auto", "never"):
         folders["train.resume"] = config.train.resume

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from models.blocks.groups import TARGET_GROUPS
+from train.config.fields import joined
 from train.config.schema import nearest
 from train.config.sections import (
     FOUR_BIT,
+    JOINED,
     OPTIONAL,
     REQUIRED,
     AdapterConfig,
@@ -76,8 +78,21 @@ def combination_problems(
                 f"data.fields: '{name}' is not a field of data.format: {data.format} (its fields: "
                 f"{', '.join(names)}). Rename it, or change data.format.",
             )
-    # (In messages, role and content are names inside a message: they may repeat one outside.)
-    if data.format == "prompt_completion" and len(set(data.fields.values())) < len(data.fields):
+    for name, value in data.fields.items():
+        try:
+            joins = joined(value) is not None
+        except ValueError as error:
+            yield (f"data.fields.{name}",), f"data.fields.{name}: {error}."
+            continue
+        if joins and name in names and name not in JOINED:
+            yield (
+                (f"data.fields.{name}",),
+                f"data.fields.{name} is no text that could join columns; name one column. (Columns are joined for "
+                f"{', '.join(one for one in JOINED if one in names)}.)",
+            )
+    # (role and content are names inside a message: they may repeat one outside.)
+    texts = [data.fields[name] for name in REQUIRED[data.format] if name in data.fields]
+    if len(set(texts)) < len(texts):
         yield ("data.fields",), "data.fields: two fields are read from the same name; give each its own."
     if train.optimizer.startswith("paged_") and train.device == "cpu":
         yield (

@@ -45,7 +45,9 @@ def wanted(entry: Schema, depth: int = 0, value: Any = None) -> str:
 
     value: what was given. An upper bound that only keeps out slips of the pen is shown where it was passed.
     """
-    choices = [entry] if "x-wanted" in entry else entry.get("anyOf", [entry])
+    if "x-wanted" in entry:
+        return str(entry["x-wanted"])
+    choices = entry.get("anyOf", [entry])
     if depth:
         inner = [
             choice.get("additionalProperties", choice.get("items", choice.get("prefixItems", [{}])[0]))
@@ -57,8 +59,6 @@ def wanted(entry: Schema, depth: int = 0, value: Any = None) -> str:
 
 
 def _wanted_one(entry: Schema, value: Any = None) -> str:
-    if "x-wanted" in entry:
-        return str(entry["x-wanted"])
     if "enum" in entry:
         return "one of " + ", ".join(map(str, entry["enum"]))
     kind = entry.get("type")

@@ -41,7 +41,12 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-OPTIONAL: dict[str, tuple[str, ...]] = {"messages": ("tools", "role", "content")}
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "messages": ("tools", "role", "content", "system"),
+    "prompt_completion": ("tools", "role", "content"),
+}
+# Those that are text, for which `data.fields` can join columns.
+JOINED = ("prompt", "completion", "text", "system")
 
 
 class Section(BaseModel):
@@ -107,12 +112,30 @@ class AdapterConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the LoRA matrices.")
 
 
-class DataConfig(Section):
-    """the rows to learn from, JSONL or parquet; relative paths start at the current directory"""
+class WeightedFile(Section):
+    """an entry of a list of files whose rows are to be repeated or sampled"""
 
-    train: PathText = Field(description="File of training rows (.jsonl or .parquet).")
-    eval: PathText | None = Field(
-        default=None, description="File of held-out rows; null: data.eval_fraction of the training rows."
+    path: PathText
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+
+
+RowFiles = PathText | Annotated[tuple[PathText | WeightedFile, ...], Tuple, Field(min_length=1)]
+_ROW_FILES = "a file, a glob, or a non-empty list of these, each a path or {path: …, weight: a number > 0}"
+
+
+class DataConfig(Section):
+    """the rows to learn from; relative paths start at the current directory"""
+
+    train: RowFiles = Field(
+        json_schema_extra={"x-wanted": _ROW_FILES},
+        description="File of training rows (.jsonl, .json or .csv, also with .gz, or .parquet), a glob, or a list of "
+        "these. In a list, {path: more.jsonl, weight: 2.0} repeats the rows of a file; a weight below 1 takes that "
+        "share of them, drawn by train.seed.",
+    )
+    eval: RowFiles | None = Field(
+        default=None,
+        json_schema_extra={"x-wanted": _ROW_FILES + ", or null"},
+        description="Held-out rows, like data.train; null: data.eval_fraction of the training rows.",
     )
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=0.1,
@@ -128,8 +151,9 @@ class DataConfig(Section):
         default_factory=dict,
         json_schema_extra={"default": {}},
         description="What the file calls a row's fields, where it differs: {prompt: question, completion: answer}. The "
-        "names on the left are, by data.format: messages, tools, and role, content inside a message; prompt, "
-        "completion; text.",
+        "names on the left are, by data.format: messages, tools, system, and role, content inside a message; prompt, "
+        "completion (and of lists of messages tools, role, content); text. What is on the right of prompt, completion, "
+        'text and system may join columns: "{instruction}\\n\\n{input}" (a brace: {{ or }}).',
     )
     sequence_length: Annotated[int, Field(ge=2, le=2**24)] = Field(
         default=2048,

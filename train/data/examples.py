@@ -33,10 +33,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.common.errors import NibbleError
+from quant.common.words import some
 from train.config.sections import Format
+from train.data.bad_rows import BadRow, RowLog, SkippedRow
 from train.data.chat import ChatTemplate, RenderError, Rendering, missing_template
+from train.data.columns import Columns
 from train.data.packing import shuffled
-from train.data.rows import BadRow, Chat, Completion, Row, RowLog, SkippedRow, parse_row, read_rows
+from train.data.row_files import Row, read_rows
+from train.data.rows import Chat, Completion, parse_row
 from train.data.tokenizer import Encoded, Tokenizer
 
 _CHUNK = 512  # rows tokenised at a time: enough for the library's threads, little memory
@@ -103,7 +107,8 @@ class DataReport:
     """What became of the rows.
 
     rows: read, usable or not. cut: examples cut to sequence_length. split: texts longer than sequence_length, made into
-    several examples. lost: examples of usable rows dropped because nothing to learn was left after cutting.
+    several examples. lost: examples of usable rows dropped because nothing to learn was left after cutting. file_rows:
+    rows read of each file.
     """
 
     rows: int
@@ -111,10 +116,11 @@ class DataReport:
     split: int
     lost: int
     skipped_rows: list[SkippedRow]
+    file_rows: list[int]
 
 
 def build_examples(
-    file: str | Path,
+    files: str | Path | Sequence[str | Path],
     *,
     form: Format,
     tokenizer: Tokenizer,
@@ -126,35 +132,49 @@ def build_examples(
     warn: Callable[[str], None] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Examples, DataReport]:
-    """Read, check and tokenise all rows of `file`; the same file gives the same arrays.
+    """Read, check and tokenise all rows of a file, or of several in their order; the same files give the same arrays.
 
     An example longer than sequence_length is cut to it if something to learn is left, else dropped; a text is split.
-    warn: receives one line for a bad or cut row (see RowLog). progress: receives the share done, 0 to 1.
+    warn: receives one line for a bad or cut row (see RowLog), and one for all columns that no field reads. progress:
+    receives the share done, 0 to 1.
     Raises NibbleError for a file that can't be read, for the first bad row with on_bad_row "error", and when no row
     is usable, and for messages when there is no template.
     """
     if form == "messages" and template is None:
         raise missing_template(tokenizer.where)
     builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn), splits=form == "text")
-    pending: list[_Piece] = []
-    for row in read_rows(file, form=form, fields=fields, key=key):
-        builder.rows += 1
-        try:
-            if row.problem is not None:
-                raise row.problem
-            assert row.values is not None
-            pending.append(_Piece(row, builder.rows - 1, list(_texts(row.values, form, fields, template))))
-        except BadRow as problem:
-            builder.log.bad(row, problem)
-        if len(pending) >= _CHUNK:
-            builder.add(pending)
-            pending = []
-        if progress is not None and builder.rows % _CHUNK == 0:
-            progress(row.done)
+    files = [files] if isinstance(files, str | Path) else files
+    fields = fields or {}
+    columns, pending = Columns(form, fields), list[_Piece]()
+    for number, file in enumerate(files):
+        before = builder.rows
+        for row in read_rows(file, form=form, fields=fields, key=key, columns=columns):
+            builder.rows += 1
+            try:
+                if row.problem is not None:
+                    raise row.problem
+                assert row.values is not None
+                columns.add(row.values)
+                pending.append(_Piece(row, builder.rows - 1, list(_texts(row.values, form, fields, template))))
+            except BadRow as problem:
+                builder.log.bad(row.file, row.line, problem)
+            if len(pending) >= _CHUNK:
+                builder.add(pending)
+                pending = []
+            if progress is not None and builder.rows % _CHUNK == 0:
+                progress((number + row.done) / len(files))
+        builder.file_rows.append(builder.rows - before)
+        if builder.rows == before and warn is not None:
+            warn(f"{key}: {file} holds no rows.")
     builder.add(pending)
     if progress is not None:
         progress(1.0)
-    return builder.finish(key, file)
+    names = some([str(file) for file in files], 3)
+    columns.require_joined(key, names)
+    unused = columns.unused_text(builder.rows)
+    if warn is not None and unused:
+        warn(f"{key}: {unused}")
+    return builder.finish(key, names)
 
 
 def split_examples(examples: Examples, eval_fraction: float, seed: int) -> tuple[Examples, Examples]:
@@ -203,7 +223,8 @@ def _texts(
         parsed = Chat(messages, [False, True])
     texts: Sequence[_Plain | Rendering]
     if isinstance(parsed, Chat):
-        assert template is not None
+        if template is None:  # a prompt and completion of messages
+            raise BadRow("no_template", "messages need a chat template, which the checkpoint doesn't have")
         try:
             texts = template.renderings(parsed.messages, parsed.trained, parsed.tools)
         except RenderError as error:
@@ -229,6 +250,7 @@ class _Builder:
         self.tokenizer, self.template, self.sequence_length, self.log = tokenizer, template, sequence_length, log
         self.splits = splits
         self.rows = self.cut = self.split = self.lost = 0
+        self.file_rows: list[int] = []
         self._ids: list[NDArray[np.int32]] = []
         self._masks: list[NDArray[np.bool_]] = []
         self._rows: list[int] = []
@@ -317,18 +339,18 @@ class _Builder:
                 self.log.note("lost", f"{row.file}:{row.line}: {what} data.sequence_length {limit:,}")
         elif longest > limit:
             what = f"nothing to learn within data.sequence_length {limit:,} (the row has {longest:,} tokens)"
-            self.log.bad(row, BadRow("too_long", what))
+            self.log.bad(row.file, row.line, BadRow("too_long", what))
         else:
-            self.log.bad(row, BadRow("nothing_to_learn", "no token is left to learn"))
+            self.log.bad(row.file, row.line, BadRow("nothing_to_learn", "no token is left to learn"))
 
-    def finish(self, key: str, file: str | Path) -> tuple[Examples, DataReport]:
+    def finish(self, key: str, files: str) -> tuple[Examples, DataReport]:
         skipped = self.log.skipped
         if not self.rows:
-            raise NibbleError(f"{key}: {file} holds no rows.")
+            raise NibbleError(f"{key}: {files} holds no rows.")
         if not self._ids:
             first = skipped[0]
             raise NibbleError(
-                f"{key}: none of the {self.rows:,} rows of {file} can be used (data.format, data.fields). The first:\n"
+                f"{key}: none of the {self.rows:,} rows of {files} can be used (data.format, data.fields). The first:\n"
                 f"{first.file}:{first.line}: {first.detail}"
             )
         lengths = np.array([len(ids) for ids in self._ids], np.int32)
@@ -340,7 +362,7 @@ class _Builder:
             rows=np.array(self._rows, np.int64),
             labelled=np.array([mask.sum() for mask in self._masks], np.int32),
         )
-        return examples, DataReport(self.rows, self.cut, self.split, self.lost, skipped)
+        return examples, DataReport(self.rows, self.cut, self.split, self.lost, skipped, self.file_rows)
 
 
 def _first_token(encoded: Encoded, start: int) -> int:

@@ -8,19 +8,25 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parallel.world import ALONE, World
 from quant.common.files import disk_errors
 from quant.common.progress import Bar
 from train.config.load import Config
+from train.config.row_paths import row_files
+from train.config.sections import RowFiles
+from train.data.bad_rows import write_skipped_rows
 from train.data.batches import EvalBatches, StepBatches
 from train.data.chat import load_chat_template
 from train.data.examples import DataReport, Examples, build_examples, split_examples
+from train.data.mixture import copies_of_rows, repeated
 from train.data.packing import Packing, pack
-from train.data.rows import write_skipped_rows
 from train.data.tokenizer import load_tokenizer
 
 _ARRAYS = [field.name for field in fields(Examples)]
+_Read = tuple[Examples, NDArray[np.int32] | None]  # and how often each row is learnt
+SHARED_ROWS = ".rows.npz"  # in output.dir, while several processes start
 
 
 @dataclass(frozen=True)
@@ -56,29 +62,38 @@ def load_data(
     """
     settings, train = config.data, config.train
     reports: list[DataReport] = []
-    read: list[Examples] = []
-    shared = skipped_path.with_name(".rows.npz")
-    if world.first:
-        read, reports = _read(config, folder, note, now)
-        skipped = [row for one in reports for row in one.skipped_rows]
-        skipped_path.unlink(missing_ok=True)
-        if skipped:
-            write_skipped_rows(skipped_path, skipped)
-        if world.size > 1:
-            with disk_errors(shared):
-                np.savez(shared, *(getattr(examples, name) for examples in read for name in _ARRAYS))
-    world.wait(note, "read the rows")
-    if not world.first:
-        with np.load(shared) as file:  # of arrays alone: no pickle
-            arrays = [file[name] for name in file.files]
-        read = [Examples(*arrays[i : i + len(_ARRAYS)]) for i in range(0, len(arrays), len(_ARRAYS))]
-    world.wait()
-    if world.first:
-        shared.unlink(missing_ok=True)
-    examples, *others = read
-    held_out = others[0] if others else None
+    read: list[_Read] = []
+    shared = skipped_path.with_name(SHARED_ROWS)
+    try:
+        if world.first:
+            read, reports = _read(config, folder, note, now)
+            skipped = [row for one in reports for row in one.skipped_rows]
+            skipped_path.unlink(missing_ok=True)
+            if skipped:
+                write_skipped_rows(skipped_path, skipped)
+            if world.size > 1:
+                with disk_errors(shared):
+                    np.savez(shared, *(array for one in read for array in _arrays(one)))
+        world.wait(note, "read the rows")
+        if not world.first:
+            with np.load(shared) as file:  # of arrays alone: no pickle
+                arrays = [file[name] for name in file.files]
+            count = len(_ARRAYS) + 1
+            read = [
+                (Examples(*arrays[i : i + count - 1]), arrays[i + count - 1] if len(arrays[i + count - 1]) else None)
+                for i in range(0, len(arrays), count)
+            ]
+        world.wait(note, "read the tokens of the rows")
+    finally:
+        if world.first:
+            shared.unlink(missing_ok=True)
+    (examples, copies), *others = read
+    held_out = repeated(*others[0]) if others else None
     if held_out is None and settings.eval_fraction is not None:
+        # Of the rows that are learnt at all, and before they are repeated: none is on both sides.
+        examples = repeated(examples, None if copies is None else np.minimum(copies, 1))
         examples, held_out = split_examples(examples, settings.eval_fraction, train.seed)
+    examples = repeated(examples, copies)
 
     packing = pack(examples.lengths, settings.sequence_length, train.seed, settings.packing)
     batches = StepBatches(
@@ -101,18 +116,25 @@ def load_data(
     )
 
 
+def _arrays(read: _Read) -> list[NDArray[np.generic]]:
+    examples, copies = read
+    return [*(getattr(examples, name) for name in _ARRAYS), np.zeros(0, np.int32) if copies is None else copies]
+
+
 def _read(
     config: Config, folder: Path, note: Callable[[str], None], now: datetime
-) -> tuple[list[Examples], list[DataReport]]:
+) -> tuple[list[_Read], list[DataReport]]:
     """The rows of data.train and, where it is given, of data.eval."""
     settings = config.data
     tokenizer = load_tokenizer(folder)
     template = load_chat_template(folder, tokenizer.special_tokens, now=now)
 
-    def read(file: str, key: str) -> tuple[Examples, DataReport]:
-        with Bar(f"reading {Path(file).name}") as bar:
-            return build_examples(
-                file,
+    def read(value: RowFiles, key: str) -> tuple[_Read, DataReport]:
+        files = row_files(value, key)
+        what = Path(files[0].path).name if len(files) == 1 else f"{len(files)} files"
+        with Bar(f"reading {what}") as bar:
+            examples, report = build_examples(
+                [file.path for file in files],
                 form=settings.format,
                 tokenizer=tokenizer,
                 template=template,
@@ -123,6 +145,7 @@ def _read(
                 warn=note,
                 progress=lambda share: bar.update(round(1000 * share), 1000),
             )
+        return (examples, copies_of_rows(examples, files, report.file_rows, config.train.seed)), report
 
     made = [read(settings.train, "data.train")]
     if settings.eval is not None:

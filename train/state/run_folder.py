@@ -7,6 +7,7 @@ output.dir/
   metrics.jsonl        a line per logged step and per evaluation; tensorboard/ shows the same
   loss.png             the same as a picture
   skipped_rows.jsonl   rows that could not be used, if there are any
+  .rows.npz            their tokens for the other processes, while a run of several starts
   checkpoints/         what a run is resumed from
   adapter/ or model/   the result: an adapter in PEFT's format, or a checkpoint in the hub's
 """

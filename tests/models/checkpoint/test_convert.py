@@ -28,6 +28,7 @@ from quant.common.errors import NibbleError
 from quant.common.progress import Bar
 from quant.storage import StorageSpec
 from tests.helpers import key_map_for, save_tiny_glm
+from tests.processes import run_commands
 
 NF4 = StorageSpec("nf4", True)
 ROOT = Path(__file__).parents[3]
@@ -304,26 +305,11 @@ def test_prediction_layer_is_left_out_and_named(hub: Path, tmp_path: Path, capsy
 
 # Interrupted, resumed, repeated
 
-KILLED_AT = """
-import os, signal, sys
-from models.checkpoint.conversion import convert
-from quant.storage import StorageSpec
-
-calls = 0
-def progress(done, total, what):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-convert(sys.argv[1], sys.argv[2], StorageSpec("nf4", True), progress=progress)
-"""
-
 
 @pytest.mark.parametrize("calls", [2, 40])
 def test_killed_conversion_goes_on_and_gives_the_same_bytes(hub: Path, tmp_path: Path, calls: int) -> None:
     target = tmp_path / "killed"
-    killed = run("-c", KILLED_AT, hub, target, calls)
+    (killed,) = run_commands(1, "tests.dist_workers.killed:while_it_converts", str(hub), str(target), calls)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = Manifest.load(target)
     assert not finished.complete
@@ -602,3 +588,35 @@ def test_interruption_from_code_is_an_exception(hub: Path, tmp_path: Path) -> No
 
     with pytest.raises(Interrupted, match=r"interrupted: 0 of 4 files are finished and kept"):
         convert(hub, tmp_path / "out", NF4, progress=stop)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_force_removes_only_what_a_conversion_wrote(hub: Path, tmp_path: Path, damaged: bool) -> None:
+    target = tmp_path / "out"
+    convert(hub, target, NF4)
+    notes = {name: f"my {name}" for name in ("notes.txt", "layer-notes.safetensors", "x.partial", "model.safetensors")}
+    for name, text in notes.items():
+        (target / name).write_text(text)
+    manifest = json.loads((target / MANIFEST).read_text())
+    if damaged:
+        (target / MANIFEST).write_text("{")
+    else:
+        # Somebody's file, in a list that somebody has edited.
+        record = {"size": 8, "sha256": "0" * 64, "tensors": []}
+        (target / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | {"notes.txt": record}}))
+        with pytest.raises(NibbleError, match=r"notes\.txt is not what a conversion wrote there, so --force doesn't"):
+            convert(hub, target, NF4, force=True)
+        assert (target / "layer-00000.safetensors").is_file(), "refused before anything was removed"
+        (target / MANIFEST).write_text(json.dumps(manifest))
+    convert(hub, target, NF4, force=True)
+    assert {name: (target / name).read_text() for name in notes} == notes
+    assert NativeCheckpoint(target).manifest.complete
+
+
+def test_a_changed_side_file_is_not_removed(hub: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    convert(hub, target, NF4)
+    (target / "chat_template.jinja").write_text("mine")
+    with pytest.raises(NibbleError, match=r"chat_template\.jinja is not what a conversion wrote there"):
+        convert(hub, target, NF4, force=True)
+    assert (target / "chat_template.jinja").read_text() == "mine"

@@ -186,3 +186,56 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(NibbleError, match=r"the disk is full: .*model\.safetensors\.partial can't be written"):
         export_hub(model, tmp_path / "out", tmp_path / "hub")
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
+
+
+def test_prediction_layers_that_config_json_switches_off(tmp_path: Path) -> None:
+    """num_nextn_predict_layers 0, and the layer in the files all the same: carried, by what only such a layer has."""
+    save_tiny_glm(tmp_path / "hub", num_nextn_predict_layers=0)
+    tensors = tensors_in(tmp_path / "hub")
+    extra = {"model.layers.3.eh_proj.weight": torch.randn(3, 5), "model.layers.3.mlp.gate.weight": torch.randn(3, 5)}
+    save_file(tensors | extra, tmp_path / "hub" / "model.safetensors")
+    model = load_model(tmp_path / "hub", "none", torch.float32)
+    export_hub(model, tmp_path / "out", tmp_path / "hub")
+    assert_same(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "hub"))
+    extra.pop("model.layers.3.eh_proj.weight")
+    save_file(tensors | extra, tmp_path / "hub" / "model.safetensors")
+    with pytest.raises(NibbleError, match=r"1 not used: model\.layers\.3\.mlp\.gate\.weight"):
+        load_model(tmp_path / "hub", "none", torch.float32)
+
+
+def test_an_export_says_nothing_of_quantisation(tmp_path: Path) -> None:
+    save_tiny_glm(tmp_path / "hub")
+    path = tmp_path / "hub" / "config.json"
+    config = json.loads(path.read_text())
+    said = {"quantization_config": {"quant_method": "fp8"}}
+    path.write_text(json.dumps({**config, **said, "text_config": {**config, **said}}))
+    model = load_model(tmp_path / "hub", "none", torch.float32)
+    written = json.loads(export_hub(model, tmp_path / "out", tmp_path / "hub").joinpath("config.json").read_text())
+    assert "quantization_config" not in written and "quantization_config" not in written["text_config"]
+    assert written == {**config, "text_config": config}
+
+
+def test_named_templates_are_carried(tmp_path: Path) -> None:
+    save_tiny_glm(tmp_path / "hub")
+    template = Path("additional_chat_templates") / "tool_use.jinja"
+    (tmp_path / "hub" / template).parent.mkdir()
+    (tmp_path / "hub" / template).write_text("{{ messages }}")
+    convert(tmp_path / "hub", tmp_path / "native", StorageSpec("none"), torch.float32)
+    model = load_model(tmp_path / "native", "none", torch.float32)
+    export_hub(model, tmp_path / "out", tmp_path / "native")
+    for folder in ("native", "out"):
+        assert (tmp_path / folder / template).read_text() == "{{ messages }}"
+    convert(tmp_path / "hub", tmp_path / "native", StorageSpec("none"), torch.float32, force=True)
+    assert (tmp_path / "native" / template).read_text() == "{{ messages }}"
+
+
+def test_an_export_keeps_what_it_did_not_write(tmp_path: Path) -> None:
+    save_tiny_glm(tmp_path / "hub")
+    model = load_model(tmp_path / "hub", "none", torch.float32)
+    export_hub(model, tmp_path / "out", tmp_path / "hub", max_shard_bytes=100_000)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "model-q4.gguf").write_text("mine too")
+    export_hub(model, tmp_path / "out", tmp_path / "hub", overwrite=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.txt", "model-q4.gguf"}
+    assert_same(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "hub"))

@@ -13,7 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.checkpoint import fingerprint
-from models.checkpoint.hub import INDEX, SINGLE, HubCheckpoint, local_folder, looks_like_hub_id, resolve_model
+from models.checkpoint.hub import (
+    INDEX,
+    SINGLE,
+    HubCheckpoint,
+    check_counts,
+    local_folder,
+    looks_like_hub_id,
+    resolve_model,
+    side_files,
+)
 from models.checkpoint.tensorfile import TensorWriter, read_header
 from quant.common.errors import NibbleError
 
@@ -466,3 +475,125 @@ def test_a_file_is_hashed_while_it_is_written(order: str, tmp_path: Path, monkey
         writer.write(name, tensors[name][expert : expert + 1], expert)
     assert writer.finish() == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
     assert sum(read) == {"as they lie": 0, "by expert": 2 * 3 * 64, "backwards": 2 * 4 * 64 * 33 - 64 * 32}[order]
+
+
+def test_a_single_file_beside_an_index(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As transformers does, which looks for the single file first."""
+    write_checkpoint(tmp_path)
+    save_file({"one": torch.ones(2)}, tmp_path / SINGLE)
+    assert set(HubCheckpoint(tmp_path)) == {"one"}
+    assert caplog.messages == [f"{tmp_path} has {SINGLE} beside {INDEX}; as in transformers, {SINGLE} is read."]
+
+
+def header(path: Path, entries: dict[str, object], data: int = 0) -> str:
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+    with pytest.raises(NibbleError) as caught:
+        read_header(path)
+    return str(caught.value).splitlines()[0]
+
+
+def entry(begin: object, end: object, shape: object = None, dtype: object = "U8") -> dict[str, object]:
+    return {"dtype": dtype, "shape": [4] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"a": entry(0, 4), "b": entry(2, 6)}, "'b' and the tensor before it share bytes at "),
+        ({"a": entry(0, 4), "b": entry(6, 10)}, "'b' and the tensor before it leave a gap at "),
+        ({"a": entry(4, 0)}, "'a' has -4 bytes, U8 [4] needs 4"),
+        ({"a": entry(0, 8)}, "'a' has 8 bytes, U8 [4] needs 4"),
+        ({"a": entry(0, 4, [2**40, 2**40])}, "'a' has 4 bytes, U8 [1099511627776, 1099511627776] needs"),
+        ({"a": entry(-4, 0)}, "'a' needs a dtype, a shape and two data_offsets of whole numbers"),
+        ({"a": entry(0.0, 4.0)}, "'a' needs a dtype, a shape and two data_offsets of whole numbers"),
+        ({"a": entry(0, True, [1])}, "'a' needs a dtype, a shape and two data_offsets of whole numbers"),
+        ({"a": entry(0, 4, [-2, -2])}, "'a' needs a dtype, a shape and two data_offsets of whole numbers"),
+        ({"a": entry(0, 4, "4")}, "'a' needs a dtype, a shape and two data_offsets of whole numbers"),
+        ({"a": entry(0, 4, dtype=["U8"])}, "'a' needs a dtype, a shape and two data_offsets of whole numbers"),
+        ({"a": 1}, "'a' is a number"),
+        ({"a": entry(0, 2**52, [2**52])}, "is cut short: "),
+        ({"\u001b[2J": 1}, "'\\x1b[2J' is a number"),
+    ],
+)
+def test_headers_that_contradict_themselves(tmp_path: Path, entries: dict[str, object], expected: str) -> None:
+    assert expected in header(tmp_path / "x.safetensors", entries, 10)
+
+
+def test_whole_headers_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for text in (b"[]", b"1", b'{"a": ', b"\xff\xff", b"[" * 5000, b'{"a": 1, "a": 2}'):
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(NibbleError, match="is not a safetensors file: its header can't be read"):
+            read_header(path)
+    path.write_bytes((2**63).to_bytes(8, "little"))
+    with pytest.raises(NibbleError, match=r"is not a safetensors file \(8 bytes\)"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "layers", "experts", "expected"),
+    [
+        (
+            {"model.layers.0.x": (2,), "model.layers.3.x": (2,)},
+            5,
+            1,
+            "num_hidden_layers is 5, but the weights are of 4",
+        ),
+        (
+            {"layers.1.mlp.experts.7.up_proj.weight": (2, 2)},
+            2,
+            10**6,
+            "experts is 1,000,000, but the weights are of 8",
+        ),
+        ({"a.experts.gate_up_proj": (8, 2, 2)}, 2, 9, "the number of experts is 9, but the weights are of 8."),
+    ],
+)
+def test_more_layers_or_experts_than_there_are(
+    names: dict[str, tuple[int, ...]], layers: int, experts: int, expected: str
+) -> None:
+    with pytest.raises(NibbleError) as caught:
+        check_counts(names, layers, experts, "config.json")
+    assert expected in str(caught.value)
+
+
+def test_counts_that_fit_or_are_not_known() -> None:
+    check_counts({"model.layers.3.mlp.experts.7.x": (2,)}, 4, 8, "config.json")
+    check_counts({"model.layers.9.mlp.experts.gate_up_proj": (8, 2, 2)}, 4, 8, "config.json")
+    check_counts({"layers.0.experts.gate_up_proj.weight.packed": ()}, 1, 8, "config.json")
+
+
+def test_side_files_are_those_of_the_folder(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "hub", tmp_path / "secret"
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    outside.write_text("a password")
+    (folder / "config.json").write_text("{}")
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    (folder / "vocab.json").symlink_to(folder / "config.json")
+    assert side_files(folder) == {
+        "config.json": b"{}",
+        "vocab.json": b"{}",
+        "additional_chat_templates/tool_use.jinja": b"x",
+    }
+    for name in ("chat_template.jinja", "additional_chat_templates/a.jinja"):
+        link = folder / name
+        link.symlink_to(outside)
+        with pytest.raises(NibbleError, match=rf"{name} is a link to .*secret, outside the checkpoint's folder"):
+            side_files(folder)
+        link.unlink()
+    (folder / "merges.txt").symlink_to(tmp_path / "nothing")
+    assert "merges.txt" not in side_files(folder)
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    model = tmp_path / "models--org--name"
+    snapshot, blob = model / "snapshots" / "abc", model / "blobs" / "123"
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    blob.write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/123")
+    assert side_files(snapshot) == {"config.json": b"{}"}
+    (snapshot / "vocab.json").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("x")
+    with pytest.raises(NibbleError, match="outside the checkpoint's folder"):
+        side_files(snapshot)

@@ -106,7 +106,8 @@ def test_unknown_key_suggestions(extra: str, expected: str) -> None:
 
 def test_missing_keys_are_all_named() -> None:
     assert message("").splitlines() == [
-        "my.yaml: missing key 'data.train' (File of training rows (.jsonl or .parquet))",
+        "my.yaml: missing key 'data.train' (File of training rows (.jsonl, .json or .csv, also with .gz, or "
+        ".parquet), a glob, or a list of these)",
         "my.yaml: missing key 'model.path' (Hub id (zai-org/GLM-4.7-Flash), folder in the hub's format, or folder "
         "written by models.convert)",
         "my.yaml: missing key 'output.dir' (Folder for the adapter, checkpoints, metrics, plots and the resolved "
@@ -231,7 +232,7 @@ def test_document_that_is_no_mapping(text: str) -> None:
 
 # --- combinations ------------------------------------------------------------------------------------------------
 
-MESSAGES_ONLY = "(its fields: messages, tools, role, content). Rename it, or change data.format."
+MESSAGES_ONLY = "(its fields: messages, tools, role, content, system). Rename it, or change data.format."
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from train.demo import __main__ as demo
 from train.demo.models import MODELS
 from train.output.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = [path for path in CONFIGS if "_tiny_" in path.stem]

@@ -145,13 +145,25 @@ def test_the_keys_that_take_text_are_those_of_the_test_above() -> None:
 
 
 def test_every_value_of_every_key(tmp_path: Path) -> None:
+    """As many keys in one config as go together."""
+    accepted = {}
     for key, entry in keys(config_schema()).items():
-        accepted = []
-        for value in [*VALUES, *entry.get("enum", ())]:
-            try:
-                config = Config.model_validate(with_value(key, value))
-            except ValidationError:
-                continue
-            read_back(config, tmp_path / "config.yaml")
-            accepted.append(value)
-        assert accepted, key
+        accepted[key] = [value for value in [*VALUES, *entry.get("enum", ())] if is_config(with_value(key, value))]
+        assert accepted[key], key
+    while any(accepted.values()):
+        values: dict[str, Any] = copy.deepcopy(MINIMAL)
+        for key, left in accepted.items():
+            section, _, name = key.partition(".")
+            together = {**values, section: {**values.get(section, {}), name: left[-1]}} if left else {}
+            if is_config(together):
+                values = together
+                left.pop()
+        read_back(Config.model_validate(values), tmp_path / "config.yaml")
+
+
+def is_config(values: dict[str, Any]) -> bool:
+    try:
+        Config.model_validate(values)
+    except ValidationError:
+        return False
+    return True

@@ -35,6 +35,7 @@ from train.output.report import Report
 from train.run import run
 from train.state.checkpoint import write_snapshot
 
+pytestmark = pytest.mark.usefixtures("nothing_drawn")
 CPU = torch.device("cpu")
 # None is the default of its key, nor a number that a forgotten one could stand in for.
 ADAPTER = (

@@ -347,11 +347,12 @@ def test_no_usable_row(tmp_path: Path) -> None:
         setup.build(*gsm8k_rows(3))
     assert str(caught.value) == (
         f"data.train: none of the 3 rows of {setup.path} can be used (data.format, data.fields). The first:\n"
-        f"{setup.path}:1: no field 'messages'; the row has question, answer (data.fields maps names)"
+        f"{setup.path}:1: no field 'messages'; the row has question, answer. Set data.format: "
+        "prompt_completion and data.fields: {prompt: question, completion: answer}"
     )
     with pytest.raises(NibbleError, match=r"^data.eval: .*rows.jsonl holds no rows\.$"):
         setup.build(key="data.eval")
-    with pytest.raises(NibbleError, match=r"^data.eval: /nowhere/rows.jsonl does not exist"):
+    with pytest.raises(NibbleError, match=r"^data.eval: /nowhere/rows.jsonl: no such file"):
         build_examples(
             "/nowhere/rows.jsonl",
             form="text",

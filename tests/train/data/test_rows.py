@@ -1,4 +1,4 @@
-"""Rows read from JSONL and parquet, and what is said about bad ones."""
+"""Rows checked one by one, and what is said about bad ones."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ import pytest
 
 from quant.common.errors import NibbleError
 from tests.text_helpers import say
-from train.data.rows import (
-    BadRow,
-    Chat,
-    Completion,
-    Row,
-    RowLog,
-    SkippedRow,
-    Text,
-    parse_row,
-    read_rows,
-    write_skipped_rows,
-)
+from train.data.bad_rows import BadRow, RowLog, SkippedRow, write_skipped_rows
+from train.data.rows import Chat, Completion, Text, parse_row
 
 GSM8K = {"prompt": "question", "completion": "answer"}
 
@@ -112,7 +102,14 @@ def test_bad_messages() -> None:
     assert message_problem(role=None) == ("null", "messages[2].role is null")
     assert message_problem(train="no") == ("wrong_type", "messages[2].train is text, expected true or false")
     assert message_problem(weight=0.5) == ("wrong_type", "messages[2].weight is 0.5, expected 0 or 1")
-    assert message_problem(tool_calls="f()") == ("wrong_type", "messages[2].tool_calls is not a list of objects")
+    assert message_problem(tool_calls="f()") == (
+        "malformed_json",
+        "messages[2].tool_calls is text, but not valid JSON: Expecting value at column 1",
+    )
+    assert message_problem(tool_calls={"name": "f"}) == (
+        "wrong_type",
+        "messages[2].tool_calls is an object, expected a list of objects",
+    )
     assert problem({"messages": [*say("q", "a"), "text"]}) == ("wrong_type", "messages[2] is text, expected an object")
     assert problem({"messages": [None]}) == ("null", "messages[0] is null, expected an object")
     assert problem({"messages": [{"role": "user", "contents": "q"}]}) == (
@@ -159,108 +156,8 @@ def test_bad_texts_and_completions() -> None:
     )
 
 
-def read(file: Path, form: Any = "text") -> list[Row]:
-    return list(read_rows(file, form=form, key="data.train"))
-
-
-def test_jsonl_with_bom_blank_lines_and_crlf(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b\xe2\x80\xa8c"}\r\n{"text": "d"}')
-    rows = read(path)
-    assert [(row.line, row.values) for row in rows] == [
-        (1, {"text": "a"}),
-        (4, {"text": "b\u2028c"}),
-        (5, {"text": "d"}),
-    ]
-    assert rows[-1].done == 1
-    assert rows[0].file == str(path)
-
-
-def test_lines_that_can_t_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_bytes(b'{"text": "a"\n{"text": "\xff"}\n[1]\n"x"\nnull\n7\n' + b'{"text": ' + b"1" * 5000 + b"}\n")
-    problems = [(row.line, row.problem.reason, str(row.problem)) for row in read(path) if row.problem]
-    assert problems[:6] == [
-        (1, "malformed_json", "not valid JSON: Expecting ',' delimiter at column 13"),
-        (2, "not_utf8", "not valid UTF-8 at byte 10"),
-        (3, "not_an_object", "the line is a list, expected an object"),
-        (4, "not_an_object", "the line is text, expected an object"),
-        (5, "not_an_object", "the line is null, expected an object"),
-        (6, "not_an_object", "the line is a number, expected an object"),
-    ]
-    assert problems[6][1] == "malformed_json"
-    path.write_text('{"text": ' + "[" * 100000 + "\n")
-    assert [row.problem.reason for row in read(path) if row.problem] == ["malformed_json"]
-
-
-def test_a_file_that_is_one_array(tmp_path: Path) -> None:
-    for text in ('[{"text": "a"},\n{"text": "b"}]\n', '[\n  {"text": "a"}\n]', '[{"text": "a"}]'):
-        path = tmp_path / "rows.json"
-        path.write_text(text)
-        with pytest.raises(NibbleError) as caught:
-            read(path)
-        assert str(caught.value) == (
-            f"data.train: {path} is one JSON array; one object per line is expected.\n"
-            "Convert it: jq -c '.[]' rows.json > rows.jsonl"
-        )
-
-
-def test_parquet(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    messages = [say("q", "a"), [{"role": "user", "content": "only", "train": True}], None]
-    path = tmp_path / "rows.parquet"
-    table = pyarrow.table({"messages": messages, "image": [b"0"] * 3})
-    pyarrow.parquet.write_table(table, path, row_group_size=2)
-    rows = read(path, "messages")
-    assert [row.line for row in rows] == [1, 2, 3]
-    assert rows[-1].done == 1
-    assert "image" not in (rows[0].values or {}), "columns that aren't needed aren't read"
-    # Parquet fills in the fields that some messages lack with null.
-    assert parse("messages", rows[0].values or {}).messages == messages[0]
-    assert problem(rows[2].values) == ("null", "messages is null, expected a list of messages")
-
-    with pytest.raises(NibbleError) as caught:
-        read(path, "text")
-    assert str(caught.value) == (
-        f"data.train: {path}: no field 'text'; the file has messages, image (data.fields maps names)"
-    )
-    path.write_bytes(b"PAR1 no")
-    with pytest.raises(NibbleError, match=r"data.train: .*rows.parquet: not a readable parquet file: "):
-        read(path, "messages")
-
-
-def test_fields_that_parquet_fills_in_are_not_arguments(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = []
-    for name, argument in (("weather", {"city": "Paris"}), ("add", {"numbers": [1, 2]})):
-        call = {"function": {"name": name, "arguments": argument}}
-        spoken = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-        rows.append({"chat": spoken, "functions": [{"name": name, "parameters": {next(iter(argument)): "…"}}]})
-    path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    fields = {"messages": "chat", "tools": "functions"}
-    for row, expected in zip(read_rows(path, form="messages", fields=fields, key="data.train"), rows, strict=True):
-        chat = parse("messages", row.values or {}, **fields)
-        assert chat.messages[1]["tool_calls"] == expected["chat"][1]["tool_calls"]
-        assert chat.tools == expected["functions"]
-
-
-def test_files_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(NibbleError, match=rf"^data.train: {tmp_path}/no.jsonl does not exist \(relative to /"):
-        read(tmp_path / "no.jsonl")
-    with pytest.raises(NibbleError, match=rf"^data.train: {tmp_path} is a folder; name its file"):
-        read(tmp_path)
-    (tmp_path / "rows.csv").touch()
-    with pytest.raises(NibbleError, match=r"rows.csv is neither .jsonl, .json \(one object per line\) nor .parquet"):
-        read(tmp_path / "rows.csv")
-
-
 def bad_row(log: RowLog, line: int, reason: str = "null") -> None:
-    log.bad(Row("data/train.jsonl", line, {}, 0.0), BadRow(reason, "messages[2].content is null"))
+    log.bad("data/train.jsonl", line, BadRow(reason, "messages[2].content is null"))
 
 
 def test_bad_rows_are_told_counted_and_kept(tmp_path: Path) -> None:

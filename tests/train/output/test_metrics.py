@@ -132,6 +132,7 @@ def test_loss_curve_on_a_full_disk(tmp_path: Path) -> None:
     with full_disk(1000), pytest.raises(NibbleError, match=r"^the disk is full: .*/loss\.png can't be written"):
         loss_curve([step(1, 2.5), step(2, 2.0)], tmp_path / "loss.png", "a run")
     assert (tmp_path / "loss.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
 def test_loss_curve_is_a_png(tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from parallel.parts import Part, bounds
 from parallel.texts import gather_texts
 from quant.common.errors import NibbleError
 from tests.dist_workers.checkpoint import ALIGNED, LATER, TENSORS, whole_run, wipe
-from tests.processes import LIMIT, ROOT
+from tests.processes import run_commands
 from train.state.checkpoint import read_checkpoint
 from train.state.optimizer_state import _scales_cut
 from train.state.saver import CheckpointSaver
@@ -44,11 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(root: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.dist_workers.checkpoint_worlds", str(root)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=LIMIT, check=False
-    )
+    (done,) = run_commands(1, "tests.dist_workers.checkpoint_worlds:main", str(root))
     assert done.returncode == 0, done.stderr[-5000:]
     read: dict[str, Any] = json.loads((root / "results.json").read_text())
     return read

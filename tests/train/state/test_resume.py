@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,6 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+import train.loop
 from models.checkpoint.conversion import convert
 from models.checkpoint.fingerprint import sampled_fingerprint
 from models.checkpoint.hub import HubCheckpoint
@@ -22,8 +20,8 @@ from models.load import open_folder
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
 from tests.helpers import save_tiny_glm
-from tests.processes import LIMIT
-from tests.run_helpers import ROOT, SIZES, World, curve, error_of, in_a_process, losses, make_world, settings
+from tests.processes import run_commands
+from tests.run_helpers import SIZES, World, curve, error_of, losses, make_world, settings
 from train.__main__ import main
 from train.config.load import load_config
 from train.model import content_fingerprint
@@ -49,34 +47,44 @@ def uninterrupted(world: World, tmp_path_factory: pytest.TempPathFactory, reques
     return changes, curve(out), (out / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-WRAP_STEP = """
-original = train.loop.clip_gradients
-def meddled(parameters, max_norm, step, **more):
-    if step == {step}:
-        {action}
-    return original(parameters, max_norm, step, **more)
-train.loop.clip_gradients = meddled
-"""
+def signals_in_step(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) -> None:
+    """Lets the next runs of this process get these signals in the middle of that step. Of signals is told on the file
+    descriptor of standard error, not on sys.stderr.
+    """
+    original = train.loop.clip_gradients
+
+    def interrupted(parameters: Any, max_norm: float | None, now: int, **more: Any) -> float:
+        for number in numbers if now == step else ():
+            signal.raise_signal(number)
+        return original(parameters, max_norm, now, **more)
+
+    monkeypatch.setattr("train.loop.clip_gradients", interrupted)
 
 
 @pytest.mark.parametrize("uninterrupted", ["adamw_8bit"], indirect=True)
 def test_sigterm_saves_and_the_resumed_run_is_the_same_bit_for_bit(
-    world: World, tmp_path: Path, uninterrupted: Any, capsys: pytest.CaptureFixture[str]
+    world: World,
+    tmp_path: Path,
+    uninterrupted: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     changes, expected, adapter = uninterrupted
     out = tmp_path / "run"
     arguments = settings(world, out, **changes)
-    stopped = in_a_process(arguments, WRAP_STEP.format(step=7, action="os.kill(os.getpid(), signal.SIGTERM)"))
-    assert stopped.returncode == 0, stopped.stderr
-    assert "SIGTERM: finishing this step, then saving." in stopped.stderr
-    assert f"stopped   by SIGTERM after step 7 of 10; saved in {out / 'checkpoints'}" in stopped.stdout
-    assert f"resume    python -m train --config {out / 'config.yaml'}\n" in stopped.stdout
+    signals_in_step(monkeypatch, 7, signal.SIGTERM)
+    assert main(arguments) == 0
+    stopped = capfd.readouterr()
+    assert "SIGTERM: finishing this step, then saving." in stopped.err
+    assert f"stopped   by SIGTERM after step 7 of 10; saved in {out / 'checkpoints'}" in stopped.out
+    assert f"resume    python -m train --config {out / 'config.yaml'}\n" in stopped.out
     assert curve(out) == [entry for entry in expected if entry[1] <= 7]
     assert (out / "loss.png").is_file()
     assert not (out / "adapter").exists()
 
+    monkeypatch.undo()
     assert main(["--config", str(out / "config.yaml")]) == 0
-    assert "step-000007, after step 7 of 10" in capsys.readouterr().err
+    assert "step-000007, after step 7 of 10" in capfd.readouterr().err
     assert curve(out) == expected
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
@@ -87,15 +95,8 @@ def test_kill_in_the_middle_of_a_save(world: World, tmp_path: Path, uninterrupte
     out = tmp_path / "run"
     arguments = settings(world, out, **changes)
     # The second checkpoint, of step 8: the weights are written, the state is not.
-    kill = """
-original = train.state.checkpoint.write_atomically
-def meddled(path, data):
-    if "step-000008" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(path, data)
-train.state.checkpoint.write_atomically = meddled
-"""
-    assert in_a_process(arguments, kill).returncode == -signal.SIGKILL
+    (killed,) = run_commands(1, "tests.dist_workers.killed:while_it_saves", "step-000008", arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert any(path.name != "step-000004" for path in (out / "checkpoints").iterdir())  # something half-written
     assert max(entry[1] for entry in curve(out)) == 8
     assert main(arguments) == 0
@@ -105,12 +106,9 @@ train.state.checkpoint.write_atomically = meddled
 
 def test_a_run_whose_reader_died_goes_on_to_its_end(world: World, tmp_path: Path) -> None:
     """As `python -m train … 2>&1 | tee log` when the tee is killed."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, "-m", "train", *settings(world, tmp_path / "run", train__max_steps=2, **PLAIN)]
-    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=writing, timeout=LIMIT, check=False)
-    os.close(writing)
-    assert done.returncode == 0
+    arguments = settings(world, tmp_path / "run", train__max_steps=2, **PLAIN)
+    (done,) = run_commands(1, "tests.dist_workers.command:without_a_reader", arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     log = (tmp_path / "run" / "run.log").read_text()
     assert "step 2/2" in log
@@ -118,24 +116,27 @@ def test_a_run_whose_reader_died_goes_on_to_its_end(world: World, tmp_path: Path
 
 
 @pytest.mark.usefixtures("signals_heeded")
-def test_a_closed_terminal_stops_as_sigterm_does(world: World, tmp_path: Path) -> None:
+def test_a_closed_terminal_stops_as_sigterm_does(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
-    hang_up = "os.kill(os.getpid(), signal.SIGHUP)"
-    stopped = in_a_process(settings(world, out, **PLAIN), WRAP_STEP.format(step=2, action=hang_up))
-    assert stopped.returncode == 0, stopped.stderr
-    assert "stopped   by SIGHUP after step 2 of 6" in stopped.stdout
+    signals_in_step(monkeypatch, 2, signal.SIGHUP)
+    assert main(settings(world, out, **PLAIN)) == 0
+    assert "stopped   by SIGHUP after step 2 of 6" in capsys.readouterr().out
     assert (out / "checkpoints" / "step-000002").is_dir()
 
 
 @pytest.mark.usefixtures("signals_heeded")
-def test_a_second_interrupt_stops_at_once(world: World, tmp_path: Path) -> None:
+def test_a_second_interrupt_stops_at_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
-    interrupts = "signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)"
-    stopped = in_a_process(settings(world, out, **PLAIN), WRAP_STEP.format(step=2, action=interrupts))
-    assert stopped.returncode == 130, stopped.stderr
-    assert "Ctrl-C again stops at once" in stopped.stderr
-    assert stopped.stderr.endswith("interrupted\n")
-    assert "Traceback" not in stopped.stderr
+    signals_in_step(monkeypatch, 2, signal.SIGINT, signal.SIGINT)
+    assert main(settings(world, out, **PLAIN)) == 130
+    stopped = capfd.readouterr().err
+    assert "Ctrl-C again stops at once" in stopped
+    assert stopped.endswith("interrupted\n")
+    assert "Traceback" not in stopped
     assert not (out / "checkpoints").exists()
 
 
