@@ -51,7 +51,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="start anew: an earlier run in output.dir is moved to output.dir.1 (.2 …)",
     )
-    only.add_argument("--check", action="store_true", help="only check the config and that its files are there")
+    only.add_argument(
+        "--check",
+        action="store_true",
+        help="only check the config, its files, the first rows and the model's config.json",
+    )
     only.add_argument("--print-config", action="store_true", help="only print the config with every key filled in")
     only.add_argument("--print-schema", action="store_true", help="only print the config's JSON schema")
     return made
@@ -79,7 +83,7 @@ def carry_out(arguments: argparse.Namespace, config: Config, world: World | None
     check_files(config, rows=first)
     if arguments.check:
         if first:
-            say(f"{arguments.config}: ok", sys.stdout)
+            show_check(arguments.config, config)
         return 0
     # Only now: importing torch takes seconds, and a mistake in a config must show at once.
     from parallel.world import ALONE
@@ -87,6 +91,16 @@ def carry_out(arguments: argparse.Namespace, config: Config, world: World | None
 
     raise_on_interrupt()
     return run(config, config_path=Path(arguments.config), world=world or ALONE, restart=arguments.restart)
+
+
+def show_check(name: str, config: Config) -> None:
+    from train.check import check
+
+    checked, unchecked = check(config, lambda text: say(f"warning: {text}", sys.stderr))
+    lines = [f"{name}: ok"]
+    for title, found in (("checked", checked), ("not checked", unchecked)):
+        lines += [f"  {title if text is found[0] else '':11}  {text}" for text in found]
+    say("\n".join(lines), sys.stdout)
 
 
 def several_processes() -> bool:

@@ -58,6 +58,8 @@ def run(config: Config, config_path: Path | None = None, world: World = ALONE, *
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_run_in(folder.path) if world.first else contextlib.nullcontext())
         moved = move_aside(folder, config, world) if restart and world.first else None
+        if world.first:
+            folder.require_usable(config)
         report = stack.enter_context(Report(log_path(folder.path, world.rank), quiet=not world.first))
         stack.enter_context(explained_errors(folder.path))
         folder.hold()
@@ -94,7 +96,8 @@ def _run(
         open_folder(config.model.path)  # a hub id is fetched here, once on each machine
     world.wait(report.note, f"fetch {config.model.path}")
     source = open_folder(config.model.path)
-    check_model(config, source, device, sizes)
+    for warning in check_model(config, source, device, sizes):
+        report.note(f"warning: {warning}")
     # The first process of a machine reads all weights for this, unless they were hashed before.
     fingerprint = content_fingerprint(source) if world.local_rank == 0 else ""
     world.wait(report.note, "hash the checkpoint")

@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from models.checkpoint.conversion import convert
 from models.load import open_folder
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-from tests.run_helpers import World, error_of, losses, make_world, settings
+from tests.processes import LIMIT
+from tests.run_helpers import ROOT, World, error_of, losses, make_world, settings
 from train.__main__ import main
 from train.config.load import load_config
 from train.model import check_model

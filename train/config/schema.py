@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from quant.common.words import printable
+from train.config.foreign import hint
 
 Schema = dict[str, Any]
 
@@ -103,6 +104,9 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
 
 def suggest_key(name: str, schema: Schema) -> str:
     """The second half of an "unknown key" error: the nearest valid key, or the list of those there are."""
+    foreign = hint(name.rpartition(".")[2])
+    if foreign is not None:
+        return foreign
     names = sections(schema)
     by_leaf: dict[str, list[str]] = {}
     for key in keys(schema):

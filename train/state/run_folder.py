@@ -54,6 +54,20 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.model = path / "model"
 
+    def require_usable(self, config: Config) -> None:
+        """Raises NibbleError where something stands in the way of a file or folder that the run will write."""
+        result = self.adapter if config.adapter.kind == "lora" else self.model
+        folders = [self.checkpoints, result, *([self.tensorboard] if config.train.tensorboard else [])]
+        for path in (self.config, self.log, self.finished, self.metrics, self.plot, self.skipped_rows):
+            if path.is_dir():
+                raise NibbleError(f"output.dir: {path} is a folder, where the run writes a file. Move it elsewhere.")
+        for path in folders:
+            if os.path.lexists(path) and not path.is_dir():
+                raise NibbleError(f"output.dir: {path} is a file, where the run needs a folder. Move it elsewhere.")
+        for path in (self.path, *folders):
+            if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+                raise NibbleError(f"output.dir: {path} can't be written to: you may not write there.")
+
     def hold(self) -> None:
         """From now on this very folder is meant, whatever else comes to have its name."""
         self._identity = identity(self.path.stat())
@@ -114,7 +128,8 @@ def move_aside(folder: RunFolder, config: Config, world: World) -> Path | None:
             "left as it is.\nName another output.dir."
         )
     for key, value in flat_config(config).items():
-        for name in value if isinstance(value, list) else [value]:
+        for entry in value if isinstance(value, list) else [value]:
+            name = entry["path"] if isinstance(entry, dict) and "path" in entry else entry
             inside = isinstance(name, str) and key in _READ and os.path.lexists(name) and Path(name).resolve()
             if inside and inside.is_relative_to(path):
                 raise NibbleError(

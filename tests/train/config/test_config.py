@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from quant.common.errors import NibbleError
+from train.config import foreign as foreign_keys
 from train.config.load import Config, check_files, config_schema, dump_config, load_config, parse_config
 from train.config.schema import help_text, keys, required_keys
 from train.config.sections import OPTIONAL, REQUIRED, OutputConfig
@@ -626,3 +628,69 @@ def test_fields_of_every_format() -> None:
         assert name in described["data.fields"]["description"]
     config = with_keys("data.fields.messages=conversations data.fields.role=from data.fields.content=value")
     assert config.data.fields == {"messages": "conversations", "role": "from", "content": "value"}
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("lora_r", "adapter.rank"),
+        ("adapter.r", "adapter.rank"),
+        ("lora_alpha", "adapter.alpha"),
+        ("adapter.target_modules", "adapter.targets"),
+        ("train.fp16", "model.dtype: bfloat16 (float16 would need loss scaling)"),
+        ("model.bf16", "model.dtype: bfloat16"),
+        ("load_in_4bit", "model.storage: nf4"),
+        ("model.load_in_8bit", "model.storage: int8"),
+        ("lr", "train.learning_rate"),
+        ("train.batch_size", "train.micro_batch_size"),
+        ("train.per_device_train_batch_size", "train.micro_batch_size"),
+        ("num_epochs", "train.epochs"),
+        ("train.num_train_epochs", "train.epochs"),
+        ("train.warmup_steps", "train.warmup_ratio, a share of the steps"),
+        ("data.max_seq_length", "data.sequence_length"),
+        ("train.gradient-checkpointing", "train.activation_checkpointing"),
+        ("output_dir", "output.dir"),
+    ],
+)
+def test_keys_of_other_tools(key: str, ours: str) -> None:
+    expected = f"unknown key '{key}'. Here that is {ours}."
+    assert message(MINIMAL, f"{key}=1") == f"--set {key}=1: {expected}"
+    section, _, leaf = key.rpartition(".")
+    text = yaml.safe_load(MINIMAL)
+    (text.setdefault(section, {}) if section else text)[leaf] = 1
+    assert expected in message(yaml.safe_dump(text))
+
+
+def test_keys_of_other_tools_name_keys_that_there_are() -> None:
+    known = {*keys(config_schema()), *Config.model_fields}
+    for foreign, ours in foreign_keys._OF.items():
+        assert ours.partition(":")[0].partition(" ")[0].rstrip(",") in known, foreign
+        assert foreign not in {key.partition(".")[2] for key in known}, f"{foreign} is a key of our own"
+    assert not foreign_keys._OF.keys() & foreign_keys._NONE.keys()
+    assert message(MINIMAL, "adapter.lora_dropout=0.1").endswith("There is no dropout here; leave it out.")
+
+
+@pytest.mark.parametrize("key", ["model.path", "adapter.init_from", "train.resume", "output.dir"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("a/" + "ä" * 128, "has a part of more than 255 bytes"),
+        ("a\0b", "has a NUL character in it"),
+        ("a/" * 2000, "is longer than a path may be"),
+    ],
+)
+def test_names_that_no_file_can_have(key: str, value: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    values = {"model": {"path": "m"}, "data": {"train": str(tmp_path / "rows.jsonl")}, "output": {"dir": "out"}}
+    section, name = key.split(".")
+    values.setdefault(section, {})[name] = value
+    with pytest.raises(NibbleError) as caught:
+        check_files(Config.model_validate(values))
+    assert str(caught.value).startswith(f"{key}: '") and reason in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".yaml", "a\0b.yaml"])
+def test_a_config_of_a_name_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(NibbleError, match=r"(File name too long|embedded null byte)$"):
+        load_config(name)

@@ -104,3 +104,46 @@ def test_metrics_that_are_deleted_alone(
     message = error_of(settings(world, out, **PLAIN), capsys)
     assert message.startswith(f"error: {out / 'metrics.jsonl'} was moved, deleted or replaced while this run was")
     assert not (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        *((name, "file") for name in ("checkpoints", "adapter", "tensorboard")),
+        *((name, "folder") for name in ("metrics.jsonl", "run.json", "config.yaml", "loss.png", "skipped_rows.jsonl")),
+        ("run.log", "folder"),
+        ("checkpoints", "dangling link"),
+    ],
+)
+def test_what_stands_in_the_way_is_found_at_the_start(
+    world: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    what: str,
+) -> None:
+    monkeypatch.setattr("train.run.open_folder", lambda *a: pytest.fail("the model was opened"))
+    out = tmp_path / "run"
+    out.mkdir()
+    if what == "folder":
+        (out / name).mkdir()
+    elif what == "file":
+        (out / name).touch()
+    else:
+        (out / name).symlink_to(tmp_path / "nowhere")
+    message = error_of(settings(world, out, **PLAIN, train__tensorboard=True), capsys)
+    wanted = "a folder, where the run writes a file" if what == "folder" else "a file, where the run needs a folder"
+    assert message == f"error: output.dir: {out / name} is {wanted}. Move it elsewhere.\n"
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "adapter"])
+def test_a_folder_that_may_not_be_written_to(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "run" / name
+    folder.mkdir(parents=True)
+    # (A superuser may write everywhere, so that chmod would show nothing.)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder)
+    message = error_of(settings(world, tmp_path / "run", **PLAIN), capsys)
+    assert message == f"error: output.dir: {folder} can't be written to: you may not write there.\n"
