@@ -11,6 +11,7 @@ from typing import Any
 
 from quant.common.errors import NibbleError
 from quant.common.files import disk_errors, identity, moved_error, write_atomically
+from quant.common.jsonfile import JsonError, parse_json
 from train.output.events import ScalarEvents
 
 Record = dict[str, Any]
@@ -28,14 +29,21 @@ def read_metrics(path: Path) -> list[Record]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            complete = isinstance(record["step"], int) and isinstance(record["kind"], str)
-        except (ValueError, KeyError, TypeError):
-            complete = False
-        if not complete:
+            record = parse_json(line)
+        except JsonError:
+            record = None
+        if not _is_record(record):
             raise NibbleError(f"{path}:{number}: not a metrics record.\nRemove that line and run again.")
         records.append(record)
     return records
+
+
+def _is_record(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return False
+    step, loss = value.get("step"), value.get("loss")
+    measured = isinstance(loss, int | float) and not isinstance(loss, bool) and abs(loss) < 1e300
+    return type(step) is int and 0 <= step < 2**48 and (measured or value["kind"] not in ("train", "eval"))
 
 
 class MetricsLog:

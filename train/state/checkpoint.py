@@ -35,6 +35,7 @@ from parallel.texts import gather_texts
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
 from quant.common.files import disk_error, sync_folder, write_atomically
+from quant.common.jsonfile import integer, read_json, table
 from quant.common.terminal import say
 from quant.common.words import some
 from train.state.checkpoint_folder import (
@@ -52,8 +53,8 @@ from train.state.checkpoint_folder import (
     recover,
     tidy,
 )
-from train.state.fingerprint import START_OVER, Record
-from train.state.optimizer_state import OptimizerState, load_optimizer_state, room_for_state
+from train.state.fingerprint import START_OVER, Record, require_keys
+from train.state.optimizer_state import OptimizerState, check_values, load_optimizer_state, room_for_state
 
 # parallel.checkpoint is imported where it is used: torch's distributed checkpoint takes a second to import.
 
@@ -95,7 +96,7 @@ def write_snapshot(
     try:
         with _raise_on_all(final, group):
             if world.first:
-                directory.mkdir(exist_ok=True)
+                directory.mkdir(parents=True, exist_ok=True)
                 tidy(directory)
                 partial.mkdir()
         with _raise_on_all(final, group):
@@ -282,8 +283,15 @@ def read_checkpoint(path: Path, world: World = ALONE) -> Checkpoint:
     wrong = next((text for text in found if text), None)
     if wrong is not None:
         raise UnusableCheckpointError(f"{path} can't be used: {wrong}.\nContinue from another one, or {START_OVER}.")
-    text = json.loads((path / STATE).read_bytes())
-    return Checkpoint(path, text["step"], text["run"], text["optimizer"])
+    where = str(path / STATE)
+    try:
+        saved = read_json(path / STATE, dict)
+        require_keys(saved, ("step", "run", "optimizer"), where)
+        step, optimizer = integer(saved, "step", 0, where, least=0, most=2**48), table(saved, "optimizer", where)
+        check_values(optimizer, where)
+        return Checkpoint(path, step, table(saved, "run", where), optimizer)
+    except NibbleError as error:
+        raise UnusableCheckpointError(f"{error}\nContinue from another one, or {START_OVER}.") from error
 
 
 def _require_checkpoint(path: Path) -> None:

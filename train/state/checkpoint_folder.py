@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from quant.common.errors import NibbleError
 from quant.common.files import sha256_file
+from quant.common.jsonfile import integer, read_json, table, text
+from quant.common.words import printable, shown
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights", "optimizer", "state.json", "manifest.json"
 # Read are also 1, in which one process wrote weights.safetensors and optimizer.safetensors in place of the folders, and
@@ -74,19 +77,19 @@ def problem(path: Path, hashes: bool, share: tuple[int, int] = (0, 1)) -> str | 
 
     share: (i, n) looks at every n-th file only, from the i-th on, so that n processes look at all of them together.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if manifest["format"] not in READABLE:
-            return f"it has format {manifest['format']}, this version of nibble reads {READABLE[0]} to {READABLE[-1]}"
-        files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
-        if STATE not in manifest["files"]:
-            return f"{MANIFEST} can't be read"
-    except FileNotFoundError:
+    if not (path / MANIFEST).exists():
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} can't be read"
-    except OSError as error:
-        return f"{MANIFEST} can't be read ({error.strerror})"
+    try:
+        manifest = read_json(path / MANIFEST, dict)
+        found = integer(manifest, "format", 0, MANIFEST, least=0)
+        if found not in READABLE:
+            return f"it has format {found}, this version of nibble reads {READABLE[0]} to {READABLE[-1]}"
+        entries = table(manifest, "files", MANIFEST)
+        files = [(name, *_size_and_hash(entries, name)) for name in entries]
+        if STATE not in entries:
+            return f"{MANIFEST} lacks {STATE}"
+    except NibbleError as error:
+        return str(error).removeprefix(f"{path}/").removesuffix(".")
     first, every = share
     for name, size, digest in files[first::every]:
         try:
@@ -98,3 +101,10 @@ def problem(path: Path, hashes: bool, share: tuple[int, int] = (0, 1)) -> str | 
         except OSError as error:
             return f"{name} can't be read ({error.strerror})"
     return None
+
+
+def _size_and_hash(entries: dict[str, Any], name: str) -> tuple[int, str]:
+    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise NibbleError(f"{MANIFEST}: {shown(name)} lies outside the checkpoint")
+    where, entry = f"{MANIFEST}: {printable(name, 80)}", table(entries, name, MANIFEST)
+    return integer(entry, "size", -1, where, least=0, most=2**62), text(entry, "sha256", "x", where)

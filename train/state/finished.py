@@ -118,9 +118,8 @@ def _read(folder: RunFolder, result: dict[str, Any]) -> FinishedRun:
         text(result, key, "x", where)
     for key in _FIGURES:
         value = result[key]
-        if not (isinstance(value, int | float) and not isinstance(value, bool)) and not (
-            value is None and key.startswith("held_out")
-        ):
+        usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+        if not usable and not (value is None and key.startswith("held_out")):
             raise NibbleError(f"{where}: {key} must be a number, got {shown(value)}.")
     sizes = table(result, "files", where)
     for name in sizes:

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from parallel.parts import Cut, Part, bounds
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import integer, table, text
+from quant.common.words import shown
 from train.optim import parameters_of
 from train.state.fingerprint import START_OVER
 
@@ -68,6 +70,17 @@ def optimizer_state(optimizer: Optimizer, parts: Mapping[str, Part] | None = Non
     if layouts:
         values["blocks"] = layouts
     return OptimizerState(tensors, values, cuts)
+
+
+def check_values(values: dict[str, Any], where: str) -> None:
+    """Raises NibbleError where the JSON values of a saved state are not what `optimizer_state` gives."""
+    text(values, "kind", "x", where)
+    steps, blocks = table(values, "steps", where), table(values, "blocks", where)
+    for name in steps:
+        integer(steps, name, 0, f"{where}: steps", least=0, most=2**48)
+    for name, layout in blocks.items():
+        if not isinstance(layout, list) or not all(type(entry) is int and 0 <= entry < 2**48 for entry in layout):
+            raise NibbleError(f"{where}: blocks: {name} must be a list of integers, got {shown(layout)}.")
 
 
 def room_for_state(

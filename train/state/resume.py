@@ -17,6 +17,7 @@ from parallel.shards import Shards
 from parallel.texts import gather_texts
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import integer, number, table
 from quant.common.words import counted
 from train.config.load import Config
 from train.data.load import Data
@@ -24,7 +25,7 @@ from train.model import trained_tensors
 from train.output.report import Report
 from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from train.state.checkpoint_folder import folders
-from train.state.fingerprint import START_OVER, Record, flat_config, resume_fingerprint
+from train.state.fingerprint import START_OVER, Record, flat_config, require_keys, resume_fingerprint
 from train.state.run_folder import RunFolder
 
 
@@ -144,6 +145,7 @@ def restore(
     """
     if checkpoint is None:
         return {}
+    progress = _progress(checkpoint)
     checkpoint.load_tensors(trained_tensors(shards).items(), shards.parts)
     reset = checkpoint.load_optimizer(optimizer, shards.parts)
     elsewhere = checkpoint.path.parent.parent / folder.metrics.name
@@ -155,5 +157,12 @@ def restore(
             f"the 8-bit optimiser state of {counted(len(reset), 'tensor')} is reset to zero: here it is cut into other "
             "parts than in the checkpoint, and blocks of 8-bit values can't be cut again"
         )
-    progress: dict[str, Any] = checkpoint.state["progress"]
     return progress
+
+
+def _progress(checkpoint: Checkpoint) -> dict[str, Any]:
+    where, saved = f"{checkpoint.path}: progress", table(checkpoint.state, "progress", str(checkpoint.path))
+    counts = ("step", "tokens", "labelled_tokens", "peak_memory_bytes")
+    require_keys(saved, (*counts, "seconds"), where)
+    seconds = number(saved, "seconds", 0, where) if saved["seconds"] != 0 else 0.0
+    return {"seconds": seconds, **{key: integer(saved, key, 0, where, least=0, most=2**62) for key in counts}}

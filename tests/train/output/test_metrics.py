@@ -86,7 +86,7 @@ def test_a_fresh_start_empties_the_file(tmp_path: Path) -> None:
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "eval", "step": 0}\nnot json\n')
+    path.write_text('{"kind": "eval", "step": 0, "loss": 1.0}\nnot json\n')
     with pytest.raises(NibbleError, match=r"metrics\.jsonl:2: not a metrics record"):
         read_metrics(path)
 
@@ -325,3 +325,27 @@ def test_nohup_is_respected() -> None:
             assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "null",
+        '{"kind": "train", "step": 1, "step": 2, "loss": 1}',
+        '{"kind": "train", "step": true, "loss": 1}',
+        '{"kind": "train", "step": -1, "loss": 1}',
+        '{"kind": "train", "step": 1}',
+        '{"kind": "eval", "step": 1, "loss": "low"}',
+        '{"kind": "eval", "step": 1, "loss": NaN}',
+        '{"kind": "eval", "step": 1, "loss": 1e400}',
+        '{"kind": 3, "step": 1, "loss": 1}',
+        '{"kind": "train", "step": 1, "loss": ' + "[" * 5000 + "]" * 5000 + "}",
+    ],
+)
+def test_lines_that_are_no_records(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"kind": "train", "step": 1, "loss": 2}}\n{line}\n')
+    with pytest.raises(NibbleError) as caught:
+        read_metrics(path)
+    assert str(caught.value) == f"{path}:2: not a metrics record.\nRemove that line and run again."
