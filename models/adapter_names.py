@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take their time
-    from quant.common.terminal import end_on_interrupt
+    from quant.common.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.common.errors import NibbleError
-from quant.common.terminal import exit_code, raise_on_interrupt, run_command, say
+from quant.common.interrupts import raise_on_interrupt
+from quant.common.terminal import exit_code, run_command, say
 
 if TYPE_CHECKING:
     from models.checkpoint.layout import Spelling

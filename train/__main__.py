@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take their time
-    from quant.common.terminal import end_on_interrupt
+    from quant.common.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.common.errors import NibbleError
-from quant.common.terminal import INTERRUPTED, error_text, exit_code, raise_on_interrupt, run_command, say, write
+from quant.common.interrupts import INTERRUPTED, raise_on_interrupt
+from quant.common.terminal import error_text, exit_code, run_command, say, write
 from train.config.load import Config, check_files, config_schema, dump_config, load_config
 from train.config.schema import help_text
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from quant.common.progress import Bar
-
 if TYPE_CHECKING:
     import torch
 
@@ -37,6 +35,7 @@ def convert(
     """
     from models.checkpoint import conversion
     from quant.choices import named_device, named_dtype
+    from quant.common.progress import Bar
     from quant.storage import StorageSpec
 
     spec = StorageSpec(cast("Kind", storage), double_quant)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take their time
-    from quant.common.terminal import end_on_interrupt
+    from quant.common.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from models.convert import convert
 from quant.common.errors import NibbleError
+from quant.common.interrupts import INTERRUPTED, raise_on_interrupt
 from quant.common.progress import Bar
-from quant.common.terminal import INTERRUPTED, exit_code, raise_on_interrupt, run_command, say, write
+from quant.common.terminal import exit_code, run_command, say, write
 
 if TYPE_CHECKING:
     from models.checkpoint.conversion import Summary

@@ -1,4 +1,4 @@
-"""What a command prints, and how it ends: text that any terminal can show, errors, Ctrl-C, readers that have gone away.
+"""What a command prints, and how it ends: text that any terminal can show, errors, readers that have gone away.
 
 Commands print through this file, since what they print has names, keys and texts of other people's files in it.
 """
@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
 
 from quant.common.errors import NibbleError
+from quant.common.interrupts import INTERRUPTED, end_on_interrupt
 from quant.common.words import printable
 
 LONGEST = 2000  # characters of a line
-INTERRUPTED = 130  # the exit code
 
 
 def legible(text: str) -> str:
@@ -93,23 +92,3 @@ def run_command(main: Callable[[], int]) -> int:
     finally:
         flush_streams()  # argparse, too, prints and leaves: --help | head
         end_on_interrupt()
-
-
-def end_on_interrupt() -> None:
-    """Ctrl-C ends the process at once, without a traceback: while there is nothing to be put in order, as in imports,
-    which may not pass an exception on. A SIGINT that is ignored, as under nohup, stays ignored.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
-
-
-def raise_on_interrupt() -> None:
-    """Ctrl-C raises KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _end(number: int, frame: object) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, b"interrupted\n")
-    os._exit(INTERRUPTED)

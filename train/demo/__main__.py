@@ -9,7 +9,7 @@ Everything between the two is done by the ordinary commands, `python -m train` a
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take their time
-    from quant.common.terminal import end_on_interrupt
+    from quant.common.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
