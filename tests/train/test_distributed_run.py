@@ -110,3 +110,14 @@ def test_what_one_process_has_left_goes_on_with_two(world: World, alone: Path, t
     assert worst(tmp_path / "out", alone) < 1e-5
     again = in_processes(settings(world, tmp_path / "out", **changes, train__max_steps=6), 2)
     assert again.returncode == 0 and "nothing left to do" in again.stdout
+
+
+def test_two_processes_start_anew(world: World, tmp_path: Path) -> None:
+    """The folder, which the second process writes its log into meanwhile, stays; what the first run left is moved."""
+    out = tmp_path / "out"
+    for more in ([], ["--restart"], []):
+        done = in_processes([*settings(world, out, **STEADY, train__max_steps=1), *more], 2)
+        assert done.returncode == 0, done.stderr
+        assert ("nothing left to do" in done.stdout) == (more == [] and (tmp_path / "out.1").exists())
+    assert curve(out) == curve(tmp_path / "out.1")
+    assert (out / "ranks" / "rank-1.log").is_file() and not (tmp_path / "out.2").exists()
