@@ -11,17 +11,21 @@ The turn's own text is what R_i has after P_i. As long as each R_i is the beginn
 share one rendering; where the template rewrites, a new rendering begins. Every turn carries loss exactly
 once, in the text that the model will see.
 
-When P_i is not the beginning of R_i, the template's prompt states something that this turn contradicts.
-GLM-4.7 asks with `<think>`, and writes a turn without reasoning as `</think>…`; asked with
-`enable_thinking=False` it agrees, so that variable is tried next. Failing that too, the turn begins where P_i
-and R_i part. They may part inside a token (`<think>` and `</think>` share `<`); a token with any character in a span
-is labelled, so the token that differs is always learnt.
+A template may have several prompts. GLM-4.7 asks with `<think>`, and writes a turn without reasoning as
+`</think>…`, which is what it asks with when `enable_thinking` is false; Qwen3.5 asks with `<think>\\n`, and writes
+such a turn as `<think>\\n\\n</think>\\n\\n…`. So P_i is rendered without that variable, with false and with true, and
+the longest P_i that is the beginning of R_i counts: what any prompt already says is not for the model to write. It has
+to be so in tokens as well: `<think>\\n` is no beginning of `<think>\\n\\n</think>` where `\\n\\n` is one token, so
+train.data.examples takes the longest prompt after which a token begins. Where no P_i is the beginning of R_i, the turn
+begins where they part, which may be inside a token (`<think>` and `</think>` share `<`); a token with any character in
+a span is labelled, so the token that differs is always learnt.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +45,9 @@ Message = dict[str, Any]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+# The prompts that a template may have for the same turn.
+_ASKED: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True})
+
 # A conversation to find out how a template ends a turn.
 _ANSWER = "answer-yz"
 _PROBE = ({"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER})
@@ -55,11 +62,13 @@ class Rendering:
     """A conversation, or its beginning, as text.
 
     spans: character ranges [start, end) that carry loss, in order, one per trained turn.
+    earlier: for each span the ends of other, shorter prompts for that turn, the longest first.
     next_role: the role after the last turn: the conversation's, else "tool" after tool calls and "user".
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    earlier: tuple[tuple[int, ...], ...]
     next_role: str
 
 
@@ -104,6 +113,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise NibbleError(f"{where}: line {error.lineno}: not a valid Jinja template: {error.message}") from error
         self._special_tokens = dict(special_tokens or {})
+        self._asked = _ASKED
 
     def render(
         self,
@@ -139,40 +149,47 @@ class ChatTemplate:
         result: list[Rendering] = []
         text, last = "", -1
         spans: list[tuple[int, int]] = []
+        earlier: list[tuple[int, ...]] = []
         for turn, wanted in enumerate(trained):
             if not wanted:
                 continue
             rendered = self.render(messages[: turn + 1], tools)
             if spans and not rendered.startswith(text):
-                result.append(Rendering(text, tuple(spans), _next_role(messages, last)))
-                spans = []
+                result.append(Rendering(text, tuple(spans), tuple(earlier), _next_role(messages, last)))
+                spans, earlier = [], []
             text, last = rendered, turn
-            start = self._turn_start(messages, turn, rendered, tools)
+            start, *others = self._turn_starts(messages, turn, rendered, tools)
             if start < len(rendered):
                 spans.append((start, len(rendered)))
+                earlier.append(tuple(others))
         if spans:
-            result.append(Rendering(text, tuple(spans), _next_role(messages, last)))
+            result.append(Rendering(text, tuple(spans), tuple(earlier), _next_role(messages, last)))
         return result
 
-    def _turn_start(self, messages: Sequence[Message], turn: int, rendered: str, tools: list[Any] | None) -> int:
+    def _turn_starts(self, messages: Sequence[Message], turn: int, rendered: str, tools: list[Any] | None) -> list[int]:
+        """The characters of `rendered` where the turn may begin, the last first."""
         before = messages[:turn]
-        try:
-            prompt = self.render(before, tools, add_generation_prompt=True)
-            if rendered.startswith(prompt):
-                return len(prompt)
-            for thinking in (False, True):
-                other_prompt = self.render(before, tools, add_generation_prompt=True, enable_thinking=thinking)
-                if rendered.startswith(other_prompt):
-                    return len(other_prompt)
-            # A prompt that differs from its beginning on would make the whole conversation part of the turn.
-            context = self.render(before, tools)
-            return max(_common(prompt, rendered), _common(context, rendered))
-        except RenderError:
+        prompts = [*self._texts_of(before, tools, [{"add_generation_prompt": True, **asked} for asked in self._asked])]
+        fitting = {len(prompt) for prompt in prompts if rendered.startswith(prompt)}
+        if fitting:
+            return sorted(fitting, reverse=True)
+        # A prompt that differs from its beginning on would make the whole conversation part of the turn.
+        texts = [*prompts, *self._texts_of(before, tools, [{}])]
+        if not texts:
             # Nothing can be asked here: a conversation that the assistant opens, or a template that insists on a
             # user message. The turn then begins where it differs from another answer in its place.
             content = str(messages[turn].get("content") or "").lstrip()
             other = {"role": "assistant", "content": "y" if content.startswith("x") else "x"}
-            return _common(self.render([*before, other], tools), rendered)
+            texts = [self.render([*before, other], tools)]
+        return [max(_common(text, rendered) for text in texts)]
+
+    def _texts_of(
+        self, messages: Sequence[Message], tools: list[Any] | None, ways: list[dict[str, Any]]
+    ) -> Iterator[str]:
+        """The conversation rendered in each of these ways that the template doesn't refuse."""
+        for way in ways:
+            with suppress(RenderError):
+                yield self.render(messages, tools, **way)
 
     def closing(self) -> str:
         """The text that the template writes after an assistant's text, to end the turn; "" if nothing."""

@@ -13,7 +13,8 @@ the last turn it is appended; if the next speaker's token doesn't end generation
 appended. `text` and joined completions end with eos.
 
 A token belongs to a span when it covers any of its characters, also when it begins before it: what the model
-must write has to be learnt, whatever the prompt shares with its first token.
+must write has to be learnt, whatever the prompt shares with its first token. Where the template has several prompts
+for a turn, the longest after which a token begins counts.
 
 Rows longer than data.sequence_length. A conversation or a prompt and its completion is cut: what would follow has lost
 what it answers. A text is split into documents that fill the sequence, so that all of it is learnt: each begins with
@@ -254,8 +255,9 @@ class _Builder:
     def _chat_labels(self, text: Rendering, encoded: Encoded) -> tuple[list[int], NDArray[np.bool_]]:
         ids, tokens = list(encoded.ids), len(encoded.ids)
         mask = np.zeros(tokens + 1, np.bool_)
-        for start, end in text.spans:
-            first, stop = _first_token(encoded, start), bisect_left(encoded.offsets, end, key=lambda span: span[0])
+        for (start, end), earlier in zip(text.spans, text.earlier, strict=True):
+            first = _first_token(encoded, start, earlier)
+            stop = bisect_left(encoded.offsets, end, key=lambda span: span[0])
             terminator = self._terminator(text.text, encoded, first, stop, end)
             if terminator is not None:
                 stop = terminator + 1
@@ -343,6 +345,12 @@ class _Builder:
         return examples, DataReport(self.rows, self.cut, self.split, self.lost, skipped)
 
 
-def _first_token(encoded: Encoded, start: int) -> int:
-    """The first token that reaches beyond the character `start`."""
-    return bisect_right(encoded.offsets, start, key=lambda span: span[1])
+def _first_token(encoded: Encoded, start: int, earlier: Sequence[int] = ()) -> int:
+    """The first token that reaches beyond `start`, or, where one lies across it, beyond the next of `earlier` across
+    which none lies.
+    """
+    found = [bisect_right(encoded.offsets, place, key=lambda span: span[1]) for place in (start, *earlier)]
+    for place, token in zip((start, *earlier), found, strict=True):
+        if token == len(encoded.offsets) or encoded.offsets[token][0] >= place:
+            return token
+    return found[0]

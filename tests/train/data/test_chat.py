@@ -108,7 +108,7 @@ def test_templates_are_sandboxed() -> None:
 
 def test_one_turn_learns_what_follows_the_prompt() -> None:
     (rendering,) = renderings("qwen", say("q", "answer"))
-    assert learnt(rendering) == ["<think>\n\n</think>\n\nanswer<|im_end|>\n"]
+    assert learnt(rendering) == ["answer<|im_end|>\n"], "asked without thinking, the prompt already has </think>"
     assert rendering.text.startswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>")
     (rendering,) = renderings("mistral", say("q", "answer"))
     assert learnt(rendering) == [" answer</s>"]
@@ -140,8 +140,8 @@ def test_a_template_that_drops_reasoning_gives_each_turn_the_text_it_was_written
 
     # Qwen writes an empty think block for the last turn only, so it rewrites even without reasoning.
     assert [learnt(rendering) for rendering in renderings("qwen", say("q1", "a1", "q2", "a2"))] == [
-        ["<think>\n\n</think>\n\na1<|im_end|>\n"],
-        ["<think>\n\n</think>\n\na2<|im_end|>\n"],
+        ["a1<|im_end|>\n"],
+        ["a2<|im_end|>\n"],
     ]
 
 
@@ -188,6 +188,19 @@ def test_only_the_chosen_turns_are_learnt() -> None:
     (rendering,) = template("mistral").renderings(messages, [False, True, False, False, False, False])
     assert rendering.text == "<s>[INST] q1 [/INST] a1</s>", "nothing after the last turn to learn is needed"
     assert template("mistral").renderings(messages, [False] * 6) == []
+
+
+def test_the_longest_prompt_that_begins_the_text_counts() -> None:
+    thinks = template("think")
+    (rendering,) = thinks.renderings(say("q", "answer"), [False, True])
+    assert learnt(rendering) == ["answer<|im_end|>\n"]
+    asked = [rendering.text[:end] for end in (rendering.spans[0][0], *rendering.earlier[0])]
+    assert asked == [
+        thinks.render(say("q"), add_generation_prompt=True, **options) for options in ({"enable_thinking": False}, {})
+    ]
+    (rendering,) = thinks.renderings(say("q", "answer", reasoning_content="why"), [False, True])
+    assert learnt(rendering) == ["why\n</think>\n\nanswer<|im_end|>\n"]
+    assert rendering.earlier == ((),)
 
 
 def test_a_prompt_that_contradicts_the_turn_ends_where_they_part() -> None:

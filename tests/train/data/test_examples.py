@@ -57,7 +57,7 @@ def test_the_answer_and_the_end_of_the_turn_are_learnt(tmp_path: Path) -> None:
     qwen = Setup(tmp_path / "qwen", "qwen")
     examples, _ = qwen.build(say("What is 2 + 3?", "It is 5."))
     assert qwen.text(examples, 0).endswith("It is 5.<|im_end|>\n")
-    assert qwen.learnt(examples) == ["<think>\n\n</think>\n\nIt is 5.<|im_end|>"], "the newline is never generated"
+    assert qwen.learnt(examples) == ["It is 5.<|im_end|>"], "the newline is never generated"
 
     mistral = Setup(tmp_path / "mistral", "mistral")
     examples, _ = mistral.build(say("q1", "a1", "q2", "a2"))
@@ -144,6 +144,47 @@ def test_a_token_that_begins_before_the_span_is_learnt(tmp_path: Path) -> None:
     assert setup.learnt(examples) == [" clips</s>"]
     examples, _ = setup.build({"prompt": "a", "completion": "🙂"}, form="prompt_completion")
     assert setup.learnt(examples) == ["🙂</s>"], "all four bytes of the character"
+
+
+def test_what_a_prompt_without_thinking_says_is_not_learnt(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, "think")
+    examples, report = setup.build(say("2 + 3?", "5"), say("2 + 3?", "5", reasoning_content="add"))
+    assert setup.learnt(examples, 0) == ["5<|im_end|>"]
+    assert setup.learnt(examples, 1) == ["add\n</think>\n\n5<|im_end|>"]
+
+    # Cut before the answer nothing is left to learn, which is said.
+    short = int(np.flatnonzero(examples[0][1])[0])
+    examples, report = setup.build(say("2 + 3?", "5"), say("x", "5"), sequence_length=short)
+    assert examples.rows.tolist() == [1]
+    assert [row.reason for row in report.skipped_rows] == ["too_long"]
+
+
+def test_a_prompt_counts_where_a_token_begins_after_it(tmp_path: Path) -> None:
+    setup = Setup(tmp_path)
+    head = "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{{ '<think>\n\n</think>' }}{% endif %}"
+    tail = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>%s{% endif %}"
+    thinks = "{% if enable_thinking is defined %}{{ '<think>\n' }}{% endif %}"
+    assert len(setup.tokenizer.encode("\n\n")) == 1 == len(setup.tokenizer.encode("\n"))
+    # The longer prompt ends within the token of two newlines: it is another text to the model.
+    setup.template = ChatTemplate(head + tail.replace("%s", thinks))
+    assert setup.template.renderings(say("q", "a"), [False, True])[0].text.endswith("<think>\n\n</think>a")
+    assert setup.learnt(setup.build(say("q", "a"))[0]) == ["<think>\n\n</think>a</s>"]
+    # Where it is the only one, the token that differs is learnt.
+    setup.template = ChatTemplate(head + tail.replace("%s", "{{ '<think>\n' }}"))
+    assert setup.learnt(setup.build(say("q", "a"))[0]) == ["\n\n</think>a</s>"]
+
+
+def test_masks_equal_those_of_a_template_that_marks_the_turns(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    setup = Setup(tmp_path, "marked")
+    theirs = AutoTokenizer.from_pretrained(setup.folder)
+    for messages in (say("q1", "a1", "q2", " a2 \n", "q3"), say("2 + 3?", "café 数学 🙂 5")):
+        expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        tokens, mask = setup.build(messages)[0][0]
+        assert tokens.tolist() == expected["input_ids"][: len(tokens)]
+        assert mask.astype(int).tolist() == expected["assistant_masks"][: len(tokens)]
+        assert not any(expected["assistant_masks"][len(tokens) :])
 
 
 def test_prompt_and_completion_with_and_without_a_template(tmp_path: Path) -> None:
