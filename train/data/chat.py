@@ -24,11 +24,10 @@ a span is labelled, so the token that differs is always learnt.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -38,8 +37,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quant.common.errors import NibbleError
+from quant.common.words import printable
 
 Message = dict[str, Any]
+Conversation = tuple[Sequence[Message], Sequence[bool], list[Any] | None]  # messages, which to learn, tools
 
 # Older names of the field that templates read as reasoning_content.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -51,6 +52,9 @@ _ASKED: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_t
 # A conversation to find out how a template ends a turn.
 _ANSWER = "answer-yz"
 _PROBE = ({"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER})
+
+
+MAX_CHARACTERS = 2**24  # of one rendering
 
 
 class RenderError(Exception):
@@ -89,16 +93,20 @@ class ChatTemplate:
     source: Jinja text. tool_source: the template to use when a row has tools, if the checkpoint has one.
     special_tokens: {"bos_token": …, "eos_token": …}, variables of the template.
     now: what `strftime_now` formats; None is the moment of the call.
-    Raises NibbleError (naming `where`) when a template isn't valid Jinja.
+    Raises NibbleError (naming `where` or `tool_where`) when a template isn't valid Jinja.
+
+    Jinja's sandbox keeps a template from everything but its variables, not from taking all time and memory:
+    train.data.template_process runs one that somebody else wrote.
     """
 
     def __init__(
         self,
         source: str,
-        special_tokens: dict[str, str] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
         *,
-        tool_source: str | None = None,
         where: str = "chat template",
+        tool_source: str | None = None,
+        tool_where: str = "",
         now: datetime | None = None,
     ):
         environment = ImmutableSandboxedEnvironment(
@@ -107,13 +115,21 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
-        try:
-            self._template = environment.from_string(source)
-            self._tool_template = self._template if tool_source is None else environment.from_string(tool_source)
-        except jinja2.TemplateSyntaxError as error:
-            raise NibbleError(f"{where}: line {error.lineno}: not a valid Jinja template: {error.message}") from error
         self._special_tokens = dict(special_tokens or {})
         self._asked = _ASKED
+        self._default = self._compiled(environment, source, where)
+        self._tool_use = self._default if tool_source is None else self._compiled(environment, tool_source, tool_where)
+
+    def _compiled(self, environment: jinja2.Environment, source: str, where: str) -> tuple[jinja2.Template, str]:
+        with self._limits(where):
+            try:
+                return environment.from_string(source), where
+            except jinja2.TemplateSyntaxError as error:
+                where, reason = f"{where}: line {error.lineno}", error.message or ""
+                raise NibbleError(f"{where}: not a valid Jinja template: {printable(reason, 300)}") from error
+            except (SyntaxError, ValueError, TypeError, ArithmeticError) as error:  # of the code that Jinja makes of it
+                reason = error.msg if isinstance(error, SyntaxError) else str(error)
+                raise NibbleError(f"{where}: not a valid Jinja template: {printable(reason, 300)}") from error
 
     def render(
         self,
@@ -124,19 +140,34 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation, as transformers' `apply_chat_template(tokenize=False)` writes it.
 
-        Raises RenderError when the template refuses the messages or can't handle them.
+        Raises RenderError when the template refuses the messages or can't handle them, NibbleError when it goes beyond
+        its limits.
         """
-        template = self._template if tools is None else self._tool_template
+        template, where = self._default if tools is None else self._tool_use
+        with self._limits(where):
+            try:
+                text = template.render(
+                    messages=[_prepared(message) for message in messages],
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **{**self._special_tokens, **variables},
+                )
+            except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+                raise RenderError(printable(str(error), 300) or type(error).__name__) from error
+        if len(text) > MAX_CHARACTERS:
+            raise NibbleError(f"{where}: writes {len(text):,} characters, more than {MAX_CHARACTERS:,}.")
+        return text
+
+    @contextmanager
+    def _limits(self, where: str) -> Iterator[None]:
+        """Around what runs code of the template from `where`."""
         try:
-            return template.render(
-                messages=[_prepared(message) for message in messages],
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._special_tokens, **variables},
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise RenderError(str(error) or type(error).__name__) from error
+            yield
+        except RecursionError as error:
+            raise NibbleError(f"{where}: nested too deep, or a macro that calls itself without end.") from error
+        except MemoryError as error:
+            raise NibbleError(f"{where}: needs too much memory.") from error
 
     def renderings(
         self, messages: Sequence[Message], trained: Sequence[bool], tools: list[Any] | None = None
@@ -165,6 +196,16 @@ class ChatTemplate:
         if spans:
             result.append(Rendering(text, tuple(spans), tuple(earlier), _next_role(messages, last)))
         return result
+
+    def renderings_of(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | RenderError]:
+        """The renderings of many conversations; for one that the template refuses, the error."""
+        found: list[list[Rendering] | RenderError] = []
+        for messages, trained, tools in conversations:
+            try:
+                found.append(self.renderings(messages, trained, tools))
+            except RenderError as error:
+                found.append(error)
+        return found
 
     def _turn_starts(self, messages: Sequence[Message], turn: int, rendered: str, tools: list[Any] | None) -> list[int]:
         """The characters of `rendered` where the turn may begin, the last first."""
@@ -210,57 +251,6 @@ class ChatTemplate:
         except RenderError:
             return ""
         return longer[len(text) :] if longer.startswith(text) else ""
-
-
-def load_chat_template(
-    folder: str | Path, special_tokens: dict[str, str], *, now: datetime | None = None
-) -> ChatTemplate | None:
-    """The chat template of a checkpoint folder, or None if it has none.
-
-    Looked for in chat_template.jinja, then tokenizer_config.json, then chat_template.json (the last two may hold
-    one template or a list of named ones, of which "default" and "tool_use" are used).
-    """
-    folder = Path(folder)
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens, where=str(path), now=now)
-    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        value = _chat_template_entry(path)
-        if value is None:
-            continue
-        named = value if isinstance(value, dict) else {"default": value}
-        if "default" not in named:
-            raise NibbleError(
-                f"{path}: chat_template has no template named 'default', only {', '.join(named) or 'none'}"
-            )
-        return ChatTemplate(
-            named["default"], special_tokens, tool_source=named.get("tool_use"), where=f"{path}: chat_template", now=now
-        )
-    return None
-
-
-def missing_template(folder: str | Path) -> NibbleError:
-    """The error for rows of messages and a checkpoint that can't render them."""
-    return NibbleError(
-        f"{folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
-        "which data.format messages needs.\nPut the template of the instruction-tuned model there as "
-        "chat_template.jinja, or use data.format prompt_completion or text."
-    )
-
-
-def _chat_template_entry(path: Path) -> str | dict[str, str] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise NibbleError(f"{path}: not valid JSON: {error}") from error
-    value = value.get("chat_template") if isinstance(value, dict) else value
-    if isinstance(value, list):
-        return {entry["name"]: entry["template"] for entry in value}
-    if value is not None and not isinstance(value, str | dict):
-        raise NibbleError(f"{path}: chat_template is neither text nor a list of named templates")
-    return value
 
 
 def _prepared(message: Message) -> Message:

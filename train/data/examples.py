@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,9 +35,11 @@ from numpy.typing import NDArray
 
 from quant.common.errors import NibbleError
 from train.config.sections import Format
-from train.data.chat import ChatTemplate, RenderError, Rendering, missing_template
+from train.data.chat import ChatTemplate, RenderError, Rendering
 from train.data.packing import shuffled
-from train.data.rows import BadRow, Chat, Completion, Row, RowLog, SkippedRow, parse_row, read_rows
+from train.data.rows import BadRow, Chat, Completion, Row, RowLog, SkippedRow, Text, parse_row, read_rows
+from train.data.template_files import missing_template
+from train.data.template_process import TemplateProcess
 from train.data.tokenizer import Encoded, Tokenizer
 
 _CHUNK = 512  # rows tokenised at a time: enough for the library's threads, little memory
@@ -119,7 +121,7 @@ def build_examples(
     *,
     form: Format,
     tokenizer: Tokenizer,
-    template: ChatTemplate | None,
+    template: ChatTemplate | TemplateProcess | None,
     sequence_length: int,
     fields: Mapping[str, str] | None = None,
     key: str = "data.train",
@@ -136,22 +138,15 @@ def build_examples(
     """
     if form == "messages" and template is None:
         raise missing_template(tokenizer.where)
-    builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn), splits=form == "text")
-    pending: list[_Piece] = []
+    builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn), form, fields)
+    pending: list[Row] = []
     for row in read_rows(file, form=form, fields=fields, key=key):
-        builder.rows += 1
-        try:
-            if row.problem is not None:
-                raise row.problem
-            assert row.values is not None
-            pending.append(_Piece(row, builder.rows - 1, list(_texts(row.values, form, fields, template))))
-        except BadRow as problem:
-            builder.log.bad(row, problem)
-        if len(pending) >= _CHUNK:
+        pending.append(row)
+        if len(pending) == _CHUNK:
             builder.add(pending)
             pending = []
-        if progress is not None and builder.rows % _CHUNK == 0:
-            progress(row.done)
+            if progress is not None:
+                progress(row.done)
     builder.add(pending)
     if progress is not None:
         progress(1.0)
@@ -184,7 +179,7 @@ class _Piece:
 
     row: Row
     index: int
-    texts: list[_Plain | Rendering]
+    texts: Sequence[_Plain | Rendering]
 
 
 @dataclass(frozen=True)
@@ -195,40 +190,41 @@ class _Plain:
     start: int
 
 
-def _texts(
-    values: dict[str, object], form: Format, fields: Mapping[str, str] | None, template: ChatTemplate | None
-) -> Iterator[_Plain | Rendering]:
-    parsed = parse_row(values, form, fields)
-    if isinstance(parsed, Completion) and template is not None:
-        messages = [{"role": "user", "content": parsed.prompt}, {"role": "assistant", "content": parsed.completion}]
-        parsed = Chat(messages, [False, True])
+def _texts(row: list[Rendering] | RenderError | Completion | Text | BadRow) -> Sequence[_Plain | Rendering]:
+    """What is to be tokenised of a row. Raises BadRow."""
+    if isinstance(row, BadRow):
+        raise row
+    if isinstance(row, RenderError):
+        raise BadRow("template_error", f"the chat template refuses the row: {row}") from row
+    if row == []:
+        raise BadRow("nothing_to_learn", "the chat template writes nothing for the assistant's turns")
     texts: Sequence[_Plain | Rendering]
-    if isinstance(parsed, Chat):
-        assert template is not None
-        try:
-            texts = template.renderings(parsed.messages, parsed.trained, parsed.tools)
-        except RenderError as error:
-            raise BadRow("template_error", f"the chat template refuses the row: {error}") from error
-        if not texts:
-            raise BadRow("nothing_to_learn", "the chat template writes nothing for the assistant's turns")
-    elif isinstance(parsed, Completion):
-        texts = [_Plain(parsed.prompt + parsed.completion, len(parsed.prompt))]
+    if isinstance(row, Completion):
+        texts = [_Plain(row.prompt + row.completion, len(row.prompt))]
+    elif isinstance(row, Text):
+        texts = [_Plain(row.text, 0)]
     else:
-        texts = [_Plain(parsed.text, 0)]
+        texts = row
     for text in texts:
         try:
             text.text.encode()
         except UnicodeEncodeError as error:
             raise BadRow("not_utf8", f"half of a surrogate pair ({error.object[error.start]!a}) in the text") from error
-        yield text
+    return texts
 
 
 class _Builder:
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate | None, sequence_length: int, log: RowLog, splits: bool
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | TemplateProcess | None,
+        sequence_length: int,
+        log: RowLog,
+        form: Format,
+        fields: Mapping[str, str] | None,
     ):
         self.tokenizer, self.template, self.sequence_length, self.log = tokenizer, template, sequence_length, log
-        self.splits = splits
+        self.form, self.fields, self.splits = form, fields, form == "text"
         self.rows = self.cut = self.split = self.lost = 0
         self._ids: list[NDArray[np.int32]] = []
         self._masks: list[NDArray[np.bool_]] = []
@@ -237,11 +233,34 @@ class _Builder:
         self._ends = tokenizer.eos_ids | (closing & tokenizer.special_ids)
         self._stops: dict[str, int | None] = {}
 
-    def add(self, pieces: list[_Piece]) -> None:
+    def add(self, rows: list[Row]) -> None:
+        parsed = [self._parsed(row) for row in rows]
+        chats = [(one.messages, one.trained, one.tools) for one in parsed if isinstance(one, Chat)]
+        rendered = iter(self.template.renderings_of(chats) if self.template is not None else ())
+        pieces = []
+        for row, one in zip(rows, parsed, strict=True):
+            self.rows += 1
+            try:
+                pieces.append(_Piece(row, self.rows - 1, _texts(next(rendered) if isinstance(one, Chat) else one)))
+            except BadRow as problem:
+                self.log.bad(row, problem)
         encoded = iter(self.tokenizer.encode_batch([text.text for piece in pieces for text in piece.texts]))
         for piece in pieces:
             examples = [self._labelled(text, next(encoded)) for text in piece.texts]
             self._keep(piece, examples)
+
+    def _parsed(self, row: Row) -> Chat | Completion | Text | BadRow:
+        if row.problem is not None:
+            return row.problem
+        assert row.values is not None
+        try:
+            parsed = parse_row(row.values, self.form, self.fields)
+        except BadRow as problem:
+            return problem
+        if isinstance(parsed, Completion) and self.template is not None:
+            messages = [{"role": "user", "content": parsed.prompt}, {"role": "assistant", "content": parsed.completion}]
+            parsed = Chat(messages, [False, True])
+        return parsed
 
     def _labelled(self, text: _Plain | Rendering, encoded: Encoded) -> tuple[list[int], NDArray[np.bool_]]:
         if isinstance(text, Rendering):

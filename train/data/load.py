@@ -14,10 +14,10 @@ from quant.common.files import disk_errors
 from quant.common.progress import Bar
 from train.config.load import Config
 from train.data.batches import EvalBatches, StepBatches
-from train.data.chat import load_chat_template
 from train.data.examples import DataReport, Examples, build_examples, split_examples
 from train.data.packing import Packing, pack
 from train.data.rows import write_skipped_rows
+from train.data.template_files import load_chat_template
 from train.data.tokenizer import load_tokenizer
 
 _ARRAYS = [field.name for field in fields(Examples)]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quant.common.errors import NibbleError
-from tests.text_helpers import GLM_TEMPLATE, TEMPLATES, byte_level_tokenizer, say, write_json
-from train.data.chat import ChatTemplate, RenderError, Rendering, load_chat_template, missing_template
+from tests.text_helpers import TEMPLATES, byte_level_tokenizer, say
+from train.data.chat import ChatTemplate, RenderError, Rendering
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln <b>", "days": 2}}}
@@ -251,50 +248,3 @@ def test_the_templates_reason_is_passed_on() -> None:
         template("mistral").render([*say("a"), *say("b")])
     with pytest.raises(RenderError, match="can only concatenate list"):
         ChatTemplate("{{ messages + 1 }}").render(say("hi"))
-
-
-def test_where_templates_are_looked_for(tmp_path: Path) -> None:
-    assert load_chat_template(tmp_path, TOKENS) is None
-    named = [{"name": "default", "template": "default"}, {"name": "tool_use", "template": "tools"}]
-    for name, value, expected in (
-        ("chat_template.json", {"chat_template": "from json"}, "from json"),
-        ("tokenizer_config.json", {"chat_template": "{{ bos_token }} config"}, "<s> config"),
-        ("tokenizer_config.json", {"chat_template": named}, "default"),
-    ):
-        write_json(tmp_path / name, value)
-        found = load_chat_template(tmp_path, TOKENS)
-        assert found is not None
-        assert found.render(say("hi")) == expected
-    assert found is not None
-    assert found.render(say("hi"), TOOLS) == "tools"
-    (tmp_path / "chat_template.jinja").write_text("from jinja")
-    newer = load_chat_template(tmp_path, TOKENS)
-    assert newer is not None
-    assert newer.render(say("hi")) == "from jinja"
-
-
-def test_no_template() -> None:
-    message = str(missing_template(Path("/models/base")))
-    assert message.startswith(
-        "/models/base: no chat template (chat_template.jinja, or chat_template in tokenizer_config"
-    )
-    assert "data.format prompt_completion or text" in message
-    assert message.count("\n") < 3
-
-
-def test_broken_templates(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_text(GLM_TEMPLATE + "\n{% if %}")
-    line = GLM_TEMPLATE.count("\n") + 2
-    with pytest.raises(NibbleError, match=rf"chat_template.jinja: line {line}: not a valid Jinja template: Expected"):
-        load_chat_template(tmp_path, TOKENS)
-    (tmp_path / "chat_template.jinja").unlink()
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"chat_template": [{"name": "rag", "template": ""}]}))
-    with pytest.raises(NibbleError, match=r"chat_template has no template named 'default', only rag"):
-        load_chat_template(tmp_path, TOKENS)
-    config.write_text(json.dumps({"chat_template": 3}))
-    with pytest.raises(NibbleError, match=r"chat_template is neither text nor a list of named templates"):
-        load_chat_template(tmp_path, TOKENS)
-    config.write_text("{")
-    with pytest.raises(NibbleError, match=r"tokenizer_config.json: not valid JSON"):
-        load_chat_template(tmp_path, TOKENS)

@@ -11,8 +11,10 @@ import pytest
 
 from quant.common.errors import NibbleError
 from tests.text_helpers import TEMPLATES, save_checkpoint_texts, say, sentencepiece_model, write_json, write_lines
-from train.data.chat import ChatTemplate, load_chat_template
+from train.data.chat import ChatTemplate
 from train.data.examples import DataReport, Examples, build_examples, split_examples
+from train.data.template_files import load_chat_template
+from train.data.template_process import TemplateProcess
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -22,7 +24,9 @@ class Setup:
     def __init__(self, folder: Path, template: str | None = None):
         self.folder = save_checkpoint_texts(folder / "model", template)
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
-        self.template: ChatTemplate | None = load_chat_template(self.folder, self.tokenizer.special_tokens)
+        self.template: ChatTemplate | TemplateProcess | None = load_chat_template(
+            self.folder, self.tokenizer.special_tokens
+        )
         self.path = folder / "rows.jsonl"
 
     def build(self, *rows: Any, form: str = "messages", **options: Any) -> tuple[Examples, DataReport]:
