@@ -40,7 +40,8 @@ from train.data.packing import shuffled
 from train.data.rows import BadRow, Chat, Completion, Row, RowLog, SkippedRow, Text, parse_row, read_rows
 from train.data.template_files import missing_template
 from train.data.template_process import TemplateProcess
-from train.data.tokenizer import Encoded, Tokenizer
+from train.data.token_backends import Encoded
+from train.data.tokenizer import Tokenizer
 
 _CHUNK = 512  # rows tokenised at a time: enough for the library's threads, little memory
 
