@@ -11,6 +11,11 @@ The turn's own text is what R_i has after P_i. As long as each R_i is the beginn
 share one rendering; where the template rewrites, a new rendering begins. Every turn carries loss exactly
 once, in the text that the model will see.
 
+Rendering all that precedes it for every turn takes time with the square of a conversation's length. In a long one, what
+a turn adds to the text is therefore taken from a short conversation, of its first and latest messages. It is compared
+with the whole at the turns 1, 2, 4, 8 … and at the end of each rendering; where they differ, the whole is rendered for
+every turn.
+
 A template may have several prompts. GLM-4.7 asks with `<think>`, and writes a turn without reasoning as
 `</think>…`, which is what it asks with when `enable_thinking` is false; Qwen3.5 asks with `<think>\\n`, and writes
 such a turn as `<think>\\n\\n</think>\\n\\n…`. So P_i is rendered without that variable, with false and with true, and
@@ -54,6 +59,8 @@ _ANSWER = "answer-yz"
 _PROBE = ({"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER})
 
 
+_LONG = 32  # messages from which on a conversation isn't rendered as a whole for each of its turns
+_NEAR = 8  # messages at the beginning and before a turn that may stand for all before it
 MAX_CHARACTERS = 2**24  # of one rendering
 
 
@@ -74,6 +81,10 @@ class Rendering:
     spans: tuple[tuple[int, int], ...]
     earlier: tuple[tuple[int, ...], ...]
     next_role: str
+
+
+class _NotAlikeError(Exception):
+    """A short conversation isn't continued as the whole one is."""
 
 
 class _GenerationTag(Extension):
@@ -177,25 +188,76 @@ class ChatTemplate:
         messages: the whole conversation. trained: for each message, whether it is a turn to learn.
         A turn of which the template writes nothing has no span. Raises RenderError.
         """
+        turns = [turn for turn, wanted in enumerate(trained) if wanted]
+        if len(messages) >= _LONG:
+            try:
+                return self._renderings(messages, turns, tools, shorten=True)
+            except _NotAlikeError:
+                pass
+        return self._renderings(messages, turns, tools, shorten=False)
+
+    def _renderings(
+        self, messages: Sequence[Message], turns: Sequence[int], tools: list[Any] | None, shorten: bool
+    ) -> list[Rendering]:
         result: list[Rendering] = []
         text, last = "", -1
         spans: list[tuple[int, int]] = []
         earlier: list[tuple[int, ...]] = []
-        for turn, wanted in enumerate(trained):
-            if not wanted:
-                continue
-            rendered = self.render(messages[: turn + 1], tools)
-            if spans and not rendered.startswith(text):
-                result.append(Rendering(text, tuple(spans), tuple(earlier), _next_role(messages, last)))
-                spans, earlier = [], []
-            text, last = rendered, turn
-            start, *others = self._turn_starts(messages, turn, rendered, tools)
-            if start < len(rendered):
-                spans.append((start, len(rendered)))
-                earlier.append(tuple(others))
+        unchecked = 0  # turns since the last one that the whole conversation was rendered for
+
+        def check(starts: list[int]) -> None:
+            if unchecked and (text, starts) != self._turn(messages, last, tools):
+                raise _NotAlikeError
+
+        starts: list[int] = []
+        for turn in turns:
+            added = self._added(messages, last, turn, tools) if shorten and spans else None
+            if added is not None:
+                starts = [len(text) + start for start in added[1]]
+                text, last = text + added[0], turn
+                unchecked += 1
+                if unchecked & (unchecked - 1) == 0:
+                    check(starts)
+            else:
+                rendered, rendered_starts = self._turn(messages, turn, tools)
+                if spans and not rendered.startswith(text):
+                    check(starts)
+                    result.append(Rendering(text, tuple(spans), tuple(earlier), _next_role(messages, last)))
+                    spans, earlier = [], []
+                text, starts, last, unchecked = rendered, rendered_starts, turn, 0
+            if starts[0] < len(text):
+                spans.append((starts[0], len(text)))
+                earlier.append(tuple(starts[1:]))
         if spans:
+            check(starts)
             result.append(Rendering(text, tuple(spans), tuple(earlier), _next_role(messages, last)))
         return result
+
+    def _added(
+        self, messages: Sequence[Message], last: int, turn: int, tools: list[Any] | None
+    ) -> tuple[str, list[int]] | None:
+        """What the rendering up to `turn` has after the one up to `last`, and where in that the turn may begin.
+
+        Found in a short conversation: the first messages and the latest. None where there is no such conversation, or
+        the turn is not simply added to it.
+        """
+        head, tail = _seam(messages, last)
+        if not head:
+            return None
+        short = [*messages[:head], *messages[tail : turn + 1]]
+        try:
+            before = self.render(short[: head + last + 1 - tail], tools)
+            text, starts = self._turn(short, len(short) - 1, tools)
+        except RenderError:
+            return None
+        if not text.startswith(before) or starts[-1] < len(before):
+            return None
+        return text[len(before) :], [start - len(before) for start in starts]
+
+    def _turn(self, messages: Sequence[Message], turn: int, tools: list[Any] | None) -> tuple[str, list[int]]:
+        """The text up to and including a turn, and the characters where that may begin, the last first."""
+        text = self.render(messages[: turn + 1], tools)
+        return text, self._turn_starts(messages, turn, text, tools)
 
     def renderings_of(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | RenderError]:
         """The renderings of many conversations; for one that the template refuses, the error."""
@@ -260,6 +322,19 @@ def _prepared(message: Message) -> Message:
     if reasoning is not None:
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
     return message
+
+
+def _seam(messages: Sequence[Message], last: int) -> tuple[int, int]:
+    """(head, tail) so that messages[:head] and messages[tail:] make a conversation with `last` in its second part: the
+    roles meet there as they do after messages[:head], and alternate as before. (0, 0) if there is none near.
+    """
+    roles = {i: messages[i]["role"] for i in (*range(_NEAR), *range(max(last - _NEAR, 0), last + 1)) if i <= last}
+    for tail in range(last, max(last - _NEAR, 1), -1):
+        for head in range(1, min(tail, _NEAR)):
+            alike = (roles[head - 1], roles[head]) == (roles[tail - 1], roles[tail])
+            if alike and (tail - head) % 2 == 0 and roles[tail] != "tool":
+                return head, tail
+    return 0, 0
 
 
 def _next_role(messages: Sequence[Message], turn: int) -> str:

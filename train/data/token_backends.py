@@ -93,8 +93,8 @@ def load_tokenizers(path: Path, added: dict[int, AddedTokenEntry]) -> Backend:
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(entry.content) != index:
             raise NibbleError(
-                f"{path.parent}: tokenizer_config.json gives {shown(entry.content)} the id {index}, but in tokenizer.json "
-                f"its place would be {tokenizer.token_to_id(entry.content)}. Fetch both files again."
+                f"{path.parent}: tokenizer_config.json gives {shown(entry.content)} the id {index}, but in "
+                f"tokenizer.json its place would be {tokenizer.token_to_id(entry.content)}. Fetch both files again."
             )
     return _Tokenizers(tokenizer, path)
 

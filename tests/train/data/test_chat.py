@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.text_helpers import TEMPLATES, byte_level_tokenizer, say
-from train.data.chat import ChatTemplate, RenderError, Rendering
+from train.data.chat import ChatTemplate, Message, RenderError, Rendering
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln <b>", "days": 2}}}
@@ -248,3 +249,95 @@ def test_the_templates_reason_is_passed_on() -> None:
         template("mistral").render([*say("a"), *say("b")])
     with pytest.raises(RenderError, match="can only concatenate list"):
         ChatTemplate("{{ messages + 1 }}").render(say("hi"))
+
+
+class Counting(ChatTemplate):
+    """Counts the messages that it renders."""
+
+    rendered = 0
+
+    def render(self, messages: Sequence[Message], *arguments: Any, **options: Any) -> str:
+        self.rendered += len(messages)
+        return super().render(messages, *arguments, **options)
+
+
+def chain(count: int, **last: Any) -> list[dict[str, Any]]:
+    """One question, and calls of tools with their answers."""
+    messages = [{"role": "system", "content": "Use tools."}, {"role": "user", "content": "go"}]
+    for number in range(count // 2 - 1):
+        call = {"function": {"name": "f", "arguments": {"x": number}}}
+        messages.append({"role": "assistant", "content": "", "reasoning_content": f"r{number}", "tool_calls": [call]})
+        messages.append({"role": "tool", "content": f"answer {number}"})
+    return [*messages, {"role": "assistant", "content": "done"}]
+
+
+def numbered(count: int, **every: Any) -> list[dict[str, Any]]:
+    messages = say(*(f"{'qa'[i % 2]}{i}\n" * (i % 3 + 1) for i in range(count)))
+    return [{**message, **(every if message["role"] == "assistant" else {})} for message in messages]
+
+
+def with_a_system_message(count: int) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": "Be brief."}, *numbered(count)]
+
+
+def parallel_calls(count: int) -> list[dict[str, Any]]:
+    """As many tools' answers after each call as its number says."""
+    messages = say("go")
+    while len(messages) < count:
+        call = {"function": {"name": "f", "arguments": {"x": len(messages)}}}
+        calls = [call] * (1 + len(messages) % 3)
+        messages.append({"role": "assistant", "content": "", "reasoning_content": "r", "tool_calls": calls})
+        messages += [{"role": "tool", "content": f"answer {len(messages)}"} for _ in calls]
+    return messages
+
+
+LONG = {
+    "turns": numbered,
+    "reasoning": partial(numbered, reasoning_content="because"),
+    "system": with_a_system_message,
+    "tools": chain,
+    "parallel": parallel_calls,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_long_conversations_are_learnt_as_turn_by_turn(name: str, kind: str) -> None:
+    messages = LONG[kind](70)
+    made = Counting(TEMPLATES[name], TOKENS)
+    turns = [i for i, wanted in enumerate(trained(messages)) if wanted]
+    for chosen in (turns, turns[::3], turns[-2:]):
+        try:
+            expected = made._renderings(messages, chosen, None, shorten=False)
+        except RenderError:
+            with pytest.raises(RenderError):
+                made.renderings(messages, [i in chosen for i in range(len(messages))])
+        else:
+            assert made.renderings(messages, [i in chosen for i in range(len(messages))]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    # Where Qwen's and GLM's rewrite every turn, the texts themselves grow with the square.
+    [("glm", "turns"), ("glm", "tools"), ("glm", "parallel"), ("qwen", "tools"), ("mistral", "turns")]
+    + [(name, kind) for name in ("think", "marked", "plain") for kind in ("turns", "reasoning", "system")],
+)
+def test_the_work_for_a_conversation_grows_with_its_length(name: str, kind: str) -> None:
+    work = []
+    for count in (250, 500, 1000):
+        made, messages = Counting(TEMPLATES[name], TOKENS), LONG[kind](count)
+        assert len(made.renderings(messages, trained(messages))) <= 2
+        work.append(made.rendered)
+    assert work[2] < 60 * 1000, "turn by turn it is above 500 × 1000"
+    assert work[2] < 2.5 * work[1] < 6.25 * work[0]
+
+
+def test_a_template_that_looks_back_far_is_rendered_whole() -> None:
+    far = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ ' ' * (loop.index0 // 20) }}{% endfor %}"
+    counts = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ loop.index }}{% endfor %}"
+    first = "{% for m in messages %}{{ loop.index if loop.index > 40 }}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    for source in (far, counts, first):
+        made, messages = ChatTemplate(source), numbered(70)
+        turns = [i for i, wanted in enumerate(trained(messages)) if wanted]
+        expected = made._renderings(messages, turns, None, shorten=False)
+        assert made.renderings(messages, trained(messages)) == expected
