@@ -38,11 +38,12 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quant.common.errors import NibbleError
-from quant.common.words import printable
+from quant.common.words import printable, shown, some
 
 Message = dict[str, Any]
 Conversation = tuple[Sequence[Message], Sequence[bool], list[Any] | None]  # messages, which to learn, tools
@@ -50,6 +51,9 @@ Conversation = tuple[Sequence[Message], Sequence[bool], list[Any] | None]  # mes
 # Older names of the field that templates read as reasoning_content.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
+
+# Variables that every rendering sets.
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 
 # The prompts that a template may have for the same turn.
 _ASKED: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True})
@@ -104,7 +108,8 @@ class ChatTemplate:
     source: Jinja text. tool_source: the template to use when a row has tools, if the checkpoint has one.
     special_tokens: {"bos_token": …, "eos_token": …}, variables of the template.
     now: what `strftime_now` formats; None is the moment of the call.
-    Raises NibbleError (naming `where` or `tool_where`) when a template isn't valid Jinja.
+    variables: more variables of every rendering, data.template_variables.
+    Raises NibbleError (naming `where` or `tool_where`) when a template isn't valid Jinja, or reads none of that name.
 
     Jinja's sandbox keeps a template from everything but its variables, not from taking all time and memory:
     train.data.template_process runs one that somebody else wrote.
@@ -119,6 +124,7 @@ class ChatTemplate:
         tool_source: str | None = None,
         tool_where: str = "",
         now: datetime | None = None,
+        variables: Mapping[str, Any] | None = None,
     ):
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
@@ -127,9 +133,22 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
         self._special_tokens = dict(special_tokens or {})
-        self._asked = _ASKED
+        self._variables = dict(variables or {})
         self._default = self._compiled(environment, source, where)
         self._tool_use = self._default if tool_source is None else self._compiled(environment, tool_source, tool_where)
+        with self._limits(where):
+            read = set().union(
+                *(find_undeclared_variables(environment.parse(text)) for text in (source, tool_source or ""))
+            )
+        read -= {*environment.globals, *_GIVEN}
+        self._asked = _ASKED if "enable_thinking" in read else _ASKED[:1]
+        unread = self._variables.keys() - read
+        if unread:
+            names = some(sorted(map(printable, read)), 20) or "none"
+            raise NibbleError(
+                f"data.template_variables: {where} reads no {some(sorted(map(shown, unread)))}. Those that it reads: "
+                f"{names}."
+            )
 
     def _compiled(self, environment: jinja2.Environment, source: str, where: str) -> tuple[jinja2.Template, str]:
         with self._limits(where):
@@ -162,7 +181,7 @@ class ChatTemplate:
                     tools=tools,
                     documents=None,
                     add_generation_prompt=add_generation_prompt,
-                    **{**self._special_tokens, **variables},
+                    **{**self._special_tokens, **self._variables, **variables},
                 )
             except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
                 raise RenderError(printable(str(error), 300) or type(error).__name__) from error

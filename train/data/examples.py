@@ -133,13 +133,20 @@ def build_examples(
     """Read, check and tokenise all rows of `file`; the same file gives the same arrays.
 
     An example longer than sequence_length is cut to it if something to learn is left, else dropped; a text is split.
-    warn: receives one line for a bad or cut row (see RowLog). progress: receives the share done, 0 to 1.
+    warn: receives one line for a bad or cut row (see RowLog), and for training rows that don't teach to stop. progress:
+    receives the share done, 0 to 1.
     Raises NibbleError for a file that can't be read, for the first bad row with on_bad_row "error", and when no row
     is usable, and for messages when there is no template.
     """
     if form == "messages" and template is None:
         raise missing_template(tokenizer.where)
     builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn), form, fields)
+    if warn is not None and key == "data.train" and not builder.teaches_stopping:
+        templated = ", and the chat template ends a turn with none" if template is not None and form != "text" else ""
+        warn(
+            f"{tokenizer.where}: the model won't learn to stop. No token that ends a text is known: "
+            f"tokenizer_config.json has no eos_token, generation_config.json and config.json have no eos_token_id{templated}."
+        )
     pending: list[Row] = []
     for row in read_rows(file, form=form, fields=fields, key=key):
         pending.append(row)
@@ -233,6 +240,7 @@ class _Builder:
         closing = set() if template is None else {*tokenizer.encode(template.closing())}
         self._ends = tokenizer.eos_ids | (closing & tokenizer.special_ids)
         self._stops: dict[str, int | None] = {}
+        self.teaches_stopping = bool(tokenizer.eos_ids if self.splits or template is None else self._ends)
 
     def add(self, rows: list[Row]) -> None:
         parsed = [self._parsed(row) for row in rows]

@@ -107,7 +107,7 @@ def _read(
     """The rows of data.train and, where it is given, of data.eval."""
     settings = config.data
     tokenizer = load_tokenizer(folder)
-    template = load_chat_template(folder, tokenizer.special_tokens, now=now)
+    template = load_chat_template(folder, tokenizer.special_tokens, now=now, variables=settings.template_variables)
 
     def read(file: str, key: str) -> tuple[Examples, DataReport]:
         with Bar(f"reading {Path(file).name}") as bar:

@@ -10,6 +10,7 @@ all others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,34 @@ MAX_BYTES = 2**22  # of a template; the longest published ones have 2**15
 
 
 def load_chat_template(
-    folder: str | Path, special_tokens: dict[str, str], *, now: datetime | None = None
+    folder: str | Path,
+    special_tokens: Mapping[str, str],
+    *,
+    now: datetime | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> TemplateProcess | None:
-    """The chat template of a checkpoint folder, or None if it has none. Raises NibbleError naming the file."""
+    """The chat template of a checkpoint folder, or None if it has none.
+
+    variables: data.template_variables. Raises NibbleError naming the file, or those that the template doesn't read.
+    """
     folder = Path(folder)
     named, where = _templates(folder)
     if named is None:
+        if variables:
+            raise NibbleError(f"data.template_variables: {folder} has no chat template that could read them.")
         return None
     if "default" not in named:
         raise NibbleError(f"{where}: no template is named 'default', only {some(list(map(shown, named))) or 'none'}.")
     (source, where), (tool_source, tool_where) = named["default"], named.get("tool_use", (None, ""))
-    return TemplateProcess(source, special_tokens, where=where, tool_source=tool_source, tool_where=tool_where, now=now)
+    return TemplateProcess(
+        source,
+        special_tokens,
+        where=where,
+        tool_source=tool_source,
+        tool_where=tool_where,
+        now=now,
+        variables=variables,
+    )
 
 
 def missing_template(folder: str | Path) -> NibbleError:

@@ -47,6 +47,7 @@ class TemplateProcess:
         tool_source: str | None = None,
         tool_where: str = "",
         now: datetime | None = None,
+        variables: Mapping[str, Any] | None = None,
     ):
         self._where = where
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
@@ -59,7 +60,7 @@ class TemplateProcess:
             start_new_session=True,  # Ctrl-C is for the run, which ends this process
         )
         weakref.finalize(self, _end, self._process)
-        options = {"where": where, "tool_source": tool_source, "tool_where": tool_where}
+        options = {"where": where, "tool_source": tool_source, "tool_where": tool_where, "variables": variables}
         self._call("", source, dict(special_tokens), now=None if now is None else now.isoformat(), **options)
 
     def render(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from quant.common.errors import NibbleError
 from tests.text_helpers import TEMPLATES, byte_level_tokenizer, say
 from train.data.chat import ChatTemplate, Message, RenderError, Rendering
 
@@ -95,6 +96,46 @@ def test_template_features_render_as_in_transformers(reference: Any) -> None:
 def test_the_date_can_be_fixed() -> None:
     fixed = ChatTemplate("{{ strftime_now('%d %b %Y') }}", now=datetime(2024, 7, 26))
     assert fixed.render(say("hi")) == "26 Jul 2024"
+
+
+@pytest.mark.parametrize("name", ["qwen", "glm", "think"])
+def test_variables_are_in_every_rendering(reference: Any, name: str) -> None:
+    messages = say("q", "a")
+    for thinking in (False, True):
+        ours = ChatTemplate(TEMPLATES[name], TOKENS, variables={"enable_thinking": thinking})
+        for prompt in (False, True):
+            assert ours.render(messages, None, prompt) == reference.apply_chat_template(
+                messages,
+                tokenize=False,
+                chat_template=TEMPLATES[name],
+                add_generation_prompt=prompt,
+                enable_thinking=thinking,
+            )
+    signed = "{% for m in messages %}{{ m.content }}{{ sign }}{{ style.end[0] }}{% endfor %}"
+    made = ChatTemplate(signed, variables={"sign": "!", "style": {"end": ["</s>"]}})
+    (rendering,) = made.renderings(messages, [False, True])
+    assert (rendering.text, learnt(rendering)) == ("q!</s>a!</s>", ["a!</s>"])
+    assert (made.closing(), made.following("user")) == ("!</s>", "z!</s>")
+
+
+def test_a_variable_that_the_template_does_not_read() -> None:
+    source = (
+        "{% set mine = 1 %}{% for m in messages %}{{ m.content }}{% endfor %}{{ bos_token }}"
+        "{{ 'x' if enable_thinking }}{% if preserve_thinking is defined and tools and add_generation_prompt %}"
+        "{{ raise_exception(mine) }}{% endif %}"
+    )
+    fitting = ChatTemplate(source, variables={"enable_thinking": 1, "preserve_thinking": None, "bos_token": "<b>"})
+    assert fitting.render(say("hi")) == "hi<b>x"
+    for name in ("enable_thinkin", "mine", "messages", "tools", "raise_exception", "m"):
+        with pytest.raises(NibbleError) as caught:
+            ChatTemplate(source, where="t.jinja", variables={name: True, "enable_thinking": True})
+        assert str(caught.value) == (
+            f"data.template_variables: t.jinja reads no '{name}'. Those that it reads: bos_token, enable_thinking, "
+            "preserve_thinking."
+        )
+    with pytest.raises(NibbleError, match=r"reads no 'x'\. Those that it reads: none\.$"):
+        ChatTemplate("", variables={"x": 1})
+    assert ChatTemplate("", tool_source="{{ x }}", variables={"x": 1}).render([], []) == "1"
 
 
 def test_templates_are_sandboxed() -> None:

@@ -374,9 +374,39 @@ def test_a_text_of_one_token_has_nothing_to_learn(tmp_path: Path) -> None:
     examples, report = setup.build({"text": "a"}, {"text": "ab"}, form="text", warn=told.append)
     assert examples.rows.tolist() == [1]
     assert [row.reason for row in report.skipped_rows] == ["nothing_to_learn"]
-    assert told == [
+    assert told[1:] == [
         f"{setup.path}:1: no token is left to learn; row skipped (data.on_bad_row: skip). 1 such row so far."
     ]
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt_completion", "text"])
+@pytest.mark.parametrize("name", [None, "plain", "glm", "mistral", "qwen"])
+def test_where_no_token_ends_a_turn_it_is_said_that_stopping_is_not_learnt(
+    tmp_path: Path, name: str | None, form: str
+) -> None:
+    if name is None and form == "messages":
+        pytest.skip("messages need a template")
+    setup = Setup(tmp_path, name)
+    row = {"messages": say("q", "a"), "prompt": "q", "completion": " a", "text": "q a"}
+    told: list[str] = []
+    setup.build(row, row, form=form, warn=told.append)
+    assert told == []
+    (setup.folder / "generation_config.json").unlink()
+    write_json(setup.folder / "tokenizer_config.json", {})
+    setup.tokenizer = load_tokenizer(setup.folder)
+    if name == "mistral":  # its template then writes no eos_token either
+        setup.template = ChatTemplate(TEMPLATES["mistral"], {"bos_token": "", "eos_token": ""})
+    examples, _ = setup.build(row, row, form=form, warn=told.append)
+    if name == "qwen" and form != "text":
+        assert told == []
+        assert setup.learnt(examples)[-1].endswith("<|im_end|>")
+        return
+    (line,) = told
+    assert line.startswith(f"{setup.folder}: the model won't learn to stop. No token that ends a text is known: tok")
+    assert line.endswith("the chat template ends a turn with none.") == (name is not None and form != "text")
+    assert setup.learnt(examples)[-1].rstrip().endswith("a")
+    setup.build(row, form=form, warn=told.append, key="data.eval")
+    assert len(told) == 1, "said once, for the training rows"
 
 
 def test_turns_of_which_the_template_writes_nothing(tmp_path: Path) -> None:

@@ -140,6 +140,19 @@ def test_a_template_that_is_no_text(tmp_path: Path, name: str) -> None:
         assert load_chat_template(tmp_path, {}) is None
 
 
+def test_variables_reach_the_process(tmp_path: Path) -> None:
+    with pytest.raises(NibbleError, match=r"^data.template_variables: .* has no chat template that could read them"):
+        load_chat_template(tmp_path, {}, variables={"sign": "!"})
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ sign }}")
+    found = load_chat_template(tmp_path, {}, variables={"sign": "!"})
+    assert found is not None
+    assert found.render(say("hi")) == "hi!"
+    with pytest.raises(
+        NibbleError, match=r"^data.template_variables: .*chat_template.jinja reads no 'x'. Those that it "
+    ):
+        load_chat_template(tmp_path, {}, variables={"x": None})
+
+
 def test_no_template() -> None:
     message = str(missing_template(Path("/models/base")))
     assert message.startswith(
