@@ -36,16 +36,16 @@ from numpy.typing import NDArray
 from quant.common.errors import NibbleError
 from quant.common.words import some
 from train.config.sections import Format
-from train.data.bad_rows import BadRow, RowLog, SkippedRow
 from train.data.chat import ChatTemplate, RenderError, Rendering
-from train.data.columns import Columns
 from train.data.packing import shuffled
-from train.data.row_files import Row, read_rows
-from train.data.rows import Chat, Completion, Text, parse_row
 from train.data.template_files import missing_template
 from train.data.template_process import TemplateProcess
 from train.data.token_backends import Encoded
 from train.data.tokenizer import Tokenizer
+from train.rows.bad_rows import BadRow, RowLog, SkippedRow
+from train.rows.columns import Columns
+from train.rows.files import Row, read_rows
+from train.rows.parse import Chat, Completion, Text, parse_row
 
 _CHUNK = 512  # rows tokenised at a time: enough for the library's threads, little memory
 
@@ -150,8 +150,8 @@ def build_examples(
     if warn is not None and key == "data.train" and not builder.teaches_stopping:
         templated = ", and the chat template ends a turn with none" if template is not None and form != "text" else ""
         warn(
-            f"{tokenizer.where}: the model won't learn to stop. No token that ends a text is known: tokenizer_config.json "
-            f"has no eos_token, generation_config.json and config.json have no eos_token_id{templated}."
+            f"{tokenizer.where}: the model won't learn to stop. No token that ends a text is known: "
+            f"tokenizer_config.json has no eos_token, generation_config.json and config.json no eos_token_id{templated}."
         )
     files = [files] if isinstance(files, str | Path) else files
     columns, pending = Columns(form, fields or {}), list[Row]()

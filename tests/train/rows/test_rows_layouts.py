@@ -13,12 +13,12 @@ import pytest
 
 from quant.common.errors import NibbleError
 from tests.text_helpers import TEMPLATES, byte_level_tokenizer, save_checkpoint_texts, say, write_lines
-from train.data.bad_rows import BadRow
 from train.data.chat import ChatTemplate, load_chat_template
 from train.data.examples import build_examples
-from train.data.row_files import read_rows
-from train.data.rows import Chat, Completion, parse_row
 from train.data.tokenizer import load_tokenizer
+from train.rows.bad_rows import BadRow
+from train.rows.files import read_rows
+from train.rows.parse import Chat, Completion, parse_row
 
 
 def parse(row: Any, form: Any = "messages", **fields: str) -> Chat:
