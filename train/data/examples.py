@@ -151,7 +151,8 @@ def build_examples(
         templated = ", and the chat template ends a turn with none" if template is not None and form != "text" else ""
         warn(
             f"{tokenizer.where}: the model won't learn to stop. No token that ends a text is known: "
-            f"tokenizer_config.json has no eos_token, generation_config.json and config.json no eos_token_id{templated}."
+            "tokenizer_config.json has no eos_token, generation_config.json and config.json have no eos_token_id"
+            f"{templated}."
         )
     files = [files] if isinstance(files, str | Path) else files
     columns, pending = Columns(form, fields or {}), list[Row]()

@@ -255,7 +255,7 @@ def test_ids_beyond_any_vocabulary(tmp_path: Path) -> None:
     tokenizer = json.loads(byte_level_tokenizer().to_str())
     tokenizer["model"]["vocab"]["far"] = 4_000_000_000
     write_json(tmp_path / "tokenizer.json", tokenizer)
-    with pytest.raises(NibbleError, match=r"tokenizer.json: an id is 4,000,000,000; ids end at"):
+    with pytest.raises(NibbleError, match=r"tokenizer.json: a token has the id 4,000,000,000; ids end at"):
         load_tokenizer(tmp_path)
 
 
