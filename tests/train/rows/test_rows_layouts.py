@@ -13,8 +13,9 @@ import pytest
 
 from quant.common.errors import NibbleError
 from tests.text_helpers import TEMPLATES, byte_level_tokenizer, save_checkpoint_texts, say, write_lines
-from train.data.chat import ChatTemplate, load_chat_template
+from train.data.chat import ChatTemplate
 from train.data.examples import build_examples
+from train.data.template_files import load_chat_template
 from train.data.tokenizer import load_tokenizer
 from train.rows.bad_rows import BadRow
 from train.rows.files import read_rows
