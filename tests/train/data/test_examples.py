@@ -387,7 +387,11 @@ def test_where_no_token_ends_a_turn_it_is_said_that_stopping_is_not_learnt(
     if name is None and form == "messages":
         pytest.skip("messages need a template")
     setup = Setup(tmp_path, name)
-    row = {"messages": say("q", "a"), "prompt": "q", "completion": " a", "text": "q a"}
+    row = {
+        "messages": {"messages": say("q", "a")},
+        "prompt_completion": {"prompt": "q", "completion": " a"},
+        "text": {"text": "q a"},
+    }[form]
     told: list[str] = []
     setup.build(row, row, form=form, warn=told.append)
     assert told == []

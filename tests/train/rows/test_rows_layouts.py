@@ -81,7 +81,7 @@ def test_what_is_learnt_of_a_completion_of_messages(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", row)
     examples, _ = build_examples(path, template=load_chat_template(folder, tokenizer.special_tokens), **settings)
     tokens, mask = examples[0]
-    assert tokenizer.decode(tokens[mask]) == "<think>\n\n</think>\n\nA<|im_end|>"
+    assert tokenizer.decode(tokens[mask]) == "A<|im_end|>"
     assert np.flatnonzero(mask).tolist() == list(range(mask.argmax(), mask.argmax() + mask.sum())), "in one piece"
     with pytest.raises(NibbleError, match=r":1: messages need a chat template, which the checkpoint doesn't have$"):
         build_examples(path, template=None, **settings)
