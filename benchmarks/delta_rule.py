@@ -27,7 +27,7 @@ from benchmarks.report import MiB, Result, table
 from benchmarks.step import ROOT, default_threads
 from parallel.device import device_name, peak_memory_bytes
 from quant.common.errors import NibbleError
-from train.__main__ import print_error
+from quant.common.terminal import print_error
 
 NATIVE, PEER = "nibble", "transformers"
 TIME_TARGET, MEMORY_TARGET = 1 / 8, 1 / 4  # of the peer's

@@ -34,7 +34,7 @@ from benchmarks.report import MiB, table
 from benchmarks.setting import DEFAULT, RANK, SETTINGS
 from benchmarks.step import ROOT, _positive, default_threads
 from quant.common.errors import NibbleError
-from train.__main__ import print_error
+from quant.common.terminal import print_error
 
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # relative: N processes add up in another order than one
 

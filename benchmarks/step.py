@@ -18,7 +18,7 @@ from benchmarks.peer_env import BITSANDBYTES, peer_python, requirements
 from benchmarks.report import Result, check_equal_work, profile_text, step_table, tokens_per_second, verdict
 from benchmarks.setting import DEFAULT, RANK, SETTINGS, Request
 from quant.common.errors import NibbleError
-from train.__main__ import print_error
+from quant.common.terminal import print_error
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("grouped_mm", "eager")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take their time
+    from quant.common.terminal import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
 import sys
@@ -9,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.common.errors import NibbleError
+from quant.common.terminal import exit_code, raise_on_interrupt, run_command, say
 
 if TYPE_CHECKING:
     from models.checkpoint.layout import Spelling
@@ -45,16 +51,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
-    try:
+
+    def body() -> int:
         count = rename_adapter(Path(arguments.adapter), Path(arguments.out), arguments.to)
-    except NibbleError as error:
-        print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command starts again", file=sys.stderr)
-        return 130
-    print(f"{arguments.out}: {count} tensors with the names of the {arguments.to} model")
-    return 0
+        say(f"{arguments.out}: {count} tensors with the names of the {arguments.to} model", sys.stdout)
+        return 0
+
+    return exit_code(body, "interrupted; the same command starts again")
 
 
 def rename_adapter(source: Path, destination: Path, to: Spelling) -> int:
@@ -70,6 +73,7 @@ def rename_adapter(source: Path, destination: Path, to: Spelling) -> int:
     from models.checkpoint.tensorfile import DTYPES, TensorWriter, read_header
     from quant.common.files import disk_error, write_atomically
 
+    raise_on_interrupt()
     config = read_config(source)
     for name in (CONFIG, WEIGHTS):
         if (destination / name).exists():
@@ -126,4 +130,4 @@ def _renamed_config(config: dict[str, Any], to: Spelling) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take their time
+    from quant.common.terminal import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
 import os
@@ -12,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.common.errors import NibbleError
+from quant.common.terminal import INTERRUPTED, error_text, exit_code, raise_on_interrupt, run_command, say, write
 from train.config.load import Config, check_files, config_schema, dump_config, load_config
 from train.config.schema import help_text
-from train.output.console import flush_streams, say
 
 if TYPE_CHECKING:
     from parallel.world import World
@@ -25,7 +30,7 @@ EXAMPLE = "python -m train --config configs/glm47_qlora.yaml --set train.max_ste
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m train",
-        usage="python -m train --config FILE [--set KEY=VALUE ...] [--check | --print-config]\n"
+        usage="python -m train --config FILE [--set KEY=VALUE ...] [--restart | --check | --print-config]\n"
         "       python -m train --print-schema | --help",
         description="Fine-tune a model as a YAML file describes. Exit code: 0 done, or stopped with everything saved;\n"
         "1 any other error, with a traceback; 2 something in the config, the data or the checkpoint is wrong;\n"
@@ -41,7 +46,16 @@ def parser() -> argparse.ArgumentParser:
         help="change one key, e.g. --set train.max_steps=3; VALUE is YAML; may be repeated",
     )  # fmt: skip
     only = made.add_mutually_exclusive_group()
-    only.add_argument("--check", action="store_true", help="only check the config and that its files are there")
+    only.add_argument(
+        "--restart",
+        action="store_true",
+        help="start anew: an earlier run in output.dir is moved to output.dir.1 (.2 …)",
+    )
+    only.add_argument(
+        "--check",
+        action="store_true",
+        help="only check the config, its files, the first rows and the model's config.json",
+    )
     only.add_argument("--print-config", action="store_true", help="only print the config with every key filled in")
     only.add_argument("--print-schema", action="store_true", help="only print the config's JSON schema")
     return made
@@ -50,17 +64,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.print_schema:
-        say(json.dumps(config_schema(), indent=2, ensure_ascii=False), sys.stdout)
+        write(json.dumps(config_schema(), indent=2, ensure_ascii=False), sys.stdout)
         return 0
     if arguments.config is None:
         parser().error("--config FILE is required, e.g. --config configs/glm47_qlora.yaml")
-    try:
-        if several_processes():
-            return run_with_others(arguments)
-        return carry_out(arguments, load_config(arguments.config, arguments.overrides))
-    except (NibbleError, KeyboardInterrupt) as error:
-        print_error(error)
-        return describe(error)[1]
+    if several_processes():
+        return exit_code(lambda: run_with_others(arguments))
+    return exit_code(lambda: carry_out(arguments, load_config(arguments.config, arguments.overrides)))
 
 
 def carry_out(arguments: argparse.Namespace, config: Config, world: World | None = None) -> int:
@@ -68,18 +78,29 @@ def carry_out(arguments: argparse.Namespace, config: Config, world: World | None
     first = world is None or world.first
     if arguments.print_config:
         if first:
-            say(dump_config(config).removesuffix("\n"), sys.stdout)
+            write(dump_config(config).removesuffix("\n"), sys.stdout)
         return 0
     check_files(config, rows=first)
     if arguments.check:
         if first:
-            say(f"{arguments.config}: ok", sys.stdout)
+            show_check(arguments.config, config)
         return 0
     # Only now: importing torch takes seconds, and a mistake in a config must show at once.
     from parallel.world import ALONE
     from train.run import run
 
-    return run(config, config_path=Path(arguments.config), world=world or ALONE)
+    raise_on_interrupt()
+    return run(config, config_path=Path(arguments.config), world=world or ALONE, restart=arguments.restart)
+
+
+def show_check(name: str, config: Config) -> None:
+    from train.check import check
+
+    checked, unchecked = check(config, lambda text: say(f"warning: {text}", sys.stderr))
+    lines = [f"{name}: ok"]
+    for title, found in (("checked", checked), ("not checked", unchecked)):
+        lines += [f"  {title if text is found[0] else '':11}  {text}" for text in found]
+    say("\n".join(lines), sys.stdout)
 
 
 def several_processes() -> bool:
@@ -114,33 +135,20 @@ def run_with_others(arguments: argparse.Namespace) -> int:
 def describe(error: BaseException, log: Path | None = None) -> tuple[str, int]:
     """The message for the user, and the exit code.
 
-    A NibbleError is `error: …`, its further lines indented under the first. Any other is its traceback, or the last
-    line of it where `log` has the rest.
+    An error that isn't a NibbleError is its traceback, or the last line of it where `log` has the rest.
     """
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130
+        return "interrupted", INTERRUPTED
     if isinstance(error, NibbleError):
-        text, code = str(error), error.exit_code
-    elif log is not None:
+        return error_text(error), error.exit_code
+    if log is not None:
         last = "".join(traceback.format_exception_only(type(error), error)).strip()
-        text, code = f"{last}\nThe traceback is in {log}.", 1
-    else:
-        return "".join(traceback.format_exception(error)).rstrip(), 1
-    indent = " " * len("error: ")
-    first, *rest = text.splitlines()
-    return "\n".join([f"error: {first}", *(indent + line.removeprefix(indent) for line in rest)]), code
-
-
-def print_error(error: BaseException) -> None:
-    say(describe(error)[0], sys.stderr)
+        return error_text(NibbleError(f"{last}\nThe traceback is in {log}.")), 1
+    return "".join(traceback.format_exception(error)).rstrip(), 1
 
 
 if __name__ == "__main__":
     # A run needs nothing of torch.compile. bitsandbytes marks fallbacks of its kernels for it when it is imported,
     # which without this setting loads torch's compiler: 2 seconds.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    try:
-        code = main()
-    finally:
-        flush_streams()  # argparse, too, prints and leaves: --help | head
-    sys.exit(code)
+    sys.exit(run_command(main))

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 
 from parallel.world import ProcessLostError, World
-from train.output.console import flush_streams, say
+from quant.common.terminal import flush_streams, say
 
 _GRACE = 5.0  # seconds; torchrun looks for failures ten times a second
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from models.adapters.files import load_adapter, read_adapter_weights
 from models.adapters.lora import add_lora, initialise_lora
-from models.adapters.targets import AdapterSpec
+from models.adapters.targets import AdapterSpec, resolve, within_layer
 from models.blocks.balance import AuxiliaryLoss, BiasUpdate
 from models.blocks.configjson import text_section
 from models.blocks.router import Router, SigmoidRouter
 from models.checkpoint.hub import HubCheckpoint
+from models.checkpoint.keymap import key_map_of
 from models.checkpoint.native import NativeCheckpoint, describe, dtype_name
 from models.decoder import CausalLM
 from models.load import ModelFolder, load_model, prepare_model
@@ -35,11 +36,11 @@ from train.optim import require_device
 _BALANCE_RATE = 1e-3
 
 
-def check_model(config: Config, source: ModelFolder, device: torch.device, sizes: MeshSizes | None = None) -> None:
+def check_model(config: Config, source: ModelFolder, device: torch.device, sizes: MeshSizes | None = None) -> list[str]:
     """Find what the config asks of a model that it can't give, from config.json and an adapter's files alone.
 
     Goes through the same steps as `load_trainable_model`, on a model without weights; sizes: of the meshes over which
-    the model will be cut, if it will be. Raises NibbleError.
+    the model will be cut, if it will be. Returns warnings. Raises NibbleError.
     """
     require_device(config.train.optimizer, device)
     spec, dtype = _storage(config)
@@ -49,10 +50,36 @@ def check_model(config: Config, source: ModelFolder, device: torch.device, sizes
     _check_length(config, source, where)
     _check_stored(source, spec, dtype)
     model = architecture.build(parsed, spec, dtype, "meta")
+    warnings = _oversized_ranks(model, config) if config.adapter.kind == "lora" else []
     make_trainable(model, config)
     attach_balance(model, config, source)
     if sizes is not None:
         cuts(model, sizes)
+    return warnings
+
+
+def _oversized_ranks(model: CausalLM, config: Config) -> list[str]:
+    targets = resolve(key_map_of(model), _adapter_spec(config), model.model_type)
+    above = [target for target in targets if target.rank > min(target.key.shape[-2:])]
+    if not above:
+        return []
+    first, shape = within_layer(above[0].module), list(above[0].key.shape[-2:])
+    return [
+        f"adapter.rank is more than the smaller side of {len(above)} of {len(targets)} adapted matrices, e.g. "
+        f"{above[0].rank} for {first} {shape}: a matrix has no higher rank, so that this only costs memory."
+    ]
+
+
+def _adapter_spec(config: Config) -> AdapterSpec:
+    adapter = config.adapter
+    return AdapterSpec(
+        targets=adapter.targets,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        rslora=adapter.rslora,
+        layers=adapter.layers,
+        dtype=adapter.dtype,
+    )
 
 
 def _check_length(config: Config, source: ModelFolder, where: str) -> None:
@@ -144,14 +171,7 @@ def make_trainable(model: CausalLM, config: Config) -> None:
             if getattr(module, "never_trained", False):  # what has no gradient: an indexer, which only chooses keys
                 module.requires_grad_(False)
         return
-    spec = AdapterSpec(
-        targets=adapter.targets,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        rslora=adapter.rslora,
-        layers=adapter.layers,
-        dtype=adapter.dtype,
-    )
+    spec = _adapter_spec(config)
     if adapter.init_from is not None:
         load_adapter(model, adapter.init_from, dtype=spec.dtype, expected=spec)
     else:

@@ -6,7 +6,6 @@ The files of its folder: train/state/run_folder.py. Resuming from a checkpoint: 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from dataclasses import asdict
 from datetime import datetime
@@ -34,32 +33,38 @@ from train.output.overview import data_text, model_text, plan_text, summary_text
 from train.output.plots import loss_curve
 from train.output.report import Report, log_path
 from train.signals import StopOnSignal
-from train.state.fingerprint import resume_fingerprint, run_identity
+from train.state.fingerprint import resume_fingerprint
+from train.state.finished import finished_run, inputs_of, require_same_inputs, result_of, write_finished
 from train.state.optimizer_state import optimizer_state
 from train.state.resume import (
     find_checkpoint,
-    finished_result,
     require_same_base,
     require_same_config,
     require_same_model,
     restore,
     restore_data,
 )
-from train.state.run_folder import RunFolder, explained_errors, last_checkpoint, require_shared, sole_run_in
+from train.state.run_folder import RunFolder, explained_errors, last_checkpoint, move_aside, require_shared, sole_run_in
 from train.state.saver import CheckpointSaver
 
 
-def run(config: Config, config_path: Path | None = None, world: World = ALONE) -> int:
+def run(config: Config, config_path: Path | None = None, world: World = ALONE, *, restart: bool = False) -> int:
     """Carry out the run of `config`; returns the exit code, 0. Raises NibbleError for what the user can fix.
 
-    `config_path` is the file that it was read from, for messages. All processes of `world` call this with the same
-    config.
+    `config_path` is the file that it was read from, for messages. restart: move what is in output.dir aside first. All
+    processes of `world` call this with the same config.
     """
     folder = RunFolder(Path(config.output.dir))
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_run_in(folder.path) if world.first else contextlib.nullcontext())
+        moved = move_aside(folder, config, world) if restart and world.first else None
+        if world.first:
+            folder.require_usable(config)
         report = stack.enter_context(Report(log_path(folder.path, world.rank), quiet=not world.first))
         stack.enter_context(explained_errors(folder.path))
+        folder.hold()
+        if moved is not None:
+            report.note(f"--restart: the earlier run was moved to {moved}")
         device = choose_device(config.train.device, world.local_rank if world.size > 1 else None)
         parallel, sizes, meshes = config.parallel, None, None
         wanted = mesh_sizes(world, parallel.shard, parallel.expert, parallel.replicate)
@@ -82,28 +87,43 @@ def _run(
     meshes: Meshes | None,
 ) -> int:
     checkpoint = find_checkpoint(config, folder, report, world)
-    result = finished_result(config, folder, checkpoint) if world.first else None
-    if world.max(torch.tensor([int(result is not None)])).item():
-        if result is not None:
-            report.result(f"This run finished on {result['finished']}; there is nothing left to do.")
-            report.result(summary_text(result, config, folder.path))
-        return 0
+    finished = finished_run(folder, checkpoint is not None) if config.train.resume == "auto" else None
+    earlier = [record for record in (finished, checkpoint) if record is not None]
+    if finished is not None:
+        finished.require_same_config(resume_fingerprint(config))
     # Cheap checks first: config.json, then the rows, then the weights.
     if world.local_rank == 0:
         open_folder(config.model.path)  # a hub id is fetched here, once on each machine
     world.wait(report.note, f"fetch {config.model.path}")
     source = open_folder(config.model.path)
-    check_model(config, source, device, sizes)
+    for warning in check_model(config, source, device, sizes):
+        report.note(f"warning: {warning}")
     # The first process of a machine reads all weights for this, unless they were hashed before.
     fingerprint = content_fingerprint(source) if world.local_rank == 0 else ""
     world.wait(report.note, "hash the checkpoint")
     base = {"name": source.name, "fingerprint": require_same_model(fingerprint, config)}
-    require_same_base(checkpoint, base, config, source)
+    for record in earlier:
+        require_same_base(record, base, config, source)
+    inputs = inputs_of(config, source.path)
+    if finished is not None:
+        require_same_inputs(finished, inputs)
 
-    started = datetime.fromisoformat(checkpoint.state["started"]) if checkpoint else datetime.now()
+    started = datetime.fromisoformat(earlier[0].state["started"]) if earlier else datetime.now()
     data = load_data(config, source.path, folder.skipped_rows, report.note, now=started, world=world)
     total_steps = config.train.max_steps or config.train.epochs * data.train.steps_per_epoch
-    restore_data(checkpoint, data, total_steps)
+    for record in earlier:
+        restore_data(record, data, total_steps)
+    done = False
+    if finished is not None and world.first:
+        done, text = result_of(finished, checkpoint.step if checkpoint else None, total_steps)
+        if done:
+            report.result(f"This run finished on {finished.result['finished']}; there is nothing left to do.")
+        if text:
+            report.note(text)
+        if done:
+            report.result(summary_text(finished.result, config, folder.path))
+    if world.max(torch.tensor([int(done)])).item():
+        return 0
     if world.first:
         folder.finished.unlink(missing_ok=True)
         write_atomically(folder.config, dump_config(config).encode())
@@ -130,6 +150,7 @@ def _run(
     progress = Progress(**restore(checkpoint, folder, shards, optimizer, total_steps, report, world))
 
     def draw() -> None:
+        folder.require_in_place()
         if world.first:
             loss_curve(read_metrics(folder.metrics), folder.plot, folder.path.name)
 
@@ -138,6 +159,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopOnSignal(quiet=not world.first, launched=world.size > 1))
         metrics = None
+        folder.require_in_place()
         if world.first:
             metrics = stack.enter_context(MetricsLog(folder.metrics, tensorboard, resume_step))
         saver = stack.enter_context(
@@ -146,8 +168,8 @@ def _run(
             )
         )
 
-        def save() -> None:
-            state = {
+        def state() -> dict[str, Any]:
+            return {
                 "fingerprint": resume_fingerprint(config),
                 "started": started.isoformat(),
                 "progress": asdict(progress),
@@ -155,8 +177,11 @@ def _run(
                 "batches": data.train.state(),
                 "held_out": data.held_out.fingerprint() if data.held_out is not None else None,
             }
+
+        def save() -> None:
+            folder.require_in_place()
             saved = optimizer_state(optimizer, shards.parts)
-            saver.save(progress.step, trained_tensors(shards), saved, state, shards.parts)
+            saver.save(progress.step, trained_tensors(shards), saved, state(), shards.parts)
 
         loop = Loop(
             settings=train,
@@ -189,13 +214,15 @@ def _run(
             return 0
         saved = save_result(config, shards, source, folder, world)
         if world.first:
-            result = write_result(config, folder, progress, saved, device)
-            report.result(summary_text(result, config, folder.path))
+            folder.require_in_place()
+            written = write_finished(folder, figures(folder, progress, device), saved, state(), inputs)
+            report.result(summary_text(written.result, config, folder.path))
     return 0
 
 
 def save_result(config: Config, shards: Shards, source: ModelFolder, folder: RunFolder, world: World) -> Path:
     """Write the adapter in PEFT's format, or the whole model in the hub's; returns its folder."""
+    folder.require_in_place()
     shards.reshard()
     model, gather, writes = shards.model, shards.whole, world.first
     if config.adapter.kind == "none":
@@ -207,14 +234,10 @@ def save_result(config: Config, shards: Shards, source: ModelFolder, folder: Run
     return saved
 
 
-def write_result(
-    config: Config, folder: RunFolder, progress: Progress, saved: Path, device: torch.device
-) -> dict[str, Any]:
-    """The figures of the finished run, also written to run.json."""
+def figures(folder: RunFolder, progress: Progress, device: torch.device) -> dict[str, Any]:
+    """The figures of the finished run, as run.json has them."""
     held_out = {record["step"]: record["loss"] for record in read_metrics(folder.metrics) if record["kind"] == "eval"}
-    result = {
-        "identity": run_identity(config),
-        "finished": datetime.now().isoformat(sep=" ", timespec="seconds"),
+    return {
         "steps": progress.step,
         "held_out_loss_before": held_out.get(0),
         "held_out_loss_after": held_out.get(progress.step),
@@ -223,10 +246,7 @@ def write_result(
         "seconds": round(progress.seconds, 3),
         "peak_memory_bytes": progress.peak_memory_bytes,
         "memory_of": "GPU tensors" if device.type == "cuda" else "resident memory of the process",
-        "saved": str(saved),
     }
-    write_atomically(folder.finished, (json.dumps(result, indent=2) + "\n").encode())
-    return result
 
 
 def stopped_text(

@@ -12,12 +12,13 @@ from typing import Any
 
 
 class StopOnSignal:
-    """While this context is open, SIGINT, SIGTERM or SIGHUP (the terminal was closed) sets `requested`; a second SIGINT
-    raises KeyboardInterrupt at once. A SIGHUP that is ignored, as under nohup, stays ignored.
+    """While this context is open, SIGINT, SIGTERM or SIGHUP (the terminal was closed) sets `requested`; in a single
+    process a second SIGINT raises KeyboardInterrupt at once. A SIGHUP that is ignored, as under nohup, stays ignored.
 
-    quiet: print nothing; of several processes, all of which a launcher signals, one prints. launched: by torchrun,
-    which passes a second SIGINT on as SIGTERM. The handlers that were there before are put back on leaving. Outside the
-    main thread Python allows no handlers: there the context does nothing and `requested` stays False.
+    quiet: print nothing; of several processes, all of which a launcher signals, one prints. launched: as one of
+    several, which all finish the same step; a second SIGINT then changes nothing, whether it comes from the terminal
+    or, as SIGTERM, from torchrun. The handlers that were there before are put back on leaving. Outside the main thread
+    Python allows no handlers: there the context does nothing and `requested` stays False.
     """
 
     def __init__(self, quiet: bool = False, launched: bool = False) -> None:
@@ -49,7 +50,7 @@ class StopOnSignal:
             # Not print(): the signal may have come in the middle of one, and Python's streams are not re-entrant.
             again = "" if self.launched else " Ctrl-C again stops at once, unsaved."
             _write(f"\n{self.name}: finishing this step, then saving.{again}\n")
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and not self.launched:
             raise KeyboardInterrupt
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take their time
+    from quant.common.terminal import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
 import sys
@@ -11,6 +16,7 @@ from typing import TYPE_CHECKING
 from models.convert import convert
 from quant.common.errors import NibbleError
 from quant.common.progress import Bar
+from quant.common.terminal import INTERRUPTED, exit_code, raise_on_interrupt, run_command, say, write
 
 if TYPE_CHECKING:
     from models.checkpoint.conversion import Summary
@@ -54,28 +60,21 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
-    try:
-        if arguments.verify:
-            return _verify(arguments)
-        if not arguments.source or not arguments.destination:
-            raise NibbleError("SRC and DST are needed (see --help).")
-        if arguments.single_quant and arguments.storage not in ("nf4", "fp4"):
-            raise NibbleError(
-                f"--single-quant is about 4-bit storage; --storage is {arguments.storage}.\n"
-                "Drop --single-quant, or use --storage nf4 or fp4."
-            )
-        return _convert(arguments)
-    except NibbleError as error:
-        print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command starts again", file=sys.stderr)
-        return 130
+    body = _verify if arguments.verify else _convert
+    return exit_code(lambda: body(arguments), "interrupted; the same command starts again")
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    if not arguments.source or not arguments.destination:
+        raise NibbleError("SRC and DST are needed (see --help).")
+    if arguments.single_quant and arguments.storage not in ("nf4", "fp4"):
+        raise NibbleError(
+            f"--single-quant is about 4-bit storage; --storage is {arguments.storage}.\n"
+            "Drop --single-quant, or use --storage nf4 or fp4."
+        )
     from models.checkpoint.conversion import Interrupted
 
+    raise_on_interrupt()
     try:
         summary = convert(
             arguments.source,
@@ -88,16 +87,21 @@ def _convert(arguments: argparse.Namespace) -> int:
             progress=True,
         )
     except Interrupted as error:
-        print(f"{error}", file=sys.stderr)
-        return 130
-    print(_as_json(summary) if arguments.json else _as_text(summary))
+        say(f"{error}", sys.stderr)
+        return INTERRUPTED
+    _print(_as_json(summary) if arguments.json else _as_text(summary), arguments)
     return 0
+
+
+def _print(text: str, arguments: argparse.Namespace) -> None:
+    (write if arguments.json else say)(text, sys.stdout)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from models.checkpoint.native import describe, verify
     from quant.common.words import format_bytes
 
+    raise_on_interrupt()
     folder = Path(arguments.verify)
     done = 0
 
@@ -110,11 +114,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
         manifest = verify(folder, count)
     size = sum(record.size for record in manifest.files.values())
-    if arguments.json:
-        print(json.dumps({"destination": str(folder), "files": len(manifest.files), "bytes": size, "verified": True}))
-    else:
-        stored = describe(manifest.spec, manifest.dtype)
-        print(f"{folder}: {len(manifest.files)} files, {format_bytes(size)} ({stored}): all checksums match")
+    text = f"{folder}: {len(manifest.files)} files, {format_bytes(size)} ({describe(manifest.spec, manifest.dtype)})"
+    found = {"destination": str(folder), "files": len(manifest.files), "bytes": size, "verified": True}
+    _print(json.dumps(found) if arguments.json else f"{text}: all checksums match", arguments)
     return 0
 
 
@@ -151,4 +153,4 @@ def _as_json(summary: Summary) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -35,6 +35,19 @@ def disk_error(error: OSError, path: Path) -> NibbleError:
     return NibbleError(f"{path} can't be written: {error.strerror}.")
 
 
+def moved_error(path: Path) -> NibbleError:
+    """What to tell the user when `path` is no longer the file or folder that a run has been writing to."""
+    return NibbleError(
+        f"{path} was moved, deleted or replaced while this run was writing to it. The run stops here.\n"
+        "Put it back, and the same command goes on from the last checkpoint in it."
+    )
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    """What stays the same when a file is renamed, and differs between two files of one name."""
+    return status.st_dev, status.st_ino
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that a reader sees either the old one or the new one, also after a crash."""
     partial = path.with_name(path.name + PARTIAL)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from quant.common.words import printable
+
 
 class Bar:
     """On standard error where that is a terminal and `show` allows it, otherwise nothing. Used as a context manager."""
@@ -13,15 +15,15 @@ class Bar:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         self._progress = Progress(
-            "{task.description}",
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(),
-            TextColumn("left  {task.fields[part]}"),
+            TextColumn("left  {task.fields[part]}", markup=False),
             console=Console(stderr=True),
             disable=not (show and sys.stderr.isatty()),
         )
-        self._task = self._progress.add_task(what, part="")
+        self._task = self._progress.add_task(printable(what, 80), part="")
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -32,4 +34,4 @@ class Bar:
 
     def update(self, done: int, total: int, part: str = "") -> None:
         """done of total, in whatever unit; part: what is being worked on."""
-        self._progress.update(self._task, completed=done, total=total, part=part)
+        self._progress.update(self._task, completed=done, total=total, part=printable(part, 80))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from quant.common.terminal import flush_streams
 from train.__main__ import main
-from train.output.console import flush_streams
 
 
 def without_a_reader(arguments: list[str]) -> int:

@@ -33,8 +33,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) -> l
     """Put a run in place that returns or raises `outcome`; returns the list of the calls to it."""
     calls: list[tuple[Config, Path | None]] = []
 
-    def run(config: Config, *, config_path: Path | None, world: World) -> int:
-        assert world == World()
+    def run(config: Config, *, config_path: Path | None, world: World, restart: bool) -> int:
+        assert world == World() and not restart
         calls.append((config, config_path))
         if isinstance(outcome, BaseException):
             raise outcome
@@ -48,9 +48,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) -> l
 
 @pytest.fixture
 def config_path(tmp_path: Path) -> Path:
-    (tmp_path / "rows.jsonl").touch()
+    row = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     path = tmp_path / "my.yaml"
-    path.write_text(f"model: {{path: x}}\ndata: {{train: {tmp_path}/rows.jsonl}}\noutput: {{dir: {tmp_path}/out}}\n")
+    path.write_text(
+        f"model: {{path: nobody/x}}\ndata: {{train: {tmp_path}/rows.jsonl}}\noutput: {{dir: {tmp_path}/out}}\n"
+    )
     return path
 
 
@@ -106,7 +109,7 @@ def test_further_errors_are_indented_under_the_first(capsys: pytest.CaptureFixtu
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "error: --set train.max_stpes=3: unknown key 'train.max_stpes'. Did you mean 'train.max_steps'?",
-        "       --set train.seed=x: train.seed: got the text 'x', wanted an integer ≥ 0 and ≤ 4294967295",
+        "       --set train.seed=x: train.seed: got the text 'x', wanted an integer ≥ 0",
     ]
 
 
@@ -127,7 +130,7 @@ def test_config_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_check(capsys: pytest.CaptureFixture[str], config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, 0)
     assert main(["--config", str(config_path), "--check"]) == 0
-    assert capsys.readouterr().out == f"{config_path}: ok\n"
+    assert capsys.readouterr().out.startswith(f"{config_path}: ok\n  checked      the keys of the config, and that")
     assert main(["--config", str(config_path), "--check", "--set", "data.train=nowhere.jsonl"]) == 2
     assert "error: data.train: nowhere.jsonl: no such file." in capsys.readouterr().err
     assert calls == []
@@ -196,7 +199,9 @@ def test_of_several_processes_one_answers(config_path: Path) -> None:
         done = run_commands(2, "train.__main__:main", given, grace=LIMIT)
         return [(process.returncode, process.stdout, process.stderr) for process in done]
 
-    assert run_two("--check") == [(0, f"{config_path}: ok\n", ""), (0, "", "")]
+    first, other = run_two("--check")
+    assert first[1].startswith(f"{config_path}: ok\n")
+    assert (first[::2], other) == ((0, ""), (0, "", ""))
     wrong = "error: --set train.max_stpes=3: unknown key 'train.max_stpes'. Did you mean 'train.max_steps'?\n"
     assert run_two("--set", "train.max_stpes=3") == [(2, "", wrong), (2, "", f"rank 1 on {platform.node()}: {wrong}")]
 

@@ -16,6 +16,7 @@ from train.optim import (
     check_loss,
     clip_gradients,
 )
+from train.state.fingerprint import START_OVER
 from train.state.optimizer_state import OptimizerState, load_optimizer_state, optimizer_state
 
 SHAPES = {"stack.A": (3, 16, 100), "matrix.A": (64, 72), "small.A": (8, 12), "norm.weight": (100,)}
@@ -319,7 +320,7 @@ def test_state_of_another_optimiser() -> None:
         load_optimizer_state(build_optimizer("adamw_8bit", make_parameters().items(), 0.01), saved_after_one_step())
     assert str(caught.value) == (
         "the checkpoint's optimiser is torch.AdamW, this run's is bitsandbytes.AdamW8bit.\n"
-        "Set train.optimizer (and the trained dtype) as they were, or start a new run in another output.dir."
+        f"Set train.optimizer (and the trained dtype) as they were, or {START_OVER}."
     )
 
 
@@ -330,7 +331,7 @@ def test_state_of_a_parameter_that_is_not_trained() -> None:
         load_optimizer_state(build_optimizer("adamw", parameters.items(), 0.01), saved_after_one_step())
     assert str(caught.value) == (
         "the checkpoint holds optimiser state of 1 parameter that this run doesn't train, such as small.A.\n"
-        "Train the same parameters, or start a new run in another output.dir."
+        f"Train the same parameters, or {START_OVER}."
     )
 
 
@@ -344,7 +345,7 @@ def test_state_of_another_shape(name: str, first: str) -> None:
     assert str(caught.value) == (
         "the checkpoint's optimiser state of matrix.A doesn't fit:"
         f" {first} is [64, 72] {dtype}, here [32, 144] {dtype}.\n"
-        "Train the same parameters in the same dtype, or start a new run in another output.dir."
+        f"Train the same parameters in the same dtype, or {START_OVER}."
     )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,12 @@ from models.checkpoint.conversion import convert
 from models.load import open_folder
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-from tests.run_helpers import World, error_of, losses, make_world, settings
+from tests.processes import LIMIT
+from tests.run_helpers import ROOT, World, error_of, losses, make_world, settings
 from train.__main__ import main
 from train.config.load import load_config
 from train.model import check_model
+from train.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +191,17 @@ def test_a_full_disk_or_memory_in_any_part(
     assert "Traceback" in (tmp_path / "run" / "run.log").read_text()
 
 
+def scale_rate(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """A learning rate beyond what a config may have, so that the weights overflow at once."""
+    monkeypatch.setattr("train.loop.learning_rate", lambda *given: factor * learning_rate(*given))
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    changes = {"train__learning_rate": 1e15, "train__warmup_ratio": 0.5, "train__save_every": 1}
+    changes = {"train__warmup_ratio": 0.5, "train__save_every": 1}
+    scale_rate(monkeypatch, 1e17)
     message = error_of(settings(world, out, **changes), capsys)
     done = len(losses(out, "train"))
     assert 1 <= done < 6, message
@@ -207,10 +218,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 
 
 def test_weights_that_are_not_finite_are_not_saved(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    changes = {"train__learning_rate": 1e38, "train__warmup_ratio": 0.0, "train__save_every": 1}
+    changes = {"train__warmup_ratio": 0.0, "train__save_every": 1}
+    scale_rate(monkeypatch, 1e40)
     message = error_of(settings(world, out, **changes), capsys)
     assert re.match(r"error: after step 1 \S+ is not finite, so that no checkpoint is written\.", message)
     assert "No checkpoint was written yet" in message
@@ -245,3 +257,22 @@ def test_bad_rows_are_counted_and_listed(world: World, tmp_path: Path, capsys: p
     assert f"2 skipped (see {out / 'skipped_rows.jsonl'})" in shown.out
     skipped = [json.loads(line) for line in (out / "skipped_rows.jsonl").read_text().splitlines()]
     assert [row["line"] for row in skipped] == [97, 98]
+
+
+def test_a_terminal_that_is_not_utf8_and_rows_that_would_write_to_it(world: World, tmp_path: Path) -> None:
+    rows = tmp_path / "röws…$x_$.jsonl"  # $ begins a formula in matplotlib
+    out = rows.with_suffix("")
+    rows.write_text(world.rows.read_text() + json.dumps({"mess\x1b[31mages\x07": []}) + "\n")
+    arguments = settings(world, out, data__train=str(rows), model__storage="none", train__max_steps=1)
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *arguments], cwd=ROOT, capture_output=True, timeout=LIMIT, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"r\xc3\xb6ws" not in done.stdout and "röws\\u2026$x_$".encode("latin-1") in done.stdout
+    assert rb"mess\x1b[31mages\x07" in done.stderr
+    log = (out / "run.log").read_bytes()
+    assert "röws…$x_$".encode() in log
+    for text in (done.stdout, done.stderr, log):
+        assert not any(byte < 0x20 and byte != 0x0A for byte in text)
+    assert (out / "loss.png").is_file()

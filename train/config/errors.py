@@ -82,6 +82,6 @@ def _wrong_value(path: KeyPath, document: Document, schema: Schema) -> str:
     if isinstance(value, str) and (path, value) in _HINTS:
         return f"{dotted(path)}: {_HINTS[path, value]}"
     entry = keys(schema)[dotted(path[:2])]
-    text = f"{dotted(path)}: got {got(value)}, wanted {wanted(entry, depth=len(path) - 2)}"
+    text = f"{dotted(path)}: got {got(value)}, wanted {wanted(entry, len(path) - 2, value)}"
     near = nearest(value, map(str, entry.get("enum", ()))) if isinstance(value, str) else None
     return text + (f". Did you mean '{near}'?" if near else "")

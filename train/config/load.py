@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from quant.common.errors import NibbleError
+from quant.common.words import shown
 from train.config import schema, yaml_text
 from train.config.errors import problems_of
 from train.config.row_paths import row_files
@@ -63,8 +65,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise NibbleError(f"{path}: no such file." + (f" Did you mean {near}?" if near else "")) from error
     except UnicodeDecodeError as error:
         raise NibbleError(f"{path}: not a text file in UTF-8 (byte {error.start})") from error
-    except OSError as error:
-        raise NibbleError(f"{path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise NibbleError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return parse_config(text, overrides, str(path))
 
 
@@ -98,6 +100,17 @@ def dump_config(config: Config) -> str:
     return yaml_text.write_text(config.model_dump(mode="json"))
 
 
+def _impossible(path: str) -> str | None:
+    """Why no file can have this name, leaving room for those that a run makes in a folder of it; None where one can."""
+    if "\0" in path:
+        return "has a NUL character in it"
+    if any(len(part.encode()) > 255 for part in path.split("/")):
+        return "has a part of more than 255 bytes, more than a file's name may have"
+    if len(os.path.abspath(path).encode()) > 3800:
+        return "is longer than a path may be"
+    return None
+
+
 def _override(document: Document, text: str, number: int, described: dict[str, Any]) -> list[Problem]:
     """Lay one `KEY=VALUE` over the document; returns what is wrong with it."""
     place = Place(1, number, f"--set {text}")
@@ -129,7 +142,8 @@ def _override(document: Document, text: str, number: int, described: dict[str, A
 
 
 def check_files(config: Config, rows: bool = True) -> None:
-    """NibbleError for each local file that the config names and that isn't there. (model.path is the loader's.)
+    """NibbleError for each local file that the config names and that isn't there, and for names that no file can have.
+    (Whether model.path is there is the loader's.)
 
     rows: whether this process reads data.train and data.eval; of several only the first does.
     """
@@ -144,10 +158,15 @@ def check_files(config: Config, rows: bool = True) -> None:
     folders = {"adapter.init_from": config.adapter.init_from}
     if config.train.resume not in ("auto", "never"):
         folders["train.resume"] = config.train.resume
-    missing += [
-        f"{key}: {value}: no such folder. {here}"
-        for key, value in folders.items()
-        if value is not None and not Path(value).is_dir()
-    ]
+    for key, value in {"model.path": config.model.path, **folders, "output.dir": config.output.dir}.items():
+        reason = None if value is None else _impossible(value)
+        if reason is not None:
+            missing.append(f"{key}: {shown(value)} {reason}.")
+        elif key in folders and value is not None and not Path(value).is_dir():
+            missing.append(f"{key}: {value}: no such folder. {here}")
+    output = Path(config.output.dir)
+    above = next((path for path in (output, *output.parents) if _impossible(str(path)) is None and path.exists()), None)
+    if above is not None and not above.is_dir():
+        missing.append(f"output.dir: {output} can't be written to: {above} is a file.")
     if missing:
         raise NibbleError("\n".join(missing))

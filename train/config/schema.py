@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import textwrap
 from collections.abc import Iterable
 from typing import Any
+
+from quant.common.words import printable
+from train.config.foreign import hint
 
 Schema = dict[str, Any]
 
@@ -37,8 +41,11 @@ def takes_mapping(entry: Schema) -> bool:
     return any(choice.get("type") == "object" for choice in entry.get("anyOf", [entry]))
 
 
-def wanted(entry: Schema, depth: int = 0) -> str:
-    """The values that a key takes, in words; `depth` > 0 asks for what stands inside a mapping or list of it."""
+def wanted(entry: Schema, depth: int = 0, value: Any = None) -> str:
+    """The values that a key takes, in words; `depth` > 0 asks for what stands inside a mapping or list of it.
+
+    value: what was given. An upper bound that only keeps out slips of the pen is shown where it was passed.
+    """
     if "x-wanted" in entry:
         return str(entry["x-wanted"])
     choices = entry.get("anyOf", [entry])
@@ -48,17 +55,19 @@ def wanted(entry: Schema, depth: int = 0) -> str:
             for choice in choices
             if choice.get("type") in ("object", "array")
         ]
-        return ", or ".join(wanted(choice, depth - 1) for choice in inner if isinstance(choice, dict))
-    return ", or ".join(_wanted_one(choice) for choice in choices)
+        return ", or ".join(wanted(choice, depth - 1, value) for choice in inner if isinstance(choice, dict))
+    return ", or ".join(_wanted_one(choice, value) for choice in choices)
 
 
-def _wanted_one(entry: Schema) -> str:
+def _wanted_one(entry: Schema, value: Any = None) -> str:
     if "enum" in entry:
         return "one of " + ", ".join(map(str, entry["enum"]))
     kind = entry.get("type")
     if kind in ("integer", "number"):
         limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-        bounds = " and ".join(f"{sign} {json.dumps(entry[name])}" for name, sign in limits.items() if name in entry)
+        passed = isinstance(value, int | float) and value > entry.get("maximum", math.inf)
+        shown = [name for name in limits if name in entry and (name != "maximum" or passed or entry[name] <= 1)]
+        bounds = " and ".join(f"{limits[name]} {json.dumps(entry[name])}" for name in shown)
         return ("an integer" if kind == "integer" else "a number") + (f" {bounds}" if bounds else "")
     if kind == "array":
         if "prefixItems" in entry:
@@ -79,12 +88,12 @@ def got(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return f"the text '{value}'"
+        return f"the text '{printable(value, 200)}'"
     if isinstance(value, (dict, list)):
         shown = json.dumps(value, ensure_ascii=False)
         kind = "the mapping" if isinstance(value, dict) else "the list"
         return f"{kind} {shown if len(shown) <= 60 else shown[:57] + '...'}"
-    return repr(value)
+    return printable(repr(value), 60)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
@@ -95,6 +104,9 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
 
 def suggest_key(name: str, schema: Schema) -> str:
     """The second half of an "unknown key" error: the nearest valid key, or the list of those there are."""
+    foreign = hint(name.rpartition(".")[2])
+    if foreign is not None:
+        return foreign
     names = sections(schema)
     by_leaf: dict[str, list[str]] = {}
     for key in keys(schema):

@@ -24,8 +24,13 @@ Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(_from_home)]
 # YAML has lists only; a list becomes a tuple, while its items stay strictly typed.
 Tuple = Strict(False)
-Rank = Annotated[int, Field(ge=1)]
-Alpha = Annotated[float, Field(gt=0)]
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+Alpha = Annotated[float, Field(gt=0, le=1e6)]
+# Beyond these a value is a slip of the pen: no run takes as many steps, or waits as long.
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=1, le=2**16)]
+Minutes = Annotated[float, Field(gt=0, le=1e6)]
+Small = Annotated[float, Field(gt=0, le=1e3)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 Format = Literal["messages", "prompt_completion", "text"]
@@ -101,7 +106,7 @@ class AdapterConfig(Section):
         description="Folder of an adapter in PEFT's format whose weights to start from; null: a fresh adapter.",
     )
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).")
-    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Tuple, Field(min_length=1)] | None = Field(
+    layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10**4)], ...], Tuple, Field(min_length=1)] | None = Field(
         default=None, description="Numbers of the layers that get LoRA (PEFT's layers_to_transform); null: all."
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the LoRA matrices.")
@@ -156,7 +161,7 @@ class DataConfig(Section):
         description="Variables of the chat template, for every text that it writes: {enable_thinking: false}. One that "
         "the template doesn't read is an error, which lists those that it reads.",
     )
-    sequence_length: Annotated[int, Field(ge=2)] = Field(
+    sequence_length: Annotated[int, Field(ge=2, le=2**24)] = Field(
         default=2048,
         description="Tokens in a training sequence; a longer row is cut, with data.format: text split into several.",
     )
@@ -186,19 +191,19 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """the optimisation"""
 
-    micro_batch_size: Annotated[int, Field(ge=1)] = Field(
+    micro_batch_size: Count = Field(
         default=2, description="Sequences in one forward and backward pass; the most that a process gets at a time."
     )
-    gradient_accumulation: Annotated[int, Field(ge=1)] = Field(
+    gradient_accumulation: Count = Field(
         default=4,
         description="Micro-batches in one optimiser step. The step's batch is train.micro_batch_size × this many "
         "sequences in all, distributed over the processes, whatever their number: more processes make fewer passes "
         "each for the same step.",
     )
-    epochs: Annotated[int, Field(ge=1)] = Field(
+    epochs: Annotated[int, Field(ge=1, le=10**6)] = Field(
         default=1, description="Passes over the training rows. Not used when train.max_steps is given."
     )
-    max_steps: Annotated[int, Field(ge=1)] | None = Field(
+    max_steps: Steps | None = Field(
         default=None,
         description="Optimiser steps of the whole run, over as many passes as that takes; null: train.epochs decides.",
     )
@@ -207,41 +212,41 @@ class TrainConfig(Section):
         description="adamw; with bitsandbytes' 8-bit state (adamw_8bit); with state that moves to host memory when the "
         "GPU's is short (paged_…, CUDA only).",
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        default=2e-4, description="Peak learning rate, reached after the warm-up."
-    )
+    learning_rate: Small = Field(default=2e-4, description="Peak learning rate, reached after the warm-up.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="cosine", description="After the warm-up: constant, or down to 0 at the last step (linear, cosine)."
     )
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Share of the steps over which the learning rate rises from 0."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's decoupled weight decay.")
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        default=0.0, description="AdamW's decoupled weight decay."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e12)] | None = Field(
         default=1.0, description="Gradients are scaled down to this norm; null: no clipping."
     )
     betas: Annotated[tuple[Beta, Beta], Tuple] = Field(
         default=(0.9, 0.999), description="AdamW's decay rates of the two moments."
     )
-    eps: Annotated[float, Field(gt=0)] = Field(
+    eps: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1e-8, description="AdamW's epsilon, added to the root of the second moment."
     )
     activation_checkpointing: bool = Field(
         default=True, description="Recompute each layer in the backward pass instead of keeping its activations."
     )
-    log_every: Annotated[int, Field(ge=1)] = Field(
+    log_every: Steps = Field(
         default=1, description="Steps between two log lines, which give the mean loss and gradient norm of these steps."
     )
-    eval_every: Annotated[int, Field(ge=1)] | None = Field(
+    eval_every: Steps | None = Field(
         default=None,
         description="Steps between two evaluations; null: only before the first step and after the last one.",
     )
-    save_every: Annotated[int, Field(ge=1)] | None = Field(
+    save_every: Steps | None = Field(
         default=None,
         description="Steps between two checkpoints; null: by the clock alone (save_minutes), at the end and when "
         "interrupted.",
     )
-    save_minutes: Annotated[float, Field(gt=0)] | None = Field(
+    save_minutes: Minutes | None = Field(
         default=10.0,
         description="Minutes after the last checkpoint at which the next one is written, at the end of a step; null: "
         "never by the clock.",
@@ -251,9 +256,7 @@ class TrainConfig(Section):
         description="Write checkpoints in the background: training goes on after the tensors have been copied to host "
         "memory.",
     )
-    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(
-        default=2, description="Newest checkpoints to keep; older ones are deleted."
-    )
+    keep_checkpoints: Steps = Field(default=2, description="Newest checkpoints to keep; older ones are deleted.")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
         default=0, description="Seed of the adapter's initial values, the held-out rows and the order of the data."
     )
@@ -263,7 +266,7 @@ class TrainConfig(Section):
         "routers: Qwen), bias_update (the bias that takes part in choosing is moved after every step, for sigmoid "
         "routers: GLM, Trinity; full fine-tuning only), or not at all.",
     )
-    balance_rate: Annotated[float, Field(gt=0)] | None = Field(
+    balance_rate: Small | None = Field(
         default=None,
         description="aux_loss: what the added loss is multiplied by; null: router_aux_loss_coef of config.json, 0.001 "
         "where it has none. bias_update: how far a bias moves in a step; null: 0.001.",
@@ -275,7 +278,7 @@ class TrainConfig(Section):
         "refused while output.dir holds checkpoints. Otherwise the folder of the checkpoint to continue from (a folder "
         "named auto or never: ./auto, ./never).",
     )
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] | None = Field(
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]{1,4})?)$")] | None = Field(
         default=None,
         json_schema_extra={"x-wanted": "cpu, cuda, cuda:N or null"},
         description="Where to train; null: cuda where there is one, else cpu.",
@@ -286,18 +289,18 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """how a run is spread over the processes that torchrun starts: replicate × expert × shard of them"""
 
-    shard: Annotated[int, Field(ge=1)] | None = Field(
+    shard: Count | None = Field(
         default=None,
         description="In how many parts weights, gradients and optimiser state are cut (FSDP); a layer's parts are "
         "gathered when it is computed. null: what parallel.expert and parallel.replicate leave of the processes.",
     )
-    expert: Annotated[int, Field(ge=1)] = Field(
+    expert: Count = Field(
         default=1,
         description="In how many ranges the experts are distributed (expert parallelism): a process computes its own "
         "range only, and tokens travel to it. Above 1 where gathering the experts' weights takes longer than sending "
         "the tokens. Must divide the model's number of experts.",
     )
-    replicate: Annotated[int, Field(ge=1)] = Field(
+    replicate: Count = Field(
         default=1,
         description="Copies of the model, each cut over the other processes (HSDP). The number of machines, where a "
         "model fits one machine and the network between them is slow: only gradients cross it then.",
@@ -312,7 +315,7 @@ class ParallelConfig(Section):
         description="Keep this process's weights, gradients and optimiser state in host memory; weights go to the GPU "
         "layer by layer. Slower; for a model that is larger than the memory of the GPUs, with one process too.",
     )
-    lost_after: Annotated[float, Field(gt=0)] = Field(
+    lost_after: Minutes = Field(
         default=20.0,
         description="Seconds that a process waits in a training step or an evaluation for another one before it takes "
         "it for lost and ends with an error. Raise it where processes differ that much in speed.",

@@ -21,6 +21,9 @@ from quant.common.errors import NibbleError
 
 KeyPath = tuple[str | int, ...]
 
+# A config has some hundred values, in four levels. Aliases of aliases make millions of values out of a few lines.
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 10_000, 20
+
 _NULL = frozenset(("", "~", "null", "Null", "NULL"))
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -57,6 +60,7 @@ class Document:
     values: Any = None
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    values_read: int = 0
 
     def place(self, path: KeyPath) -> Place:
         """Place of `path`, or of the nearest thing around it that was written somewhere."""
@@ -89,11 +93,12 @@ def plain_scalar(text: str) -> str | int | float | bool | None:
         return None
     if text in _BOOL:
         return _BOOL[text]
-    # Python refuses to read integers of thousands of digits; as a float they are too large, which the schema reports.
+    # Python neither reads nor writes integers of thousands of digits; as a float they are infinite, which the schema
+    # reports.
     if _INT.fullmatch(text) and len(text) < 1000:
         return int(text)
     if _HEX_OR_OCTAL.fullmatch(text):
-        return int(text, 0)
+        return int(text, 0) if len(text) < 1000 else math.inf
     if _FLOAT.fullmatch(text):
         return float(text)
     if _INFINITE.fullmatch(text):
@@ -107,6 +112,8 @@ def read_text(text: str, name: str) -> Document:
     Duplicate keys and the like are left in `problems`; what can't be read at all raises NibbleError.
     """
     document = Document(name)
+    if len(text) > MAX_BYTES:
+        raise NibbleError(f"{name}: not a config: it has {len(text):,} characters")
     try:
         # BaseLoader resolves no scalar, so that every one arrives as it was written, with its mark.
         node = yaml.compose(text, Loader=yaml.BaseLoader)
@@ -119,9 +126,13 @@ def read_text(text: str, name: str) -> Document:
         raise NibbleError(f"{where}: not valid YAML: {reason}") from error
     except yaml.YAMLError as error:
         raise NibbleError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from error
-    except RecursionError as error:
-        raise NibbleError(f"{name}: not a config: lists or mappings are nested too deeply") from error
+    except (RecursionError, _TooDeep) as error:
+        raise NibbleError(f"{name}: not a config: lists or mappings are nested more than {MAX_DEPTH} deep") from error
     return document
+
+
+class _TooDeep(Exception):
+    pass
 
 
 def _construct(node: yaml.Node, path: KeyPath, document: Document, above: tuple[int, ...]) -> Any:
@@ -129,10 +140,15 @@ def _construct(node: yaml.Node, path: KeyPath, document: Document, above: tuple[
         line = part.start_mark.line + 1
         return Place(0, line, f"{document.name}:{line}")
 
+    document.values_read += 1
+    if document.values_read > MAX_VALUES:
+        raise NibbleError(f"{document.name}: not a config: more than {MAX_VALUES:,} values, with those of aliases")
     if id(node) in above:
         raise NibbleError(f"{place(node).text}: the YAML alias in '{dotted(path)}' contains itself")
     if node.tag not in _UNTAGGED:
         document.problems.append(Problem(place(node), f"'{dotted(path)}' has a YAML tag; plain values only"))
+    if len(above) >= MAX_DEPTH:
+        raise _TooDeep
     above = (*above, id(node))
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
@@ -155,6 +171,10 @@ def _construct(node: yaml.Node, path: KeyPath, document: Document, above: tuple[
             document.places[*path, index] = place(item)
             items.append(_construct(item, (*path, index), document, above))
         return items
+    try:
+        node.value.encode()
+    except UnicodeEncodeError:
+        document.problems.append(Problem(place(node), f"'{dotted(path)}' is not valid Unicode: {node.value!r}"))
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
     return plain_scalar(node.value) if plain else node.value
 

@@ -161,13 +161,13 @@ class StepBatches:
         if state["seed"] != self._seed:
             raise NibbleError(
                 f"train.seed is {self._seed}, but the checkpoint was written with {state['seed']}.\n"
-                "Use the same seed, or start a new run in another output.dir."
+                "Use the same seed, or start a new run in another output.dir, or with --restart."
             )
         if state["sequences"] != len(self._packing) or state["data"] != self._data():
             raise NibbleError(
-                f"the training rows are not those of the checkpoint ({state['sequences']:,} packed sequences there, "
-                f"{len(self._packing):,} here,\nor other tokens): a file, the tokenizer, its template or a data.* key "
-                "has changed.\nRestore them, or start a new run in another output.dir."
+                f"the training rows are not those that the run began with ({state['sequences']:,} packed sequences, "
+                f"{len(self._packing):,} now,\nor other tokens): a file, the tokenizer, its template or a data.* key "
+                "has changed.\nRestore them, or start a new run in another output.dir, or with --restart."
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._order = self._epoch_order()

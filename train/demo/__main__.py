@@ -8,6 +8,11 @@ Everything between the two is done by the ordinary commands, `python -m train` a
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take their time
+    from quant.common.terminal import end_on_interrupt
+
+    end_on_interrupt()
+
 import argparse
 import json
 import sys
@@ -16,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import number, read_json
+from quant.common.terminal import exit_code, run_command, say
 from quant.common.words import table
 from train.demo.checkpoint import write_checkpoint, write_if_changed, write_tokenizer
 from train.demo.models import DEFAULT, MODELS, demo_model
@@ -61,8 +68,8 @@ def report(folder: Path) -> str:
             model_type = folder.name.partition("-")[2]
             command = f"make demo ARCH={model_type}" if model_type in MODELS else "make demo"
             raise NibbleError(f"{folder / run}: this run has not finished. `{command}` goes on where it stopped.")
-        figures = json.loads(finished.read_text(encoding="utf-8"))
-        before, after = figures["held_out_loss_before"], figures["held_out_loss_after"]
+        figures = read_json(finished, dict)
+        before, after = (number(figures, f"held_out_loss_{when}", 0, str(finished)) for when in ("before", "after"))
         losses.append((name, f"{before:.3f}", f"{after:.3f}"))
 
     converted, adapter = folder / "base-nf4", folder / "qlora" / "adapter"
@@ -120,21 +127,19 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
-    try:
+
+    def body() -> int:
         if arguments.command == "prepare":
             prepare(arguments.folder, arguments.arch, arguments.seed)
-            print(f"{arguments.folder / 'start'}: {arguments.arch} checkpoint with random weights")
-            print(f"{arguments.folder / 'data'}: {BASE_ROWS:,} rows for the base, {TUNING_ROWS:,} for the fine-tuning")
+            text = f"{arguments.folder / 'start'}: {arguments.arch} checkpoint with random weights\n"
+            text += f"{arguments.folder / 'data'}: {BASE_ROWS:,} rows for the base, {TUNING_ROWS:,} for the fine-tuning"
         else:
-            print(report(arguments.folder))
+            text = report(arguments.folder)
+        say(text, sys.stdout)
         return 0
-    except NibbleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+
+    return exit_code(body)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

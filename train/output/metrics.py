@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from quant.common.errors import NibbleError
-from quant.common.files import disk_errors, write_atomically
+from quant.common.files import disk_errors, identity, moved_error, write_atomically
 from train.output.events import ScalarEvents
 
 Record = dict[str, Any]
@@ -45,7 +45,8 @@ class MetricsLog:
     `resume_step` is the step of the checkpoint that the run resumes from: records of later steps, which will be written
     again, are removed, so that the file holds each step once. None starts an empty file.
 
-    Every method but `close` raises NibbleError naming the file when the disk is full or not writable.
+    Every method but `close` raises NibbleError naming the file when the disk is full or not writable, and when the file
+    is no longer there.
     """
 
     def __init__(self, path: Path, tensorboard_dir: Path | None, resume_step: int | None) -> None:
@@ -53,7 +54,6 @@ class MetricsLog:
         kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
         self._evaluated = {int(record["step"]) for record in kept if record["kind"] == "eval"}
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, "".join(map(_line, kept)).encode())
             self._file = path.open("a", encoding="utf-8")
         self._events: ScalarEvents | None = None
@@ -63,6 +63,7 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         """Append a record; it must have `kind` and `step`."""
+        self._require_in_place()
         with disk_errors(self.path):
             self._file.write(_line(record))
             self._file.flush()  # to the operating system, so that a killed process loses nothing
@@ -81,12 +82,22 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Flush to the disk. To be called before a checkpoint is written: resuming from it needs these records."""
+        self._require_in_place()
         with disk_errors(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
         if self._events is not None:
             with disk_errors(self._events.folder):
                 self._events.flush()
+
+    def _require_in_place(self) -> None:
+        """A file that was moved or deleted can be written to as before, but what is written is lost to the run."""
+        try:
+            same = identity(self.path.stat()) == identity(os.fstat(self._file.fileno()))
+        except OSError:
+            same = False
+        if not same:
+            raise moved_error(self.path if self.path.parent.is_dir() else self.path.parent)
 
     def close(self) -> None:
         # An error at closing was raised by the write already; raised again it would hide the first one.

@@ -190,7 +190,7 @@ def _state_bytes(count: int, eight_bit: bool) -> int:
 
 
 def summary_text(result: dict[str, Any], config: Config, folder: Path) -> str:
-    """The block at the end of a run; `result` is what run.json holds."""
+    """The block at the end of a run; `result` is what run.json holds, "saved" from the current directory."""
     before, after = result["held_out_loss_before"], result["held_out_loss_after"]
     seconds = max(result["seconds"], 1e-9)
     lines = ["", f"done      {result['steps']:,} steps in {folder}"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quant.common.files import write_atomically
+from quant.common.words import printable
 from train.output.metrics import Record
 
 
@@ -42,7 +43,7 @@ def loss_curve(records: Sequence[Record], path: Path, title: str) -> None:
             axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="center")
     axes.set_xlabel("step")
     axes.set_ylabel("loss per labelled token (nats)")
-    axes.set_title(title)
+    axes.set_title(printable(title, 80).replace("$", r"\$"))  # between two $ matplotlib reads a formula
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.12)  # room for the annotations
     axes.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from quant.common.files import disk_error
-from train.output.console import say, silence
+from quant.common.terminal import legible, say, silence
 
 
 def log_path(folder: Path, rank: int) -> Path:
@@ -33,7 +33,7 @@ class Report:
         self.quiet = quiet
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = log_path.open("a", encoding="utf-8")
+            self._log = log_path.open("a", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise disk_error(error, log_path) from error
         self.log(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} ---")
@@ -83,12 +83,12 @@ class Report:
     def log(self, text: str) -> None:
         """Write a line to the log only. May be called from any thread at any time."""
         with contextlib.suppress(OSError, ValueError):  # a full disk; closed already
-            self._log.write(text + "\n")
+            self._log.write(legible(text) + "\n")
             self._log.flush()
 
     def __enter__(self) -> Report:
-        self._logger.addHandler(self._handler)
-        self._logger_level = self._logger.level
+        self._logger_before = self._logger.handlers, self._logger.level
+        self._logger.handlers = [self._handler]
         self._logger.setLevel(logging.INFO)
         return self
 
@@ -96,8 +96,8 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end_progress()
-        self._logger.removeHandler(self._handler)
-        self._logger.setLevel(self._logger_level)
+        self._logger.handlers, level = self._logger_before
+        self._logger.setLevel(level)
         if error is not None:
             self.log("".join(traceback.format_exception(error)).rstrip())
         with contextlib.suppress(OSError):  # a full disk; raising it would hide the error that ended the run
@@ -108,7 +108,7 @@ class Report:
         from rich.live import Live
         from rich.text import Text
 
-        line = Text(text)
+        line = Text(legible(text))
         if self._live is None:
             # No refresh thread: the line changes only when a step ends.
             live = Live(line, console=Console(stderr=True), auto_refresh=False, redirect_stdout=False)

@@ -35,6 +35,7 @@ from parallel.texts import gather_texts
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
 from quant.common.files import disk_error, sync_folder, write_atomically
+from quant.common.terminal import say
 from quant.common.words import some
 from train.state.checkpoint_folder import (
     FORMAT,
@@ -51,12 +52,10 @@ from train.state.checkpoint_folder import (
     recover,
     tidy,
 )
-from train.state.fingerprint import resume_differences
+from train.state.fingerprint import START_OVER, Record
 from train.state.optimizer_state import OptimizerState, load_optimizer_state, room_for_state
 
 # parallel.checkpoint is imported where it is used: torch's distributed checkpoint takes a second to import.
-
-_START_OVER = "start a new run in another output.dir"
 
 
 class UnusableCheckpointError(NibbleError):
@@ -64,7 +63,7 @@ class UnusableCheckpointError(NibbleError):
 
 
 def to_stderr(message: str) -> None:
-    print(message, file=sys.stderr)
+    say(message, sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -96,7 +95,7 @@ def write_snapshot(
     try:
         with _raise_on_all(final, group):
             if world.first:
-                directory.mkdir(parents=True, exist_ok=True)
+                directory.mkdir(exist_ok=True)
                 tidy(directory)
                 partial.mkdir()
         with _raise_on_all(final, group):
@@ -171,12 +170,9 @@ def _what_is_left(directory: Path, step: int) -> str:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Record):
     """A verified checkpoint. `state` is what `CheckpointSaver.save` was given; tensors are read when asked for."""
 
-    path: Path
-    step: int
-    state: dict[str, Any]
     optimizer_values: dict[str, Any]
 
     def load_tensors(
@@ -198,7 +194,7 @@ class Checkpoint:
             raise NibbleError(
                 f"{self.path} belongs to another set of trained tensors: it "
                 + "; it ".join(f"{verb} {some(names, 3)}" for verb, names in lists if names)
-                + f".\nSet adapter and model as they were, or {_START_OVER}."
+                + f".\nSet adapter and model as they were, or {START_OVER}."
             )
         for name, tensor in tensors.items():
             shape, dtype = saved[name]
@@ -207,7 +203,7 @@ class Checkpoint:
             if theirs != ours:
                 raise NibbleError(
                     f"{self.path}: {name} is {theirs}, this run's is {ours}.\n"
-                    f"Set adapter and model as they were, or {_START_OVER}."
+                    f"Set adapter and model as they were, or {START_OVER}."
                 )
         load_parts(folder, tensors, parts)
 
@@ -241,16 +237,6 @@ class Checkpoint:
             return self.path, {name: both[name] for name in names}
         return self.path / what, saved_tensors(self.path / what)
 
-    def require_same_config(self, fingerprint: dict[str, Any]) -> None:
-        """Raises NibbleError naming the keys in which state["fingerprint"] differs from this run's `fingerprint`."""
-        differences = resume_differences(self.state["fingerprint"], fingerprint)
-        if differences:
-            them = "it" if len(differences) == 1 else "them"
-            raise NibbleError(
-                f"{self.path} was written by another config: {'; '.join(differences)}.\n"
-                f"Set {them} as in the checkpoint to continue it, or {_START_OVER}."
-            )
-
 
 def latest_checkpoint(
     directory: Path, report: Callable[[str], None] = to_stderr, world: World = ALONE
@@ -280,10 +266,7 @@ def latest_checkpoint(
         return checkpoint
     if unusable:
         more = f" The same goes for {len(unusable) - 1} before it." if len(unusable) > 1 else ""
-        raise NibbleError(
-            f"{unusable[0]}{more}\n"
-            f"No checkpoint there can be continued. Delete {directory} to start over, or name another output.dir."
-        )
+        raise NibbleError(f"{unusable[0]}{more}\nNo checkpoint there can be continued; {START_OVER}.")
     return None
 
 
@@ -298,7 +281,7 @@ def read_checkpoint(path: Path, world: World = ALONE) -> Checkpoint:
     found = gather_texts(problem(path, hashes=True, share=(world.rank, world.size)) or "")
     wrong = next((text for text in found if text), None)
     if wrong is not None:
-        raise UnusableCheckpointError(f"{path} can't be used: {wrong}.\nContinue from another one, or {_START_OVER}.")
+        raise UnusableCheckpointError(f"{path} can't be used: {wrong}.\nContinue from another one, or {START_OVER}.")
     text = json.loads((path / STATE).read_bytes())
     return Checkpoint(path, text["step"], text["run"], text["optimizer"])
 

@@ -1,12 +1,20 @@
-"""What a resumed run must share with its checkpoint, and what makes two runs the same."""
+"""What a resumed run must share with what is in its folder: a checkpoint, or the record of a finished run."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from quant.common.errors import NibbleError
+from quant.common.jsonfile import integer, table, text
+from quant.common.words import shown
 from train.config.load import Config
+
+START_OVER = "start a new run in another output.dir, or with --restart, which moves this one aside"
 
 # Files may have moved: what they hold counts, and is compared by train.resume.
 _FILES = ("model.path", "data.train", "data.eval")
@@ -55,11 +63,53 @@ def resume_fingerprint(config: Config) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in dropped}
 
 
-def run_identity(config: Config) -> str:
-    """Two configs with the same identity describe the same run of the same length, from files of the same names."""
-    flat = flat_config(config)
-    also = {key: flat[key] for key in (*_FILES, "train.epochs", "train.max_steps")}
-    return fingerprint_hash({**resume_fingerprint(config), **also})
+@dataclass(frozen=True)
+class Record:
+    """What a run was made of when `path` (a checkpoint, or run.json) was written, at `step`.
+
+    state, JSON: "fingerprint" (`resume_fingerprint`), "started" (ISO date), "base" (name and fingerprint of the model),
+    "batches" (`StepBatches.state`), "held_out" (fingerprint of the rows, or null).
+    """
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def require_same_config(self, fingerprint: dict[str, Any]) -> None:
+        """Raises NibbleError naming the keys in which state["fingerprint"] differs from this run's `fingerprint`."""
+        differences = resume_differences(self.state["fingerprint"], fingerprint)
+        if differences:
+            them = "it" if len(differences) == 1 else "them"
+            raise NibbleError(
+                f"{self.path} was written by another config: {'; '.join(differences)}.\n"
+                f"Set {them} as before to continue it, or {START_OVER}."
+            )
+
+    def require_complete(self) -> None:
+        """Raises NibbleError naming what of `state` is missing or of another type."""
+        where, state = str(self.path), self.state
+        require_keys(state, ("fingerprint", "started", "base", "batches", "held_out"), where)
+        table(state, "fingerprint", where)
+        base, batches = table(state, "base", where), table(state, "batches", where)
+        require_keys(base, ("name", "fingerprint"), f"{where}: base")
+        require_keys(batches, ("epoch", "position", "seed", "sequences", "data"), f"{where}: batches")
+        for key in ("name", "fingerprint"):
+            text(base, key, "", f"{where}: base")
+        for key in ("epoch", "position", "seed", "sequences"):
+            integer(batches, key, 0, f"{where}: batches", least=0, most=2**48)
+        text(batches, "data", "", f"{where}: batches")
+        for key in ("started", "held_out") if state["held_out"] is not None else ("started",):
+            text(state, key, "", where)
+        try:
+            datetime.fromisoformat(state["started"])
+        except ValueError as error:
+            raise NibbleError(f"{where}: started is no date: {shown(state['started'])}.") from error
+
+
+def require_keys(values: dict[str, Any], keys: Iterable[str], where: str) -> None:
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise NibbleError(f"{where} lacks {', '.join(missing)}: it is damaged, or of another version of nibble.")
 
 
 def flat_config(config: Config) -> dict[str, Any]:
@@ -68,20 +118,15 @@ def flat_config(config: Config) -> dict[str, Any]:
     return {f"{name}.{key}": value for name, section in values.items() for key, value in section.items()}
 
 
-def fingerprint_hash(fingerprint: dict[str, Any]) -> str:
-    """SHA-256 (hex) of a fingerprint, the same whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-
-
 def resume_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each key in which a checkpoint's fingerprint differs from this run's; empty when none does."""
+    """One line for each key in which a saved fingerprint differs from this run's; empty when none does."""
     absent = object()
     return [
-        f"{key} is {_shown(now, key)}, the checkpoint has {_shown(saved, key)}"
+        f"{key} is {_value(now, key)} now, {_value(saved, key)} there"
         for key in dict.fromkeys([*now, *saved])
         if now.get(key, absent) != saved.get(key, absent)
     ]
 
 
-def _shown(fingerprint: dict[str, Any], key: str) -> str:
+def _value(fingerprint: dict[str, Any], key: str) -> str:
     return json.dumps(fingerprint[key], ensure_ascii=False) if key in fingerprint else "not set"

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from parallel.parts import Cut, Part, bounds
 from quant.common.errors import NibbleError
 from train.optim import parameters_of
+from train.state.fingerprint import START_OVER
 
 # bitsandbytes' tables of the 256 values of an 8-bit state: constants that it makes itself, the same for every tensor.
 _CONSTANTS = ("qmap1", "qmap2")
@@ -117,7 +118,7 @@ def load_optimizer_state(optimizer: Optimizer, saved: OptimizerState, parts: Map
     if kind != _kind(optimizer):
         raise NibbleError(
             f"the checkpoint's optimiser is {kind}, this run's is {_kind(optimizer)}.\n"
-            "Set train.optimizer (and the trained dtype) as they were, or start a new run in another output.dir."
+            f"Set train.optimizer (and the trained dtype) as they were, or {START_OVER}."
         )
     parts = parts or {}
     by_parameter: dict[str, dict[str, Any]] = {}
@@ -142,7 +143,7 @@ def load_optimizer_state(optimizer: Optimizer, saved: OptimizerState, parts: Map
         raise NibbleError(
             f"the checkpoint holds optimiser state of {len(by_parameter)} parameter{plural} that this run doesn't"
             f" train, such as {min(by_parameter)}.\n"
-            "Train the same parameters, or start a new run in another output.dir."
+            f"Train the same parameters, or {START_OVER}."
         )
 
 
@@ -200,7 +201,7 @@ def _check_like(name: str, key: str, saved: Tensor | None, here: Tensor) -> None
 def _differs(name: str, how: str) -> str:
     return (
         f"the checkpoint's optimiser state of {name} doesn't fit: {how}.\n"
-        "Train the same parameters in the same dtype, or start a new run in another output.dir."
+        f"Train the same parameters in the same dtype, or {START_OVER}."
     )
 
 

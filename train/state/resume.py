@@ -24,7 +24,7 @@ from train.model import trained_tensors
 from train.output.report import Report
 from train.state.checkpoint import Checkpoint, latest_checkpoint, read_checkpoint
 from train.state.checkpoint_folder import folders
-from train.state.fingerprint import flat_config, resume_fingerprint, run_identity
+from train.state.fingerprint import START_OVER, Record, flat_config, resume_fingerprint
 from train.state.run_folder import RunFolder
 
 
@@ -39,25 +39,16 @@ def find_checkpoint(config: Config, folder: RunFolder, report: Report, world: Wo
         if here and foreign:
             raise NibbleError(
                 f"train.resume: {wanted}, but {folder.checkpoints} holds checkpoints (the newest: {here[0].name}).\n"
-                f"Name another output.dir, or delete them first (rm -r {folder.checkpoints}); "
-                "train.resume: auto goes on from them."
+                f"To go on from them set train.resume: auto; or {START_OVER}."
+            )
+        if foreign and folder.finished.exists():
+            raise NibbleError(
+                f"train.resume: {wanted}, but a run has finished in {folder.path}.\nTo keep it, {START_OVER}."
             )
     if checkpoint is not None:
+        checkpoint.require_complete()
         checkpoint.require_same_config(resume_fingerprint(config))
     return checkpoint
-
-
-def finished_result(config: Config, folder: RunFolder, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-    """The figures of the run in `folder` when it has finished under this very config and its result is still there."""
-    if config.train.resume != "auto" or not folder.finished.is_file():
-        return None
-    try:
-        result: dict[str, Any] = json.loads(folder.finished.read_text(encoding="utf-8"))
-        same = result["identity"] == run_identity(config) and Path(result["saved"]).is_dir()
-    except (ValueError, KeyError, TypeError):
-        same = False  # a damaged file; the checkpoint knows how far the run is
-    older = checkpoint is not None and same and checkpoint.step < result["steps"]
-    return result if same and not older else None
 
 
 def require_same_config(config: Config, device: torch.device) -> None:
@@ -94,14 +85,14 @@ def require_same_model(fingerprint: str, config: Config) -> str:
     return found[0]
 
 
-def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], config: Config, source: ModelFolder) -> None:
-    """Raises NibbleError when the checkpoint was trained on another base model, whatever its folder.
+def require_same_base(record: Record, base: dict[str, str], config: Config, source: ModelFolder) -> None:
+    """Raises NibbleError when the record is of a run on another base model, whatever its folder.
 
     base: name and fingerprint (train.model.content_fingerprint) of this run's, which is in `source`.
     """
-    if checkpoint is None or checkpoint.state["base"]["fingerprint"] == base["fingerprint"]:
+    fingerprint, was = record.state["base"]["fingerprint"], record.state["base"]["name"]
+    if fingerprint == base["fingerprint"]:
         return
-    fingerprint, was = checkpoint.state["base"]["fingerprint"], checkpoint.state["base"]["name"]
     if is_sampled(fingerprint) != is_sampled(base["fingerprint"]):  # one of them is of an earlier version of nibble
         if source.manifest is None:
             renew = "Checkpoints from now on hold a fingerprint of all its data."
@@ -109,34 +100,32 @@ def require_same_base(checkpoint: Checkpoint | None, base: dict[str, str], confi
                 return
         else:
             raise NibbleError(
-                f"whether {config.model.path} is the model that {checkpoint.path} was trained on ({was}) can't be\n"
+                f"whether {config.model.path} is the model that {record.path} was trained on ({was}) can't be\n"
                 "checked: one of them was made by an earlier version of nibble, with another kind of fingerprint.\n"
                 f"Set model.path to the hub's folder ({source.manifest.source})."
             )
     was = "what was there then" if was == base["name"] else was
     raise NibbleError(
-        f"model.path: {config.model.path} is not the model that {checkpoint.path} was trained on ({was}):\n"
-        "config.json or the weights differ. Set model.path to that model, or start a new run in another output.dir."
+        f"model.path: {config.model.path} is not the model that {record.path} was trained on ({was}):\n"
+        f"config.json or the weights differ. Set model.path to that model, or {START_OVER}."
     )
 
 
-def restore_data(checkpoint: Checkpoint | None, data: Data, total_steps: int) -> None:
-    """Let the rows go on after those that the checkpoint has seen.
+def restore_data(record: Record, data: Data, total_steps: int) -> None:
+    """Let the rows go on after those that the run has seen.
 
-    Raises NibbleError when they are other rows, or the run has fewer steps than the checkpoint.
+    Raises NibbleError when they are other rows, or the run now has fewer steps.
     """
-    if checkpoint is None:
-        return
-    if checkpoint.step > total_steps:
+    if record.step > total_steps:
         raise NibbleError(
-            f"{checkpoint.path} is at step {checkpoint.step}, beyond this run's last step, {total_steps}.\n"
+            f"{record.path} is at step {record.step}, beyond this run's last step, {total_steps}.\n"
             "Raise train.max_steps or train.epochs, or name an earlier checkpoint in train.resume."
         )
-    data.train.restore(checkpoint.state["batches"])
-    if checkpoint.state["held_out"] != (data.held_out.fingerprint() if data.held_out is not None else None):
+    data.train.restore(record.state["batches"])
+    if record.state["held_out"] != (data.held_out.fingerprint() if data.held_out is not None else None):
         raise NibbleError(
-            f"the held-out rows are not those of {checkpoint.path}, so that losses could not be compared: data.eval\n"
-            "has changed. Restore it, or start a new run in another output.dir."
+            f"the held-out rows are not those of {record.path}, so that losses could not be compared: data.eval\n"
+            f"has changed. Restore it, or {START_OVER}."
         )
 
 

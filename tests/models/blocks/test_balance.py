@@ -566,7 +566,7 @@ def test_a_resumed_run_goes_on_with_the_biases_and_exports_them(
     assert all(torch.equal(bias, expected[name]) for name, bias in biases(out / "model").items())
 
     other = settings(world, out, **{**changes, "train__balance_rate": 0.1, "train__max_steps": 6})
-    assert "train.balance_rate is 0.1, the checkpoint has 0.03" in error_of(other, capsys)
+    assert "train.balance_rate is 0.1 now, 0.03 there" in error_of(other, capsys)
 
 
 def test_router_adapters_with_the_auxiliary_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

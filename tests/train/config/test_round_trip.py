@@ -92,10 +92,10 @@ LETTERS = ["é", "中文", "😀", "a😀" * 300, "\U0010fffd", "👩‍🔬", "
 LONG = ["x" * 5000, "word " * 1000 + "end", "a: " * 500 + "b"]
 TEXTS = [*LINE_BREAKS, *UNPRINTABLE, *NUMBERS, *WORDS, *SYNTAX, *SPACES, *LETTERS, *LONG]
 VALUES: list[Any] = [
-    None, True, False, 0, 1, 2, 7, 2**32 - 1, 10**30, 0.0, 1e-8, 2e-4, 0.1, 0.30000000000000004, 0.5, 1.0, 1e16, 1e22,
-    5e-324, 1.7976931348623157e308, [0], [1, 3, 2], [0.0, 0.999999999999], [1e-8, 0.5], ["router", "mlp.gate.weight"],
-    {"attention": 1, "experts": 2}, {"attention": 1e-8, "experts": 1e22}, {"role": "from: x", "content": "no"}, {},
-    "cpu", "cuda:3", "prompt/completion",
+    None, True, False, 0, 1, 2, 7, 100, 2**32 - 1, 10**30, 0.0, 1e-8, 2e-4, 0.1, 0.30000000000000004, 0.5, 1.0, 1e16,
+    1e22, 5e-324, 1.7976931348623157e308, [0], [1, 3, 2], [0.0, 0.999999999999], [1e-8, 0.5], ["router",
+    "mlp.gate.weight"], {"attention": 1, "experts": 2}, {"attention": 1e-8, "experts": 1e22},
+    {"role": "from: x", "content": "no"}, {}, "cpu", "cuda:3", "prompt/completion",
 ]  # fmt: skip
 
 

@@ -243,11 +243,11 @@ def test_other_data_or_seed_are_refused() -> None:
         steps(examples, packing=pack(examples.lengths, ROOM, enabled=False)),
     ):
         with pytest.raises(
-            NibbleError, match=r"^the training rows are not those of the checkpoint \(\d+ packed"
+            NibbleError, match=r"^the training rows are not those that the run began with \(\d+ packed"
         ) as caught:
             changed.restore(state)
         assert str(caught.value).count("\n") <= 2
-        assert str(caught.value).endswith("Restore them, or start a new run in another output.dir.")
+        assert str(caught.value).endswith("Restore them, or start a new run in another output.dir, or with --restart.")
 
 
 def test_no_sequences() -> None:

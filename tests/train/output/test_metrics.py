@@ -307,6 +307,16 @@ def test_the_first_signal_asks_and_the_second_interrupts(
     assert f"{first.name}: finishing this step, then saving" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("signals_heeded")
+def test_of_several_processes_a_second_interrupt_changes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """With torchrun and without: one that left the step would leave the others waiting for it."""
+    with StopOnSignal(launched=True) as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+    assert capfd.readouterr().err == "\nSIGINT: finishing this step, then saving.\n"
+
+
 def test_nohup_is_respected() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -26,10 +26,9 @@ from train.state.checkpoint import (
     latest_checkpoint,
     read_checkpoint,
 )
+from train.state.fingerprint import START_OVER
 from train.state.optimizer_state import OptimizerState, optimizer_state
 from train.state.saver import CheckpointSaver
-
-START_OVER = "start a new run in another output.dir"
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
@@ -385,7 +384,7 @@ def test_all_damaged(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}/step-000004 can't be used: manifest.json is missing. The same goes for 1 before it.\n"
-        f"No checkpoint there can be continued. Delete {tmp_path} to start over, or name another output.dir."
+        f"No checkpoint there can be continued; {START_OVER}."
     )
 
 
@@ -449,10 +448,10 @@ def test_other_config(tmp_path: Path) -> None:
     with pytest.raises(NibbleError) as caught:
         checkpoint.require_same_config({**saved, "train.seed": 1})
     assert str(caught.value) == (
-        f"{checkpoint.path} was written by another config: train.seed is 1, the checkpoint has 0.\n"
-        f"Set it as in the checkpoint to continue it, or {START_OVER}."
+        f"{checkpoint.path} was written by another config: train.seed is 1 now, 0 there.\n"
+        f"Set it as before to continue it, or {START_OVER}."
     )
-    with pytest.raises(NibbleError, match=r"train.seed is 1, .*; adapter.rank is 8, .*32\.\nSet them as in"):
+    with pytest.raises(NibbleError, match=r"train.seed is 1 .*; adapter.rank is 8 now, 32 there\.\nSet them as before"):
         checkpoint.require_same_config({**saved, "train.seed": 1, "adapter.rank": 8})
 
 

@@ -236,7 +236,7 @@ def test_killed_at_any_point_of_a_save(results: dict[str, Any]) -> None:
 
 def test_errors_are_the_same_on_all(four: list[dict[str, Any]], folder: Path) -> None:
     path = folder / "errors" / "step-000001"
-    new_run = "start a new run in another output.dir"
+    new_run = "start a new run in another output.dir, or with --restart, which moves this one aside"
     as_they_were = f"Set adapter and model as they were, or {new_run}."
     damaged = "weights/shard-00003-model-00001-of-00001.safetensors is not what was written (its SHA-256 differs)"
     full_disk = (
@@ -254,8 +254,7 @@ def test_errors_are_the_same_on_all(four: list[dict[str, Any]], folder: Path) ->
         "state shape": "the checkpoint's optimiser state of stack.A doesn't fit: exp_avg is [8, 16, 64] float32,"
         f" here [8, 8, 64] float32.\nTrain the same parameters in the same dtype, or {new_run}.",
         "damaged": f"{path} can't be used: {damaged}.\nContinue from another one, or {new_run}.",
-        "none usable": f"{path} can't be used: {damaged}.\n"
-        f"No checkpoint there can be continued. Delete {folder}/errors to start over, or name another output.dir.",
+        "none usable": f"{path} can't be used: {damaged}.\nNo checkpoint there can be continued; {new_run}.",
         "not there": f"{folder}/errors/step-000009 is not there. Checkpoints are the step-… folders of a run.",
     }
     for result in four:

@@ -8,7 +8,7 @@ import pytest
 
 from train.config.load import Config, config_schema, parse_config
 from train.config.schema import keys
-from train.state.fingerprint import fingerprint_hash, resume_differences, resume_fingerprint, run_identity
+from train.state.fingerprint import resume_differences, resume_fingerprint
 
 MINIMAL = "model: {path: some/model}\ndata: {train: rows.jsonl}\noutput: {dir: out}\n"
 
@@ -89,7 +89,6 @@ def test_resume_names_the_key_that_changed(key: str) -> None:
     companion = companions.get(key, [])
     before = resume_fingerprint(parse_config(MINIMAL, companion))
     after = resume_fingerprint(parse_config(MINIMAL, [*companion, f"{key}={CHANGES[key]}"]))
-    assert fingerprint_hash(before) != fingerprint_hash(after)
     assert any(line.startswith(f"{key} is ") for line in resume_differences(before, after))
 
 
@@ -99,20 +98,17 @@ def test_keys_that_may_change_on_resume(key: str) -> None:
     before = parse_config(MINIMAL, companion)
     after = parse_config(MINIMAL, [*companion, f"{key}={FREE[key]}"])
     assert resume_differences(resume_fingerprint(before), resume_fingerprint(after)) == []
-    assert fingerprint_hash(resume_fingerprint(before)) == fingerprint_hash(resume_fingerprint(after))
-    # Whether a finished run is the one that is asked for is decided before any file is read.
-    assert (run_identity(before) == run_identity(after)) == (key not in ("model.path", "data.train", "data.eval"))
 
 
 def test_resume_differences_read_well_and_survive_json() -> None:
     before = json.loads(json.dumps(resume_fingerprint(with_keys("train.max_steps=5"))))
     after = resume_fingerprint(with_keys("train.max_steps=5 train.learning_rate=1e-3 train.max_grad_norm=null"))
     assert resume_differences(before, after) == [
-        "train.learning_rate is 0.001, the checkpoint has 0.0002",
-        "train.max_grad_norm is null, the checkpoint has 1.0",
+        "train.learning_rate is 0.001 now, 0.0002 there",
+        "train.max_grad_norm is null now, 1.0 there",
     ]
     assert resume_differences({"train.seed": 0, "train.old": 1}, {"train.seed": 0}) == [
-        "train.old is not set, the checkpoint has 1"
+        "train.old is not set now, 1 there"
     ]
 
 

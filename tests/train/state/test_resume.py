@@ -195,9 +195,9 @@ def test_resume_never_does_not_overwrite(world: World, tmp_path: Path, capsys: p
     arguments = settings(world, out, train__max_steps=2, train__resume="never")
     message = error_of(arguments, capsys)
     assert f"train.resume: never, but {out / 'checkpoints'} holds checkpoints (the newest: step-000002)" in message
-    assert f"rm -r {out / 'checkpoints'}" in message
     shutil.rmtree(out / "checkpoints")
-    assert main(arguments) == 0
+    assert f"train.resume: never, but a run has finished in {out}.\n" in error_of(arguments, capsys)
+    assert main([*arguments, "--restart"]) == 0
     assert [entry[:2] for entry in curve(out)] == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2)]
 
 
@@ -207,7 +207,7 @@ def test_another_config_in_the_same_folder_is_refused(
     out = tmp_path / "run"
     assert main(settings(world, out, train__max_steps=1)) == 0
     message = error_of(settings(world, out, train__max_steps=1, train__seed=5), capsys)
-    assert "train.seed is 5, the checkpoint has 0" in message
+    assert "train.seed is 5 now, 0 there" in message
 
 
 def test_files_may_move_but_not_change(
@@ -241,11 +241,9 @@ def test_files_may_move_but_not_change(
             path.write_text("".join(rows.splitlines(keepends=True)[1:]))
             message = error_of(arguments, capsys)
             if key == "data__train":
-                assert message.startswith("error: the training rows are not those of the checkpoint (")
+                assert message.startswith("error: the training rows are not those that the run began with (")
             else:
-                assert message.startswith(
-                    f"error: the held-out rows are not those of {out / 'checkpoints'}/step-000005"
-                )
+                assert message.startswith(f"error: the held-out rows are not those of {out / 'run.json'}, so that")
                 assert "data.eval\n" in message
             path.write_text(rows)
 
@@ -255,9 +253,9 @@ def test_files_may_move_but_not_change(
         patch.setattr("train.run.load_data", lambda *a, **k: pytest.fail("the rows were read"))
         message = error_of(arguments, capsys)
         assert message == (
-            f"error: model.path: {moved / 'model'} is not the model that {out / 'checkpoints' / 'step-000005'} was "
-            f"trained on ({world.model}):\n       config.json or the weights differ. Set model.path to that model, or "
-            "start a new run in another output.dir.\n"
+            f"error: model.path: {moved / 'model'} is not the model that {out / 'run.json'} was trained on "
+            f"({world.model}):\n       config.json or the weights differ. Set model.path to that model, or "
+            "start a new run in another output.dir, or with --restart, which moves this one aside.\n"
         )
 
     shutil.rmtree(moved / "model")

@@ -1,0 +1,115 @@
+"""What a command prints, and how it ends: text that any terminal can show, errors, Ctrl-C, readers that have gone away.
+
+Commands print through this file, since what they print has names, keys and texts of other people's files in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+from quant.common.errors import NibbleError
+from quant.common.words import printable
+
+LONGEST = 2000  # characters of a line
+INTERRUPTED = 130  # the exit code
+
+
+def legible(text: str) -> str:
+    """Text as it is shown and logged: control characters escaped, lines cut in the middle to LONGEST characters."""
+    return "\n".join(printable(line, LONGEST) for line in text.split("\n"))
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Print a message. One that can no longer be written is dropped; no run ends because of it."""
+    write(legible(text), stream)
+
+
+def write(text: str, stream: TextIO) -> None:
+    """Print a line as it is, for what other programs read (JSON, YAML), and flush. Dropped as by `say`."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Redirect `stream`, and what is still in its buffer, to /dev/null; Python's flush at exit would fail otherwise."""
+    with contextlib.suppress(OSError, ValueError):  # has no file descriptor, or is closed
+        target = stream.fileno()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, target)
+        os.close(null)
+
+
+def flush_streams() -> None:
+    """Flush both streams before exit; what can't be written is dropped, without a message or a change of exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before Python started (>&-)
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            silence(stream)
+
+
+def error_text(error: NibbleError) -> str:
+    """`error: …`, its further lines indented under the first."""
+    indent = " " * len("error: ")
+    first, *rest = str(error).splitlines() or [""]
+    return "\n".join([f"error: {first}", *(indent + line.removeprefix(indent) for line in rest)])
+
+
+def print_error(error: NibbleError) -> None:
+    say(error_text(error), sys.stderr)
+
+
+def exit_code(body: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """The exit code of body(), or of the NibbleError or Ctrl-C that ended it, which is printed."""
+    try:
+        return body()
+    except NibbleError as error:
+        print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        say(interrupted, sys.stderr)
+        return INTERRUPTED
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """main() as a process of its own: for streams of any encoding, whose readers may go away."""
+    import logging
+
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: say(record.getMessage(), sys.stderr)  # type: ignore[method-assign]
+    logging.getLogger("nibble").addHandler(handler)
+    try:
+        return main()
+    finally:
+        flush_streams()  # argparse, too, prints and leaves: --help | head
+        end_on_interrupt()
+
+
+def end_on_interrupt() -> None:
+    """Ctrl-C ends the process at once, without a traceback: while there is nothing to be put in order, as in imports,
+    which may not pass an exception on. A SIGINT that is ignored, as under nohup, stays ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_on_interrupt() -> None:
+    """Ctrl-C raises KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: object) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
