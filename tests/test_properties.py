@@ -13,14 +13,21 @@ def made() -> dict[str, Target]:
     return {target.name: target for target in targets()}
 
 
-NAMES = ("json", "headers", "configs", "indexes", "manifests", "adapters")
+NAMES = ("json", "headers", "configs", "indexes", "manifests", "adapters", "rows", "tokenizers", "templates", "yaml")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_whatever_is_in_a_file_gets_an_answer(made: dict[str, Target], name: str) -> None:
     target = made[name]
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
+    # A template's file is read by a process of its own, which takes longer than the others.
+    @settings(
+        max_examples=8 if name == "templates" else 60,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[*HealthCheck],
+    )
     @given(target.inputs)
     def opens(drawn: object) -> None:
         target.open(drawn)

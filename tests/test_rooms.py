@@ -23,6 +23,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models/load", "models/convert", "models/adapter_names", "models/__init__"),
     ("parallel",),
     ("train/config",),
+    ("train/rows",),
     ("train/data",),
     ("train/loss", "train/schedule", "train/optim", "train/signals", "train/model"),
     ("train/output",),

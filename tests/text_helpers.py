@@ -103,6 +103,23 @@ QWEN_TEMPLATE = """\
 {%- endif %}
 """
 
+# In the style of Qwen3.5: the prompt ends `<think>\\n`, a turn without reasoning is `<think>\\n\\n</think>\\n\\n…`.
+THINK_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {{- '<think>\\n' + (message.reasoning_content or '') + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- (message.content or '') + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n<think>\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
 # In the style of Mistral: BOS, strict alternation, EOS after each turn, no text for the generation prompt.
 MISTRAL_TEMPLATE = """\
 {{ bos_token }}
@@ -144,12 +161,18 @@ PLAIN_TEMPLATE = """\
 TEMPLATES = {
     "glm": GLM_TEMPLATE,
     "qwen": QWEN_TEMPLATE,
+    "think": THINK_TEMPLATE,
     "mistral": MISTRAL_TEMPLATE,
     "marked": MARKED_TEMPLATE,
     "plain": PLAIN_TEMPLATE,
 }
 # What ends generation with each template, besides eos_token.
-STOPS = {"glm": ("<|user|>", "<|observation|>"), "qwen": ("<|im_end|>",), "marked": ("<|im_end|>",)}
+STOPS = {
+    "glm": ("<|user|>", "<|observation|>"),
+    "qwen": ("<|im_end|>",),
+    "think": ("<|im_end|>",),
+    "marked": ("<|im_end|>",),
+}
 
 SPECIAL = (
     *("<s>", "</s>", "<pad>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),

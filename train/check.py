@@ -12,7 +12,7 @@ from pathlib import Path
 from quant.common.errors import NibbleError
 from train.config.load import Config
 from train.config.row_paths import row_files
-from train.data.bad_rows import BadRow
+from train.rows.bad_rows import BadRow
 
 ROWS = 100  # of each file
 
@@ -53,8 +53,8 @@ def check(config: Config, warn: Callable[[str], None]) -> tuple[list[str], list[
 
 def _check_rows(config: Config, file: str | Path, key: str, warn: Callable[[str], None]) -> str:
     """Read and check the first rows; returns how many, in words."""
-    from train.data.row_files import read_rows
-    from train.data.rows import parse_row
+    from train.rows.files import read_rows
+    from train.rows.parse import parse_row
 
     settings, count, problems = config.data, 0, list[str]()
     for row in islice(read_rows(file, form=settings.format, fields=settings.fields, key=key), ROWS):

@@ -35,6 +35,7 @@ from quant.common.errors import NibbleError
 from quant.common.jsonfile import JsonError, parse_json
 from quant.storage import StorageSpec
 from tests.fuzz.mutations import bytes_near, json_near, text_of
+from tests.fuzz.texts import text_inputs
 from tests.helpers import save_tiny_glm
 from tests.tiny import TINY
 
@@ -229,4 +230,5 @@ def targets() -> list[Target]:
         Target("indexes", text_of(json.loads((_hub() / INDEX).read_text())), _open_checkpoint),
         Target("manifests", text_of(_manifest()), _open_manifest),
         Target("adapters", text_of(_adapter_config()), _open_adapter),
+        *(Target(*of_text) for of_text in text_inputs(folder(), readable_messages)),
     ]

@@ -70,6 +70,11 @@ def combination_problems(
             f"data.packing: true with data.sequence_length: {data.sequence_length}: nothing fits together in so "
             "few tokens. Set data.sequence_length to 8 or more, or data.packing: false.",
         )
+    if data.template_variables and data.format == "text":
+        yield (
+            ("data.template_variables", "data.format"),
+            "data.template_variables with data.format: text: no chat template is used. Leave one of them out.",
+        )
     names = (*REQUIRED[data.format], *OPTIONAL.get(data.format, ()))
     for name in data.fields:
         if name not in names:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Strict, WithJsonSchema, model_validator
 
 from models.blocks.groups import TARGET_GROUPS
 
@@ -154,6 +154,12 @@ class DataConfig(Section):
         "names on the left are, by data.format: messages, tools, system, and role, content inside a message; prompt, "
         "completion (and of lists of messages tools, role, content); text. What is on the right of prompt, completion, "
         'text and system may join columns: "{instruction}\\n\\n{input}" (a brace: {{ or }}).',
+    )
+    template_variables: dict[Text, Annotated[JsonValue, WithJsonSchema({})]] = Field(
+        default_factory=dict,
+        json_schema_extra={"default": {}, "x-wanted": "a mapping of name to value"},
+        description="Variables of the chat template, for every text that it writes: {enable_thinking: false}. One that "
+        "the template doesn't read is an error, which lists those that it reads.",
     )
     sequence_length: Annotated[int, Field(ge=2, le=2**24)] = Field(
         default=2048,

@@ -1,6 +1,6 @@
-"""From files of rows to the batches of a run: reading, chat templates, tokenising, packing.
+"""From rows to the batches of a run: chat templates, tokenising, packing.
 
-Imports train.config, models.blocks, parallel and quant.common.
+Imports train.config, train.rows, models.blocks, parallel and quant.common.
 """
 
 IGNORED = -100  # the label of a position without loss, which torch.nn.functional.cross_entropy ignores too

@@ -11,39 +11,61 @@ The turn's own text is what R_i has after P_i. As long as each R_i is the beginn
 share one rendering; where the template rewrites, a new rendering begins. Every turn carries loss exactly
 once, in the text that the model will see.
 
-When P_i is not the beginning of R_i, the template's prompt states something that this turn contradicts.
-GLM-4.7 asks with `<think>`, and writes a turn without reasoning as `</think>…`; asked with
-`enable_thinking=False` it agrees, so that variable is tried next. Failing that too, the turn begins where P_i
-and R_i part. They may part inside a token (`<think>` and `</think>` share `<`); a token with any character in a span
-is labelled, so the token that differs is always learnt.
+Rendering all that precedes it for every turn takes time with the square of a conversation's length. In a long one, what
+a turn adds to the text is therefore taken from a short conversation, of its first and latest messages. It is compared
+with the whole at the turns 1, 2, 4, 8 … and at the end of each rendering; where they differ, the whole is rendered for
+every turn.
+
+A template may have several prompts. GLM-4.7 asks with `<think>`, and writes a turn without reasoning as
+`</think>…`, which is what it asks with when `enable_thinking` is false; Qwen3.5 asks with `<think>\\n`, and writes
+such a turn as `<think>\\n\\n</think>\\n\\n…`. So P_i is rendered without that variable, with false and with true, and
+the longest P_i that is the beginning of R_i counts: what any prompt already says is not for the model to write. It has
+to be so in tokens as well: `<think>\\n` is no beginning of `<think>\\n\\n</think>` where `\\n\\n` is one token, so
+train.data.examples takes the longest prompt after which a token begins. Where no P_i is the beginning of R_i, the turn
+begins where they part, which may be inside a token (`<think>` and `</think>` share `<`); a token with any character in
+a span is labelled, so the token that differs is always learnt.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quant.common.errors import NibbleError
+from quant.common.words import printable, shown, some
 
 Message = dict[str, Any]
+Conversation = tuple[Sequence[Message], Sequence[bool], list[Any] | None]  # messages, which to learn, tools
 
 # Older names of the field that templates read as reasoning_content.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+# Variables that every rendering sets.
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
+
+# The prompts that a template may have for the same turn.
+_ASKED: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"enable_thinking": True})
+
 # A conversation to find out how a template ends a turn.
 _ANSWER = "answer-yz"
 _PROBE = ({"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER})
+
+
+_LONG = 32  # messages from which on a conversation isn't rendered as a whole for each of its turns
+_NEAR = 8  # messages at the beginning and before a turn that may stand for all before it
+MAX_CHARACTERS = 2**24  # of one rendering
 
 
 class RenderError(Exception):
@@ -55,12 +77,18 @@ class Rendering:
     """A conversation, or its beginning, as text.
 
     spans: character ranges [start, end) that carry loss, in order, one per trained turn.
+    earlier: for each span the ends of other, shorter prompts for that turn, the longest first.
     next_role: the role after the last turn: the conversation's, else "tool" after tool calls and "user".
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    earlier: tuple[tuple[int, ...], ...]
     next_role: str
+
+
+class _NotAlikeError(Exception):
+    """A short conversation isn't continued as the whole one is."""
 
 
 class _GenerationTag(Extension):
@@ -80,17 +108,23 @@ class ChatTemplate:
     source: Jinja text. tool_source: the template to use when a row has tools, if the checkpoint has one.
     special_tokens: {"bos_token": …, "eos_token": …}, variables of the template.
     now: what `strftime_now` formats; None is the moment of the call.
-    Raises NibbleError (naming `where`) when a template isn't valid Jinja.
+    variables: more variables of every rendering, data.template_variables.
+    Raises NibbleError (naming `where` or `tool_where`) when a template isn't valid Jinja, or reads none of that name.
+
+    Jinja's sandbox keeps a template from everything but its variables, not from taking all time and memory:
+    train.data.template_process runs one that somebody else wrote.
     """
 
     def __init__(
         self,
         source: str,
-        special_tokens: dict[str, str] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
         *,
-        tool_source: str | None = None,
         where: str = "chat template",
+        tool_source: str | None = None,
+        tool_where: str = "",
         now: datetime | None = None,
+        variables: Mapping[str, Any] | None = None,
     ):
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
@@ -98,12 +132,34 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
-        try:
-            self._template = environment.from_string(source)
-            self._tool_template = self._template if tool_source is None else environment.from_string(tool_source)
-        except jinja2.TemplateSyntaxError as error:
-            raise NibbleError(f"{where}: line {error.lineno}: not a valid Jinja template: {error.message}") from error
         self._special_tokens = dict(special_tokens or {})
+        self._variables = dict(variables or {})
+        self._default = self._compiled(environment, source, where)
+        self._tool_use = self._default if tool_source is None else self._compiled(environment, tool_source, tool_where)
+        with self._limits(where):
+            read = set().union(
+                *(find_undeclared_variables(environment.parse(text)) for text in (source, tool_source or ""))
+            )
+        read -= {*environment.globals, *_GIVEN}
+        self._asked = _ASKED if "enable_thinking" in read else _ASKED[:1]
+        unread = self._variables.keys() - read
+        if unread:
+            names = some(sorted(map(printable, read)), 20) or "none"
+            raise NibbleError(
+                f"data.template_variables: {where} reads no {some(sorted(map(shown, unread)))}. Those that it reads: "
+                f"{names}."
+            )
+
+    def _compiled(self, environment: jinja2.Environment, source: str, where: str) -> tuple[jinja2.Template, str]:
+        with self._limits(where):
+            try:
+                return environment.from_string(source), where
+            except jinja2.TemplateSyntaxError as error:
+                where, reason = f"{where}: line {error.lineno}", error.message or ""
+                raise NibbleError(f"{where}: not a valid Jinja template: {printable(reason, 300)}") from error
+            except (SyntaxError, ValueError, TypeError, ArithmeticError) as error:  # of the code that Jinja makes of it
+                reason = error.msg if isinstance(error, SyntaxError) else str(error)
+                raise NibbleError(f"{where}: not a valid Jinja template: {printable(reason, 300)}") from error
 
     def render(
         self,
@@ -114,19 +170,34 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation, as transformers' `apply_chat_template(tokenize=False)` writes it.
 
-        Raises RenderError when the template refuses the messages or can't handle them.
+        Raises RenderError when the template refuses the messages or can't handle them, NibbleError when it goes beyond
+        its limits.
         """
-        template = self._template if tools is None else self._tool_template
+        template, where = self._default if tools is None else self._tool_use
+        with self._limits(where):
+            try:
+                text = template.render(
+                    messages=[_prepared(message) for message in messages],
+                    tools=tools,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **{**self._special_tokens, **self._variables, **variables},
+                )
+            except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+                raise RenderError(printable(str(error), 300) or type(error).__name__) from error
+        if len(text) > MAX_CHARACTERS:
+            raise NibbleError(f"{where}: writes {len(text):,} characters, more than {MAX_CHARACTERS:,}.")
+        return text
+
+    @contextmanager
+    def _limits(self, where: str) -> Iterator[None]:
+        """Around what runs code of the template from `where`."""
         try:
-            return template.render(
-                messages=[_prepared(message) for message in messages],
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._special_tokens, **variables},
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise RenderError(str(error) or type(error).__name__) from error
+            yield
+        except RecursionError as error:
+            raise NibbleError(f"{where}: nested too deep, or a macro that calls itself without end.") from error
+        except MemoryError as error:
+            raise NibbleError(f"{where}: needs too much memory.") from error
 
     def renderings(
         self, messages: Sequence[Message], trained: Sequence[bool], tools: list[Any] | None = None
@@ -136,43 +207,111 @@ class ChatTemplate:
         messages: the whole conversation. trained: for each message, whether it is a turn to learn.
         A turn of which the template writes nothing has no span. Raises RenderError.
         """
+        turns = [turn for turn, wanted in enumerate(trained) if wanted]
+        if len(messages) >= _LONG:
+            try:
+                return self._renderings(messages, turns, tools, shorten=True)
+            except _NotAlikeError:
+                pass
+        return self._renderings(messages, turns, tools, shorten=False)
+
+    def _renderings(
+        self, messages: Sequence[Message], turns: Sequence[int], tools: list[Any] | None, shorten: bool
+    ) -> list[Rendering]:
         result: list[Rendering] = []
         text, last = "", -1
         spans: list[tuple[int, int]] = []
-        for turn, wanted in enumerate(trained):
-            if not wanted:
-                continue
-            rendered = self.render(messages[: turn + 1], tools)
-            if spans and not rendered.startswith(text):
-                result.append(Rendering(text, tuple(spans), _next_role(messages, last)))
-                spans = []
-            text, last = rendered, turn
-            start = self._turn_start(messages, turn, rendered, tools)
-            if start < len(rendered):
-                spans.append((start, len(rendered)))
+        earlier: list[tuple[int, ...]] = []
+        unchecked = 0  # turns since the last one that the whole conversation was rendered for
+
+        def check(starts: list[int]) -> None:
+            if unchecked and (text, starts) != self._turn(messages, last, tools):
+                raise _NotAlikeError
+
+        starts: list[int] = []
+        for turn in turns:
+            added = self._added(messages, last, turn, tools) if shorten and spans else None
+            if added is not None:
+                starts = [len(text) + start for start in added[1]]
+                text, last = text + added[0], turn
+                unchecked += 1
+                if unchecked & (unchecked - 1) == 0:
+                    check(starts)
+            else:
+                rendered, rendered_starts = self._turn(messages, turn, tools)
+                if spans and not rendered.startswith(text):
+                    check(starts)
+                    result.append(Rendering(text, tuple(spans), tuple(earlier), _next_role(messages, last)))
+                    spans, earlier = [], []
+                text, starts, last, unchecked = rendered, rendered_starts, turn, 0
+            if starts[0] < len(text):
+                spans.append((starts[0], len(text)))
+                earlier.append(tuple(starts[1:]))
         if spans:
-            result.append(Rendering(text, tuple(spans), _next_role(messages, last)))
+            check(starts)
+            result.append(Rendering(text, tuple(spans), tuple(earlier), _next_role(messages, last)))
         return result
 
-    def _turn_start(self, messages: Sequence[Message], turn: int, rendered: str, tools: list[Any] | None) -> int:
-        before = messages[:turn]
+    def _added(
+        self, messages: Sequence[Message], last: int, turn: int, tools: list[Any] | None
+    ) -> tuple[str, list[int]] | None:
+        """What the rendering up to `turn` has after the one up to `last`, and where in that the turn may begin.
+
+        Found in a short conversation: the first messages and the latest. None where there is no such conversation, or
+        the turn is not simply added to it.
+        """
+        head, tail = _seam(messages, last)
+        if not head:
+            return None
+        short = [*messages[:head], *messages[tail : turn + 1]]
         try:
-            prompt = self.render(before, tools, add_generation_prompt=True)
-            if rendered.startswith(prompt):
-                return len(prompt)
-            for thinking in (False, True):
-                other_prompt = self.render(before, tools, add_generation_prompt=True, enable_thinking=thinking)
-                if rendered.startswith(other_prompt):
-                    return len(other_prompt)
-            # A prompt that differs from its beginning on would make the whole conversation part of the turn.
-            context = self.render(before, tools)
-            return max(_common(prompt, rendered), _common(context, rendered))
+            before = self.render(short[: head + last + 1 - tail], tools)
+            text, starts = self._turn(short, len(short) - 1, tools)
         except RenderError:
+            return None
+        if not text.startswith(before) or starts[-1] < len(before):
+            return None
+        return text[len(before) :], [start - len(before) for start in starts]
+
+    def _turn(self, messages: Sequence[Message], turn: int, tools: list[Any] | None) -> tuple[str, list[int]]:
+        """The text up to and including a turn, and the characters where that may begin, the last first."""
+        text = self.render(messages[: turn + 1], tools)
+        return text, self._turn_starts(messages, turn, text, tools)
+
+    def renderings_of(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | RenderError]:
+        """The renderings of many conversations; for one that the template refuses, the error."""
+        found: list[list[Rendering] | RenderError] = []
+        for messages, trained, tools in conversations:
+            try:
+                found.append(self.renderings(messages, trained, tools))
+            except RenderError as error:
+                found.append(error)
+        return found
+
+    def _turn_starts(self, messages: Sequence[Message], turn: int, rendered: str, tools: list[Any] | None) -> list[int]:
+        """The characters of `rendered` where the turn may begin, the last first."""
+        before = messages[:turn]
+        prompts = [*self._texts_of(before, tools, [{"add_generation_prompt": True, **asked} for asked in self._asked])]
+        fitting = {len(prompt) for prompt in prompts if rendered.startswith(prompt)}
+        if fitting:
+            return sorted(fitting, reverse=True)
+        # A prompt that differs from its beginning on would make the whole conversation part of the turn.
+        texts = [*prompts, *self._texts_of(before, tools, [{}])]
+        if not texts:
             # Nothing can be asked here: a conversation that the assistant opens, or a template that insists on a
             # user message. The turn then begins where it differs from another answer in its place.
             content = str(messages[turn].get("content") or "").lstrip()
             other = {"role": "assistant", "content": "y" if content.startswith("x") else "x"}
-            return _common(self.render([*before, other], tools), rendered)
+            texts = [self.render([*before, other], tools)]
+        return [max(_common(text, rendered) for text in texts)]
+
+    def _texts_of(
+        self, messages: Sequence[Message], tools: list[Any] | None, ways: list[dict[str, Any]]
+    ) -> Iterator[str]:
+        """The conversation rendered in each of these ways that the template doesn't refuse."""
+        for way in ways:
+            with suppress(RenderError):
+                yield self.render(messages, tools, **way)
 
     def closing(self) -> str:
         """The text that the template writes after an assistant's text, to end the turn; "" if nothing."""
@@ -195,57 +334,6 @@ class ChatTemplate:
         return longer[len(text) :] if longer.startswith(text) else ""
 
 
-def load_chat_template(
-    folder: str | Path, special_tokens: dict[str, str], *, now: datetime | None = None
-) -> ChatTemplate | None:
-    """The chat template of a checkpoint folder, or None if it has none.
-
-    Looked for in chat_template.jinja, then tokenizer_config.json, then chat_template.json (the last two may hold
-    one template or a list of named ones, of which "default" and "tool_use" are used).
-    """
-    folder = Path(folder)
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens, where=str(path), now=now)
-    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        value = _chat_template_entry(path)
-        if value is None:
-            continue
-        named = value if isinstance(value, dict) else {"default": value}
-        if "default" not in named:
-            raise NibbleError(
-                f"{path}: chat_template has no template named 'default', only {', '.join(named) or 'none'}"
-            )
-        return ChatTemplate(
-            named["default"], special_tokens, tool_source=named.get("tool_use"), where=f"{path}: chat_template", now=now
-        )
-    return None
-
-
-def missing_template(folder: str | Path) -> NibbleError:
-    """The error for rows of messages and a checkpoint that can't render them."""
-    return NibbleError(
-        f"{folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
-        "which data.format messages needs.\nPut the template of the instruction-tuned model there as "
-        "chat_template.jinja, or use data.format prompt_completion or text."
-    )
-
-
-def _chat_template_entry(path: Path) -> str | dict[str, str] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise NibbleError(f"{path}: not valid JSON: {error}") from error
-    value = value.get("chat_template") if isinstance(value, dict) else value
-    if isinstance(value, list):
-        return {entry["name"]: entry["template"] for entry in value}
-    if value is not None and not isinstance(value, str | dict):
-        raise NibbleError(f"{path}: chat_template is neither text nor a list of named templates")
-    return value
-
-
 def _prepared(message: Message) -> Message:
     """A message as templates expect it: no null fields, reasoning under the name that they read."""
     message = {key: value for key, value in message.items() if value is not None}
@@ -253,6 +341,19 @@ def _prepared(message: Message) -> Message:
     if reasoning is not None:
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
     return message
+
+
+def _seam(messages: Sequence[Message], last: int) -> tuple[int, int]:
+    """(head, tail) so that messages[:head] and messages[tail:] make a conversation with `last` in its second part: the
+    roles meet there as they do after messages[:head], and alternate as before. (0, 0) if there is none near.
+    """
+    roles = {i: messages[i]["role"] for i in (*range(_NEAR), *range(max(last - _NEAR, 0), last + 1)) if i <= last}
+    for tail in range(last, max(last - _NEAR, 1), -1):
+        for head in range(1, min(tail, _NEAR)):
+            alike = (roles[head - 1], roles[head]) == (roles[tail - 1], roles[tail])
+            if alike and (tail - head) % 2 == 0 and roles[tail] != "tool":
+                return head, tail
+    return 0, 0
 
 
 def _next_role(messages: Sequence[Message], turn: int) -> str:

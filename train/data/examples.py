@@ -13,7 +13,8 @@ the last turn it is appended; if the next speaker's token doesn't end generation
 appended. `text` and joined completions end with eos.
 
 A token belongs to a span when it covers any of its characters, also when it begins before it: what the model
-must write has to be learnt, whatever the prompt shares with its first token.
+must write has to be learnt, whatever the prompt shares with its first token. Where the template has several prompts
+for a turn, the longest after which a token begins counts.
 
 Rows longer than data.sequence_length. A conversation or a prompt and its completion is cut: what would follow has lost
 what it answers. A text is split into documents that fill the sequence, so that all of it is learnt: each begins with
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,13 +36,16 @@ from numpy.typing import NDArray
 from quant.common.errors import NibbleError
 from quant.common.words import some
 from train.config.sections import Format
-from train.data.bad_rows import BadRow, RowLog, SkippedRow
-from train.data.chat import ChatTemplate, RenderError, Rendering, missing_template
-from train.data.columns import Columns
+from train.data.chat import ChatTemplate, RenderError, Rendering
 from train.data.packing import shuffled
-from train.data.row_files import Row, read_rows
-from train.data.rows import Chat, Completion, parse_row
-from train.data.tokenizer import Encoded, Tokenizer
+from train.data.template_files import missing_template
+from train.data.template_process import TemplateProcess
+from train.data.token_backends import Encoded
+from train.data.tokenizer import Tokenizer
+from train.rows.bad_rows import BadRow, RowLog, SkippedRow
+from train.rows.columns import Columns
+from train.rows.files import Row, read_rows
+from train.rows.parse import Chat, Completion, Text, parse_row
 
 _CHUNK = 512  # rows tokenised at a time: enough for the library's threads, little memory
 
@@ -124,7 +128,7 @@ def build_examples(
     *,
     form: Format,
     tokenizer: Tokenizer,
-    template: ChatTemplate | None,
+    template: ChatTemplate | TemplateProcess | None,
     sequence_length: int,
     fields: Mapping[str, str] | None = None,
     key: str = "data.train",
@@ -135,36 +139,37 @@ def build_examples(
     """Read, check and tokenise all rows of a file, or of several in their order; the same files give the same arrays.
 
     An example longer than sequence_length is cut to it if something to learn is left, else dropped; a text is split.
-    warn: receives one line for a bad or cut row (see RowLog), and one for all columns that no field reads. progress:
-    receives the share done, 0 to 1.
+    warn: receives a line for a bad or cut row (see RowLog), one for all columns that no field reads, and one where the
+    training rows don't teach to stop. progress: receives the share done, 0 to 1.
     Raises NibbleError for a file that can't be read, for the first bad row with on_bad_row "error", and when no row
     is usable, and for messages when there is no template.
     """
     if form == "messages" and template is None:
         raise missing_template(tokenizer.where)
-    builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn), splits=form == "text")
+    builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn), form, fields)
+    if warn is not None and key == "data.train" and not builder.teaches_stopping:
+        templated = ", and the chat template ends a turn with none" if template is not None and form != "text" else ""
+        warn(
+            f"{tokenizer.where}: the model won't learn to stop. No token that ends a text is known: "
+            "tokenizer_config.json has no eos_token, generation_config.json and config.json have no eos_token_id"
+            f"{templated}."
+        )
     files = [files] if isinstance(files, str | Path) else files
-    fields = fields or {}
-    columns, pending = Columns(form, fields), list[_Piece]()
+    columns, pending = Columns(form, fields or {}), list[Row]()
     for number, file in enumerate(files):
-        before = builder.rows
-        for row in read_rows(file, form=form, fields=fields, key=key, columns=columns):
-            builder.rows += 1
-            try:
-                if row.problem is not None:
-                    raise row.problem
-                assert row.values is not None
+        count = 0
+        for row in read_rows(file, form=form, fields=fields or {}, key=key, columns=columns):
+            count += 1
+            if row.values is not None:
                 columns.add(row.values)
-                pending.append(_Piece(row, builder.rows - 1, list(_texts(row.values, form, fields, template))))
-            except BadRow as problem:
-                builder.log.bad(row.file, row.line, problem)
-            if len(pending) >= _CHUNK:
+            pending.append(row)
+            if len(pending) == _CHUNK:
                 builder.add(pending)
                 pending = []
-            if progress is not None and builder.rows % _CHUNK == 0:
-                progress((number + row.done) / len(files))
-        builder.file_rows.append(builder.rows - before)
-        if builder.rows == before and warn is not None:
+                if progress is not None:
+                    progress((number + row.done) / len(files))
+        builder.file_rows.append(count)
+        if not count and warn is not None:
             warn(f"{key}: {file} holds no rows.")
     builder.add(pending)
     if progress is not None:
@@ -203,7 +208,7 @@ class _Piece:
 
     row: Row
     index: int
-    texts: list[_Plain | Rendering]
+    texts: Sequence[_Plain | Rendering]
 
 
 @dataclass(frozen=True)
@@ -214,41 +219,41 @@ class _Plain:
     start: int
 
 
-def _texts(
-    values: dict[str, object], form: Format, fields: Mapping[str, str] | None, template: ChatTemplate | None
-) -> Iterator[_Plain | Rendering]:
-    parsed = parse_row(values, form, fields)
-    if isinstance(parsed, Completion) and template is not None:
-        messages = [{"role": "user", "content": parsed.prompt}, {"role": "assistant", "content": parsed.completion}]
-        parsed = Chat(messages, [False, True])
+def _texts(row: list[Rendering] | RenderError | Completion | Text | BadRow) -> Sequence[_Plain | Rendering]:
+    """What is to be tokenised of a row. Raises BadRow."""
+    if isinstance(row, BadRow):
+        raise row
+    if isinstance(row, RenderError):
+        raise BadRow("template_error", f"the chat template refuses the row: {row}") from row
+    if row == []:
+        raise BadRow("nothing_to_learn", "the chat template writes nothing for the assistant's turns")
     texts: Sequence[_Plain | Rendering]
-    if isinstance(parsed, Chat):
-        if template is None:  # a prompt and completion of messages
-            raise BadRow("no_template", "messages need a chat template, which the checkpoint doesn't have")
-        try:
-            texts = template.renderings(parsed.messages, parsed.trained, parsed.tools)
-        except RenderError as error:
-            raise BadRow("template_error", f"the chat template refuses the row: {error}") from error
-        if not texts:
-            raise BadRow("nothing_to_learn", "the chat template writes nothing for the assistant's turns")
-    elif isinstance(parsed, Completion):
-        texts = [_Plain(parsed.prompt + parsed.completion, len(parsed.prompt))]
+    if isinstance(row, Completion):
+        texts = [_Plain(row.prompt + row.completion, len(row.prompt))]
+    elif isinstance(row, Text):
+        texts = [_Plain(row.text, 0)]
     else:
-        texts = [_Plain(parsed.text, 0)]
+        texts = row
     for text in texts:
         try:
             text.text.encode()
         except UnicodeEncodeError as error:
             raise BadRow("not_utf8", f"half of a surrogate pair ({error.object[error.start]!a}) in the text") from error
-        yield text
+    return texts
 
 
 class _Builder:
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate | None, sequence_length: int, log: RowLog, splits: bool
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | TemplateProcess | None,
+        sequence_length: int,
+        log: RowLog,
+        form: Format,
+        fields: Mapping[str, str] | None,
     ):
         self.tokenizer, self.template, self.sequence_length, self.log = tokenizer, template, sequence_length, log
-        self.splits = splits
+        self.form, self.fields, self.splits = form, fields, form == "text"
         self.rows = self.cut = self.split = self.lost = 0
         self.file_rows: list[int] = []
         self._ids: list[NDArray[np.int32]] = []
@@ -257,12 +262,38 @@ class _Builder:
         closing = set() if template is None else {*tokenizer.encode(template.closing())}
         self._ends = tokenizer.eos_ids | (closing & tokenizer.special_ids)
         self._stops: dict[str, int | None] = {}
+        self.teaches_stopping = bool(tokenizer.eos_ids if self.splits or template is None else self._ends)
 
-    def add(self, pieces: list[_Piece]) -> None:
+    def add(self, rows: list[Row]) -> None:
+        parsed = [self._parsed(row) for row in rows]
+        chats = [(one.messages, one.trained, one.tools) for one in parsed if isinstance(one, Chat)]
+        rendered = iter(self.template.renderings_of(chats) if self.template is not None else ())
+        pieces = []
+        for row, one in zip(rows, parsed, strict=True):
+            self.rows += 1
+            try:
+                pieces.append(_Piece(row, self.rows - 1, _texts(next(rendered) if isinstance(one, Chat) else one)))
+            except BadRow as problem:
+                self.log.bad(row.file, row.line, problem)
         encoded = iter(self.tokenizer.encode_batch([text.text for piece in pieces for text in piece.texts]))
         for piece in pieces:
             examples = [self._labelled(text, next(encoded)) for text in piece.texts]
             self._keep(piece, examples)
+
+    def _parsed(self, row: Row) -> Chat | Completion | Text | BadRow:
+        if row.problem is not None:
+            return row.problem
+        assert row.values is not None
+        try:
+            parsed = parse_row(row.values, self.form, self.fields)
+        except BadRow as problem:
+            return problem
+        if isinstance(parsed, Chat) and self.template is None:  # a prompt and completion of messages
+            return BadRow("no_template", "messages need a chat template, which the checkpoint doesn't have")
+        if isinstance(parsed, Completion) and self.template is not None:
+            messages = [{"role": "user", "content": parsed.prompt}, {"role": "assistant", "content": parsed.completion}]
+            parsed = Chat(messages, [False, True])
+        return parsed
 
     def _labelled(self, text: _Plain | Rendering, encoded: Encoded) -> tuple[list[int], NDArray[np.bool_]]:
         if isinstance(text, Rendering):
@@ -276,8 +307,9 @@ class _Builder:
     def _chat_labels(self, text: Rendering, encoded: Encoded) -> tuple[list[int], NDArray[np.bool_]]:
         ids, tokens = list(encoded.ids), len(encoded.ids)
         mask = np.zeros(tokens + 1, np.bool_)
-        for start, end in text.spans:
-            first, stop = _first_token(encoded, start), bisect_left(encoded.offsets, end, key=lambda span: span[0])
+        for (start, end), earlier in zip(text.spans, text.earlier, strict=True):
+            first = _first_token(encoded, start, earlier)
+            stop = bisect_left(encoded.offsets, end, key=lambda span: span[0])
             terminator = self._terminator(text.text, encoded, first, stop, end)
             if terminator is not None:
                 stop = terminator + 1
@@ -365,6 +397,12 @@ class _Builder:
         return examples, DataReport(self.rows, self.cut, self.split, self.lost, skipped, self.file_rows)
 
 
-def _first_token(encoded: Encoded, start: int) -> int:
-    """The first token that reaches beyond the character `start`."""
-    return bisect_right(encoded.offsets, start, key=lambda span: span[1])
+def _first_token(encoded: Encoded, start: int, earlier: Sequence[int] = ()) -> int:
+    """The first token that reaches beyond `start`, or, where one lies across it, beyond the next of `earlier` across
+    which none lies.
+    """
+    found = [bisect_right(encoded.offsets, place, key=lambda span: span[1]) for place in (start, *earlier)]
+    for place, token in zip((start, *earlier), found, strict=True):
+        if token == len(encoded.offsets) or encoded.offsets[token][0] >= place:
+            return token
+    return found[0]

@@ -16,13 +16,13 @@ from quant.common.progress import Bar
 from train.config.load import Config
 from train.config.row_paths import row_files
 from train.config.sections import RowFiles
-from train.data.bad_rows import write_skipped_rows
 from train.data.batches import EvalBatches, StepBatches
-from train.data.chat import load_chat_template
 from train.data.examples import DataReport, Examples, build_examples, split_examples
 from train.data.mixture import copies_of_rows, repeated
 from train.data.packing import Packing, pack
+from train.data.template_files import load_chat_template
 from train.data.tokenizer import load_tokenizer
+from train.rows.bad_rows import write_skipped_rows
 
 _ARRAYS = [field.name for field in fields(Examples)]
 _Read = tuple[Examples, NDArray[np.int32] | None]  # and how often each row is learnt
@@ -127,7 +127,7 @@ def _read(
     """The rows of data.train and, where it is given, of data.eval."""
     settings = config.data
     tokenizer = load_tokenizer(folder)
-    template = load_chat_template(folder, tokenizer.special_tokens, now=now)
+    template = load_chat_template(folder, tokenizer.special_tokens, now=now, variables=settings.template_variables)
 
     def read(value: RowFiles, key: str) -> tuple[_Read, DataReport]:
         files = row_files(value, key)

@@ -7,60 +7,17 @@ BOS or EOS is added, and every token knows the characters it covers: labels are 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from models.blocks.configjson import text_section
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import LARGEST, flag, integer, read_json, table, text
+from quant.common.words import shown
+from train.data.token_backends import AddedTokenEntry, Backend, Encoded, SentencePiece, load_tokenizers
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
-class Encoded(NamedTuple):
-    """One tokenised text.
-
-    ids: token ids.
-    offsets: for each token the characters [start, end) of the text that it covers. Starts and ends never
-        decrease; the tokens of one character (byte fallback) share its range.
-    """
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-
-class AddedTokenEntry(NamedTuple):
-    """A token that is matched in the text before the model splits it."""
-
-    content: str
-    special: bool
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool = False
-
-
-class Backend(Protocol):
-    """What differs between the two libraries."""
-
-    @property
-    def size(self) -> int:
-        """One more than the highest id."""
-
-    @property
-    def special_ids(self) -> frozenset[int]: ...
-
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """Ids that the tokenizer itself puts before a plain document (Llama's BOS; none for GLM and Qwen)."""
-
-    def id_of(self, token: str) -> int | None: ...
-    def token_of(self, index: int) -> str: ...
-    def encode_batch(self, texts: list[str]) -> list[Encoded]: ...
-    def decode(self, ids: list[int], skip_special: bool) -> str: ...
 
 
 class Tokenizer:
@@ -106,7 +63,7 @@ class Tokenizer:
         index = self._backend.id_of(token)
         if index is None:
             raise NibbleError(
-                f"{self.where}: {name} is {token!r}, which the tokenizer doesn't know. "
+                f"{self.where}: {name} is {shown(token)}, which the tokenizer doesn't know. "
                 "tokenizer_config.json and the tokenizer don't belong together."
             )
         return index
@@ -115,8 +72,8 @@ class Tokenizer:
         worst = max(ids, default=-1)
         if worst >= self.vocab_size:
             raise NibbleError(
-                f"{self.where}: the tokenizer gives id {worst} ({self._backend.token_of(worst)!r}), but the model's "
-                f"vocabulary has {self.vocab_size} rows.\n"
+                f"{self.where}: the tokenizer gives id {worst} ({shown(self._backend.token_of(worst))}), but the "
+                f"model's vocabulary has {self.vocab_size} rows.\n"
                 "They don't belong together, or tokens were added without resizing the model."
             )
 
@@ -146,233 +103,101 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     """The tokenizer of a checkpoint folder.
 
     vocab_size: rows of the model's embedding; None reads it from the folder's config.json if that is there.
-    Raises NibbleError when the folder has no tokenizer, or files that contradict each other.
+    Raises NibbleError when the folder has no tokenizer, files that contradict each other, or values of a wrong type.
     """
     folder = Path(folder)
-    config = _read_json(folder / "tokenizer_config.json")
-    model_config = _read_json(folder / "config.json")
-    text = text_section(model_config)
-    named = _named_tokens({**_read_json(folder / "special_tokens_map.json"), **config})
-    added = _added_tokens(config)
+    named = {**_named_tokens(folder / "special_tokens_map.json"), **_named_tokens(folder / "tokenizer_config.json")}
+    special_tokens = {name: token for name, token in named.items() if token is not None}
+    added = _added_tokens(folder / "tokenizer_config.json")
 
     backend: Backend
     if (folder / "tokenizer.json").is_file():
-        backend = _load_tokenizers(folder / "tokenizer.json", added)
+        backend = load_tokenizers(folder / "tokenizer.json", added)
     elif (folder / "tokenizer.model").is_file():
-        for token, index in _read_json(folder / "added_tokens.json").items():
-            added.setdefault(int(index), AddedTokenEntry(token, special=False))
-        bos = named.get("bos_token", "<s>") if config.get("add_bos_token", True) else None
-        backend = _SentencePiece(folder / "tokenizer.model", added, bos)
-        for name, index in (("bos_token", backend.bos), ("eos_token", backend.eos)):
+        added = {**_older_added_tokens(folder / "added_tokens.json"), **added}
+        bos = special_tokens.get("bos_token", "<s>") if _adds_bos(folder / "tokenizer_config.json") else None
+        model = SentencePiece(folder / "tokenizer.model", added, bos)
+        for name, index in (("bos_token", model.bos), ("eos_token", model.eos)):
             if index >= 0:
-                named.setdefault(name, backend.token_of(index))
+                special_tokens.setdefault(name, model.token_of(index))
+        backend = model
     else:
         raise NibbleError(
             f"{folder}: no tokenizer: neither tokenizer.json nor tokenizer.model is there.\n"
             "It comes with the checkpoint: copy it from there (hf download <id> --include 'token*')."
         )
 
-    generation = _read_json(folder / "generation_config.json")
-    eos: list[int] = []
-    for source in (generation, text, model_config):
-        value = source.get("eos_token_id")
-        eos += value if isinstance(value, list) else [] if value is None else [value]
+    config = _read(folder / "config.json")
+    section, where = text_section(config), str(folder / "config.json")
+    if vocab_size is None and section.get("vocab_size") is not None:
+        vocab_size = integer(section, "vocab_size", 1, where)
     return Tokenizer(
         backend,
         where=str(folder),
-        special_tokens=named,
-        generation_eos=eos,
-        vocab_size=text.get("vocab_size") if vocab_size is None else vocab_size,
+        special_tokens=special_tokens,
+        generation_eos=[
+            *_eos_ids(_read(folder / "generation_config.json"), str(folder / "generation_config.json")),
+            *_eos_ids(section, where),
+            *_eos_ids(config, where),
+        ],
+        vocab_size=vocab_size,
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise NibbleError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise NibbleError(f"{path}: expected a JSON object")
-    return value
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path, dict) if path.is_file() else {}
 
 
-def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    named = {}
+def _named_tokens(path: Path) -> dict[str, str | None]:
+    config = _read(path)
+    named: dict[str, str | None] = {}
     for name in _NAMED_TOKENS:
         value = config.get(name)
         if isinstance(value, dict):  # an AddedToken written out
-            value = value.get("content")
-        if isinstance(value, str):
-            named[name] = value
+            named[name] = text({"content": None, **value}, "content", "absent", f"{path}: {name}")
+        elif name in config:
+            named[name] = None if value is None else text(config, name, "absent", str(path))
     return named
 
 
-def _added_tokens(config: dict[str, Any]) -> dict[int, AddedTokenEntry]:
-    decoder = config.get("added_tokens_decoder")
-    if not isinstance(decoder, dict):
-        return {}
-    flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
-    return {
-        int(index): AddedTokenEntry(entry["content"], **{flag: bool(entry.get(flag, False)) for flag in flags})
-        for index, entry in sorted(decoder.items(), key=lambda item: int(item[0]))
-    }
+def _adds_bos(path: Path) -> bool:
+    config = _read(path)
+    return config.get("add_bos_token", True) is not None and flag(config, "add_bos_token", True, str(path))
 
 
-def _load_tokenizers(path: Path, added: dict[int, AddedTokenEntry]) -> _Tokenizers:
-    import tokenizers
+def _eos_ids(config: dict[str, Any], where: str) -> list[int]:
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < LARGEST for i in ids):
+        raise NibbleError(f"{where}: eos_token_id must be the id of a token or a list of ids, got {shown(value)}.")
+    return ids
 
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise NibbleError(
-            f"{path}: the tokenizers library can't read it: {error}\n"
-            "The file may be cut off (fetch it again) or newer than the library (pip install -U tokenizers)."
-        ) from error
-    # Tokens that only tokenizer_config.json names; transformers adds them too.
-    for index, entry in added.items():
-        if tokenizer.token_to_id(entry.content) is not None:
-            continue
-        token = tokenizers.AddedToken(
-            entry.content,
-            lstrip=entry.lstrip,
-            rstrip=entry.rstrip,
-            single_word=entry.single_word,
-            normalized=entry.normalized,
-            special=entry.special,
+
+def _added_tokens(path: Path) -> dict[int, AddedTokenEntry]:
+    """Of added_tokens_decoder, {"151643": {"content": "<|endoftext|>", "special": true}}, by id."""
+    where = f"{path}: added_tokens_decoder"
+    decoder = table(_read(path), "added_tokens_decoder", str(path))
+    found: dict[int, AddedTokenEntry] = {}
+    for index in decoder:
+        if not (index.isascii() and index.isdecimal() and len(index) < 10):
+            raise NibbleError(f"{where}: {shown(index)} is not the id of a token.")
+        if int(index) in found:
+            raise NibbleError(f"{where} has two tokens with the id {int(index)}.")
+        entry = table(decoder, index, where)
+        flags = {name: flag(entry, name, False, f"{where}: {index}") for name in AddedTokenEntry._fields[1:]}
+        found[int(index)] = AddedTokenEntry(
+            text({"content": None, **entry}, "content", "absent", f"{where}: {index}"), **flags
         )
-        tokenizer.add_tokens([token])
-        if tokenizer.token_to_id(entry.content) != index:
-            raise NibbleError(
-                f"{path.parent}: tokenizer_config.json gives {entry.content!r} the id {index}, but in tokenizer.json "
-                f"its place would be {tokenizer.token_to_id(entry.content)}. Fetch both files again."
-            )
-    return _Tokenizers(tokenizer)
+    return dict(sorted(found.items()))
 
 
-class _Tokenizers:
-    def __init__(self, tokenizer: Any):
-        # Truncation or padding saved in the file would cut or fill training rows without a word.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        # The post-processor adds special tokens, which the template writes here, and may trim white space off the
-        # offsets, which would leave tokens that cover nothing. What it would put before a document is kept.
-        with_special, plain = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
-        self.prefix = tuple(_before(with_special.ids, plain.ids))
-        tokenizer.post_processor = None
-        self._tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self.size = max(vocabulary.values(), default=-1) + 1
-        self.special_ids = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
-
-    def id_of(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-    def token_of(self, index: int) -> str:
-        return self._tokenizer.id_to_token(index) or ""
-
-    def encode_batch(self, texts: list[str]) -> list[Encoded]:
-        batch = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [Encoded(one.ids, one.offsets) for one in batch]
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
-
-
-def _before(whole: list[int], part: list[int]) -> list[int]:
-    """What comes before the first occurrence of `part` in `whole`."""
-    for start in range(len(whole) - len(part) + 1):
-        if whole[start : start + len(part)] == part:
-            return whole[:start]
-    return []
-
-
-class _SentencePiece:
-    """sentencepiece with the same interface.
-
-    The library doesn't look for special tokens in a text, so the text is split at them first. The space that
-    a model puts before a text is put before the first piece only, not after each special token
-    (transformers' `legacy=False`).
-    """
-
-    def __init__(self, path: Path, added: dict[int, AddedTokenEntry], bos_token: str | None):
-        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2, sentencepiece_pb2
-
-        proto = sentencepiece_model_pb2.ModelProto()
-        try:
-            proto.ParseFromString(path.read_bytes())
-            self._first = SentencePieceProcessor(model_proto=proto.SerializeToString())
-            proto.normalizer_spec.add_dummy_prefix = False
-            self._inner = SentencePieceProcessor(model_proto=proto.SerializeToString())
-        except Exception as error:  # protobuf's DecodeError or the library's RuntimeError
-            raise NibbleError(f"{path}: sentencepiece can't read it: {error}. Fetch the file again.") from error
-        self._result = sentencepiece_pb2.SentencePieceText
-        pieces = self._first.get_piece_size()
-        control = {i: self._first.id_to_piece(i) for i in range(pieces) if self._first.is_control(i)}
-        self._by_id = {**control, **{i: entry.content for i, entry in added.items()}}
-        self._by_token = {token: i for i, token in self._by_id.items()}
-        self._split = re.compile(
-            "|".join(re.escape(t) for t in sorted(self._by_token, key=len, reverse=True)) or "(?!)"
-        )
-        self.size = max([pieces - 1, *self._by_id]) + 1
-        self.special_ids = frozenset([*control, *(i for i, entry in added.items() if entry.special)])
-        self.bos: int = self._first.bos_id()
-        self.eos: int = self._first.eos_id()
-        prefix = None if bos_token is None else self.id_of(bos_token)
-        self.prefix: tuple[int, ...] = () if prefix is None else (prefix,)
-
-    def id_of(self, token: str) -> int | None:
-        if token in self._by_token:
-            return self._by_token[token]
-        index = self._first.piece_to_id(token)
-        return index if self._first.id_to_piece(index) == token else None
-
-    def token_of(self, index: int) -> str:
-        return self._by_id[index] if index in self._by_id else self._first.id_to_piece(index)
-
-    def encode_batch(self, texts: list[str]) -> list[Encoded]:
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> Encoded:
-        result = Encoded([], [])
-        position = 0
-        for match in self._split.finditer(text):
-            self._encode_plain(text, position, match.start(), result)
-            result.ids.append(self._by_token[match.group()])
-            result.offsets.append(match.span())
-            position = match.end()
-        self._encode_plain(text, position, len(text), result)
-        return result
-
-    def _encode_plain(self, text: str, start: int, end: int, result: Encoded) -> None:
-        if start == end:
-            return
-        segment = text[start:end]
-        found = self._result()
-        found.ParseFromString((self._inner if start else self._first).encode(segment, out_type="serialized_proto"))
-        # The library counts bytes. Pieces that cover nothing (the space put in front, all but the last byte of a
-        # character spelt in bytes) get the range of the piece that follows them.
-        chars = list(range(len(segment) + 1))
-        if not segment.isascii():
-            chars = [i for i, char in enumerate(segment) for _ in char.encode()] + [len(segment)]
-        offsets: list[tuple[int, int]] = []
-        following = len(segment)
-        for piece in reversed(found.pieces):
-            begin, stop = chars[piece.begin], chars[piece.end]
-            if begin == stop and offsets:
-                stop = following
-            offsets.append((start + begin, start + stop))
-            following = stop
-        result.ids.extend(piece.id for piece in found.pieces)
-        result.offsets.extend(reversed(offsets))
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        cuts = [-1, *(i for i, index in enumerate(ids) if index in self._by_id), len(ids)]
-        text = ""
-        for before, after in pairwise(cuts):
-            part = ids[before + 1 : after]
-            text += (self._inner if before >= 0 else self._first).decode(part) if part else ""
-            if after < len(ids) and not (skip_special and ids[after] in self.special_ids):
-                text += self._by_id[ids[after]]
-        return text
+def _older_added_tokens(path: Path) -> dict[int, AddedTokenEntry]:
+    """Of added_tokens.json, {"<|endoftext|>": 151643}, by id."""
+    config = _read(path)
+    found: dict[int, AddedTokenEntry] = {}
+    for token in config:
+        index = integer(config, token, 0, str(path), least=0)
+        if index in found:
+            raise NibbleError(f"{path}: {shown(found[index].content)} and {shown(token)} have the same id {index}.")
+        found[index] = AddedTokenEntry(token, special=False)
+    return found

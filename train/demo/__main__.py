@@ -90,7 +90,7 @@ def answer(model: CausalLM, tokenizer: Tokenizer, folder: Path, question: str) -
     """The model's most likely answer, token by token. Every token computes the whole text again: fine for one line."""
     import torch
 
-    from train.data.chat import load_chat_template, missing_template
+    from train.data.template_files import load_chat_template, missing_template
 
     template = load_chat_template(folder, tokenizer.special_tokens)
     if template is None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quant.common.errors import NibbleError
-from tests.text_helpers import GLM_TEMPLATE, TEMPLATES, byte_level_tokenizer, say, write_json
-from train.data.chat import ChatTemplate, RenderError, Rendering, load_chat_template, missing_template
+from tests.text_helpers import TEMPLATES, byte_level_tokenizer, say
+from train.data.chat import ChatTemplate, Message, RenderError, Rendering
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln <b>", "days": 2}}}
@@ -99,6 +98,46 @@ def test_the_date_can_be_fixed() -> None:
     assert fixed.render(say("hi")) == "26 Jul 2024"
 
 
+@pytest.mark.parametrize("name", ["qwen", "glm", "think"])
+def test_variables_are_in_every_rendering(reference: Any, name: str) -> None:
+    messages = say("q", "a")
+    for thinking in (False, True):
+        ours = ChatTemplate(TEMPLATES[name], TOKENS, variables={"enable_thinking": thinking})
+        for prompt in (False, True):
+            assert ours.render(messages, None, prompt) == reference.apply_chat_template(
+                messages,
+                tokenize=False,
+                chat_template=TEMPLATES[name],
+                add_generation_prompt=prompt,
+                enable_thinking=thinking,
+            )
+    signed = "{% for m in messages %}{{ m.content }}{{ sign }}{{ style.end[0] }}{% endfor %}"
+    made = ChatTemplate(signed, variables={"sign": "!", "style": {"end": ["</s>"]}})
+    (rendering,) = made.renderings(messages, [False, True])
+    assert (rendering.text, learnt(rendering)) == ("q!</s>a!</s>", ["a!</s>"])
+    assert (made.closing(), made.following("user")) == ("!</s>", "z!</s>")
+
+
+def test_a_variable_that_the_template_does_not_read() -> None:
+    source = (
+        "{% set mine = 1 %}{% for m in messages %}{{ m.content }}{% endfor %}{{ bos_token }}"
+        "{{ 'x' if enable_thinking }}{% if preserve_thinking is defined and tools and add_generation_prompt %}"
+        "{{ raise_exception(mine) }}{% endif %}"
+    )
+    fitting = ChatTemplate(source, variables={"enable_thinking": 1, "preserve_thinking": None, "bos_token": "<b>"})
+    assert fitting.render(say("hi")) == "hi<b>x"
+    for name in ("enable_thinkin", "mine", "messages", "tools", "raise_exception", "m"):
+        with pytest.raises(NibbleError) as caught:
+            ChatTemplate(source, where="t.jinja", variables={name: True, "enable_thinking": True})
+        assert str(caught.value) == (
+            f"data.template_variables: t.jinja reads no '{name}'. Those that it reads: bos_token, enable_thinking, "
+            "preserve_thinking."
+        )
+    with pytest.raises(NibbleError, match=r"reads no 'x'\. Those that it reads: none\.$"):
+        ChatTemplate("", variables={"x": 1})
+    assert ChatTemplate("", tool_source="{{ x }}", variables={"x": 1}).render([], []) == "1"
+
+
 def test_templates_are_sandboxed() -> None:
     for attack in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages.__init__.__globals__ }}"):
         with pytest.raises(RenderError):
@@ -108,7 +147,7 @@ def test_templates_are_sandboxed() -> None:
 
 def test_one_turn_learns_what_follows_the_prompt() -> None:
     (rendering,) = renderings("qwen", say("q", "answer"))
-    assert learnt(rendering) == ["<think>\n\n</think>\n\nanswer<|im_end|>\n"]
+    assert learnt(rendering) == ["answer<|im_end|>\n"], "asked without thinking, the prompt already has </think>"
     assert rendering.text.startswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>")
     (rendering,) = renderings("mistral", say("q", "answer"))
     assert learnt(rendering) == [" answer</s>"]
@@ -140,8 +179,8 @@ def test_a_template_that_drops_reasoning_gives_each_turn_the_text_it_was_written
 
     # Qwen writes an empty think block for the last turn only, so it rewrites even without reasoning.
     assert [learnt(rendering) for rendering in renderings("qwen", say("q1", "a1", "q2", "a2"))] == [
-        ["<think>\n\n</think>\n\na1<|im_end|>\n"],
-        ["<think>\n\n</think>\n\na2<|im_end|>\n"],
+        ["a1<|im_end|>\n"],
+        ["a2<|im_end|>\n"],
     ]
 
 
@@ -188,6 +227,19 @@ def test_only_the_chosen_turns_are_learnt() -> None:
     (rendering,) = template("mistral").renderings(messages, [False, True, False, False, False, False])
     assert rendering.text == "<s>[INST] q1 [/INST] a1</s>", "nothing after the last turn to learn is needed"
     assert template("mistral").renderings(messages, [False] * 6) == []
+
+
+def test_the_longest_prompt_that_begins_the_text_counts() -> None:
+    thinks = template("think")
+    (rendering,) = thinks.renderings(say("q", "answer"), [False, True])
+    assert learnt(rendering) == ["answer<|im_end|>\n"]
+    asked = [rendering.text[:end] for end in (rendering.spans[0][0], *rendering.earlier[0])]
+    assert asked == [
+        thinks.render(say("q"), add_generation_prompt=True, **options) for options in ({"enable_thinking": False}, {})
+    ]
+    (rendering,) = thinks.renderings(say("q", "answer", reasoning_content="why"), [False, True])
+    assert learnt(rendering) == ["why\n</think>\n\nanswer<|im_end|>\n"]
+    assert rendering.earlier == ((),)
 
 
 def test_a_prompt_that_contradicts_the_turn_ends_where_they_part() -> None:
@@ -240,48 +292,93 @@ def test_the_templates_reason_is_passed_on() -> None:
         ChatTemplate("{{ messages + 1 }}").render(say("hi"))
 
 
-def test_where_templates_are_looked_for(tmp_path: Path) -> None:
-    assert load_chat_template(tmp_path, TOKENS) is None
-    named = [{"name": "default", "template": "default"}, {"name": "tool_use", "template": "tools"}]
-    for name, value, expected in (
-        ("chat_template.json", {"chat_template": "from json"}, "from json"),
-        ("tokenizer_config.json", {"chat_template": "{{ bos_token }} config"}, "<s> config"),
-        ("tokenizer_config.json", {"chat_template": named}, "default"),
-    ):
-        write_json(tmp_path / name, value)
-        found = load_chat_template(tmp_path, TOKENS)
-        assert found is not None
-        assert found.render(say("hi")) == expected
-    assert found is not None
-    assert found.render(say("hi"), TOOLS) == "tools"
-    (tmp_path / "chat_template.jinja").write_text("from jinja")
-    newer = load_chat_template(tmp_path, TOKENS)
-    assert newer is not None
-    assert newer.render(say("hi")) == "from jinja"
+class Counting(ChatTemplate):
+    """Counts the messages that it renders."""
+
+    rendered = 0
+
+    def render(self, messages: Sequence[Message], *arguments: Any, **options: Any) -> str:
+        self.rendered += len(messages)
+        return super().render(messages, *arguments, **options)
 
 
-def test_no_template() -> None:
-    message = str(missing_template(Path("/models/base")))
-    assert message.startswith(
-        "/models/base: no chat template (chat_template.jinja, or chat_template in tokenizer_config"
-    )
-    assert "data.format prompt_completion or text" in message
-    assert message.count("\n") < 3
+def chain(count: int, **last: Any) -> list[dict[str, Any]]:
+    """One question, and calls of tools with their answers."""
+    messages = [{"role": "system", "content": "Use tools."}, {"role": "user", "content": "go"}]
+    for number in range(count // 2 - 1):
+        call = {"function": {"name": "f", "arguments": {"x": number}}}
+        messages.append({"role": "assistant", "content": "", "reasoning_content": f"r{number}", "tool_calls": [call]})
+        messages.append({"role": "tool", "content": f"answer {number}"})
+    return [*messages, {"role": "assistant", "content": "done"}]
 
 
-def test_broken_templates(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_text(GLM_TEMPLATE + "\n{% if %}")
-    line = GLM_TEMPLATE.count("\n") + 2
-    with pytest.raises(NibbleError, match=rf"chat_template.jinja: line {line}: not a valid Jinja template: Expected"):
-        load_chat_template(tmp_path, TOKENS)
-    (tmp_path / "chat_template.jinja").unlink()
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"chat_template": [{"name": "rag", "template": ""}]}))
-    with pytest.raises(NibbleError, match=r"chat_template has no template named 'default', only rag"):
-        load_chat_template(tmp_path, TOKENS)
-    config.write_text(json.dumps({"chat_template": 3}))
-    with pytest.raises(NibbleError, match=r"chat_template is neither text nor a list of named templates"):
-        load_chat_template(tmp_path, TOKENS)
-    config.write_text("{")
-    with pytest.raises(NibbleError, match=r"tokenizer_config.json: not valid JSON"):
-        load_chat_template(tmp_path, TOKENS)
+def numbered(count: int, **every: Any) -> list[dict[str, Any]]:
+    messages = say(*(f"{'qa'[i % 2]}{i}\n" * (i % 3 + 1) for i in range(count)))
+    return [{**message, **(every if message["role"] == "assistant" else {})} for message in messages]
+
+
+def with_a_system_message(count: int) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": "Be brief."}, *numbered(count)]
+
+
+def parallel_calls(count: int) -> list[dict[str, Any]]:
+    """As many tools' answers after each call as its number says."""
+    messages = say("go")
+    while len(messages) < count:
+        call = {"function": {"name": "f", "arguments": {"x": len(messages)}}}
+        calls = [call] * (1 + len(messages) % 3)
+        messages.append({"role": "assistant", "content": "", "reasoning_content": "r", "tool_calls": calls})
+        messages += [{"role": "tool", "content": f"answer {len(messages)}"} for _ in calls]
+    return messages
+
+
+LONG = {
+    "turns": numbered,
+    "reasoning": partial(numbered, reasoning_content="because"),
+    "system": with_a_system_message,
+    "tools": chain,
+    "parallel": parallel_calls,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_long_conversations_are_learnt_as_turn_by_turn(name: str, kind: str) -> None:
+    messages = LONG[kind](70)
+    made = Counting(TEMPLATES[name], TOKENS)
+    turns = [i for i, wanted in enumerate(trained(messages)) if wanted]
+    for chosen in (turns, turns[::3], turns[-2:]):
+        try:
+            expected = made._renderings(messages, chosen, None, shorten=False)
+        except RenderError:
+            with pytest.raises(RenderError):
+                made.renderings(messages, [i in chosen for i in range(len(messages))])
+        else:
+            assert made.renderings(messages, [i in chosen for i in range(len(messages))]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    # Where Qwen's and GLM's rewrite every turn, the texts themselves grow with the square.
+    [("glm", "turns"), ("glm", "tools"), ("glm", "parallel"), ("qwen", "tools"), ("mistral", "turns")]
+    + [(name, kind) for name in ("think", "marked", "plain") for kind in ("turns", "reasoning", "system")],
+)
+def test_the_work_for_a_conversation_grows_with_its_length(name: str, kind: str) -> None:
+    work = []
+    for count in (250, 500, 1000):
+        made, messages = Counting(TEMPLATES[name], TOKENS), LONG[kind](count)
+        assert len(made.renderings(messages, trained(messages))) <= 2
+        work.append(made.rendered)
+    assert work[2] < 60 * 1000, "turn by turn it is above 500 × 1000"
+    assert work[2] < 2.5 * work[1] < 6.25 * work[0]
+
+
+def test_a_template_that_looks_back_far_is_rendered_whole() -> None:
+    far = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ ' ' * (loop.index0 // 20) }}{% endfor %}"
+    counts = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ loop.index }}{% endfor %}"
+    first = "{% for m in messages %}{{ loop.index if loop.index > 40 }}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    for source in (far, counts, first):
+        made, messages = ChatTemplate(source), numbered(70)
+        turns = [i for i, wanted in enumerate(trained(messages)) if wanted]
+        expected = made._renderings(messages, turns, None, shorten=False)
+        assert made.renderings(messages, trained(messages)) == expected

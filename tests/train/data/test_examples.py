@@ -11,8 +11,10 @@ import pytest
 
 from quant.common.errors import NibbleError
 from tests.text_helpers import TEMPLATES, save_checkpoint_texts, say, sentencepiece_model, write_json, write_lines
-from train.data.chat import ChatTemplate, load_chat_template
+from train.data.chat import ChatTemplate
 from train.data.examples import DataReport, Examples, build_examples, split_examples
+from train.data.template_files import load_chat_template
+from train.data.template_process import TemplateProcess
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -22,7 +24,9 @@ class Setup:
     def __init__(self, folder: Path, template: str | None = None):
         self.folder = save_checkpoint_texts(folder / "model", template)
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
-        self.template: ChatTemplate | None = load_chat_template(self.folder, self.tokenizer.special_tokens)
+        self.template: ChatTemplate | TemplateProcess | None = load_chat_template(
+            self.folder, self.tokenizer.special_tokens
+        )
         self.path = folder / "rows.jsonl"
 
     def build(self, *rows: Any, form: str = "messages", **options: Any) -> tuple[Examples, DataReport]:
@@ -57,7 +61,7 @@ def test_the_answer_and_the_end_of_the_turn_are_learnt(tmp_path: Path) -> None:
     qwen = Setup(tmp_path / "qwen", "qwen")
     examples, _ = qwen.build(say("What is 2 + 3?", "It is 5."))
     assert qwen.text(examples, 0).endswith("It is 5.<|im_end|>\n")
-    assert qwen.learnt(examples) == ["<think>\n\n</think>\n\nIt is 5.<|im_end|>"], "the newline is never generated"
+    assert qwen.learnt(examples) == ["It is 5.<|im_end|>"], "the newline is never generated"
 
     mistral = Setup(tmp_path / "mistral", "mistral")
     examples, _ = mistral.build(say("q1", "a1", "q2", "a2"))
@@ -144,6 +148,47 @@ def test_a_token_that_begins_before_the_span_is_learnt(tmp_path: Path) -> None:
     assert setup.learnt(examples) == [" clips</s>"]
     examples, _ = setup.build({"prompt": "a", "completion": "🙂"}, form="prompt_completion")
     assert setup.learnt(examples) == ["🙂</s>"], "all four bytes of the character"
+
+
+def test_what_a_prompt_without_thinking_says_is_not_learnt(tmp_path: Path) -> None:
+    setup = Setup(tmp_path, "think")
+    examples, report = setup.build(say("2 + 3?", "5"), say("2 + 3?", "5", reasoning_content="add"))
+    assert setup.learnt(examples, 0) == ["5<|im_end|>"]
+    assert setup.learnt(examples, 1) == ["add\n</think>\n\n5<|im_end|>"]
+
+    # Cut before the answer nothing is left to learn, which is said.
+    short = int(np.flatnonzero(examples[0][1])[0])
+    examples, report = setup.build(say("2 + 3?", "5"), say("x", "5"), sequence_length=short)
+    assert examples.rows.tolist() == [1]
+    assert [row.reason for row in report.skipped_rows] == ["too_long"]
+
+
+def test_a_prompt_counts_where_a_token_begins_after_it(tmp_path: Path) -> None:
+    setup = Setup(tmp_path)
+    head = "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{{ '<think>\n\n</think>' }}{% endif %}"
+    tail = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>%s{% endif %}"
+    thinks = "{% if enable_thinking is defined %}{{ '<think>\n' }}{% endif %}"
+    assert len(setup.tokenizer.encode("\n\n")) == 1 == len(setup.tokenizer.encode("\n"))
+    # The longer prompt ends within the token of two newlines: it is another text to the model.
+    setup.template = ChatTemplate(head + tail.replace("%s", thinks))
+    assert setup.template.renderings(say("q", "a"), [False, True])[0].text.endswith("<think>\n\n</think>a")
+    assert setup.learnt(setup.build(say("q", "a"))[0]) == ["<think>\n\n</think>a</s>"]
+    # Where it is the only one, the token that differs is learnt.
+    setup.template = ChatTemplate(head + tail.replace("%s", "{{ '<think>\n' }}"))
+    assert setup.learnt(setup.build(say("q", "a"))[0]) == ["\n\n</think>a</s>"]
+
+
+def test_masks_equal_those_of_a_template_that_marks_the_turns(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    setup = Setup(tmp_path, "marked")
+    theirs = AutoTokenizer.from_pretrained(setup.folder)
+    for messages in (say("q1", "a1", "q2", " a2 \n", "q3"), say("2 + 3?", "café 数学 🙂 5")):
+        expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        tokens, mask = setup.build(messages)[0][0]
+        assert tokens.tolist() == expected["input_ids"][: len(tokens)]
+        assert mask.astype(int).tolist() == expected["assistant_masks"][: len(tokens)]
+        assert not any(expected["assistant_masks"][len(tokens) :])
 
 
 def test_prompt_and_completion_with_and_without_a_template(tmp_path: Path) -> None:
@@ -329,9 +374,43 @@ def test_a_text_of_one_token_has_nothing_to_learn(tmp_path: Path) -> None:
     examples, report = setup.build({"text": "a"}, {"text": "ab"}, form="text", warn=told.append)
     assert examples.rows.tolist() == [1]
     assert [row.reason for row in report.skipped_rows] == ["nothing_to_learn"]
-    assert told == [
+    assert told[1:] == [
         f"{setup.path}:1: no token is left to learn; row skipped (data.on_bad_row: skip). 1 such row so far."
     ]
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt_completion", "text"])
+@pytest.mark.parametrize("name", [None, "plain", "glm", "mistral", "qwen"])
+def test_where_no_token_ends_a_turn_it_is_said_that_stopping_is_not_learnt(
+    tmp_path: Path, name: str | None, form: str
+) -> None:
+    if name is None and form == "messages":
+        pytest.skip("messages need a template")
+    setup = Setup(tmp_path, name)
+    row = {
+        "messages": {"messages": say("q", "a")},
+        "prompt_completion": {"prompt": "q", "completion": " a"},
+        "text": {"text": "q a"},
+    }[form]
+    told: list[str] = []
+    setup.build(row, row, form=form, warn=told.append)
+    assert told == []
+    (setup.folder / "generation_config.json").unlink()
+    write_json(setup.folder / "tokenizer_config.json", {})
+    setup.tokenizer = load_tokenizer(setup.folder)
+    if name == "mistral":  # its template then writes no eos_token either
+        setup.template = ChatTemplate(TEMPLATES["mistral"], {"bos_token": "", "eos_token": ""})
+    examples, _ = setup.build(row, row, form=form, warn=told.append)
+    if name == "qwen" and form != "text":
+        assert told == []
+        assert setup.learnt(examples)[-1].endswith("<|im_end|>")
+        return
+    (line,) = told
+    assert line.startswith(f"{setup.folder}: the model won't learn to stop. No token that ends a text is known: tok")
+    assert line.endswith("the chat template ends a turn with none.") == (name is not None and form != "text")
+    assert setup.learnt(examples)[-1].rstrip().endswith("a")
+    setup.build(row, form=form, warn=told.append, key="data.eval")
+    assert len(told) == 1, "said once, for the training rows"
 
 
 def test_turns_of_which_the_template_writes_nothing(tmp_path: Path) -> None:

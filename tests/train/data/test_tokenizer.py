@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quant.common.errors import NibbleError
 from tests.text_helpers import byte_level_tokenizer, save_checkpoint_texts, sentencepiece_model, write_json
-from train.data.tokenizer import Encoded, load_tokenizer
+from train.data.token_backends import Encoded, _failures
+from train.data.tokenizer import load_tokenizer
 
 TEXTS = [
     "The quick brown fox",
@@ -177,22 +179,154 @@ def test_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+CUT = r".*\nThe file may be cut off"
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(
-        NibbleError, match=r"tokenizer.json: the tokenizers library can't read it: .*\nThe file may be cut"
-    ):
+    with pytest.raises(NibbleError, match=r"tokenizer.json: the tokenizers library can't read it: " + CUT):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(NibbleError, match=r"tokenizer.model: sentencepiece can't read it"):
+    with pytest.raises(NibbleError, match=r"tokenizer.model: the sentencepiece library can't read it: " + CUT):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(NibbleError, match=r"tokenizer_config.json: not valid JSON"):
+    with pytest.raises(NibbleError, match=r"tokenizer_config.json is not valid JSON"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(NibbleError, match=r"tokenizer_config.json: expected a JSON object"):
+    with pytest.raises(NibbleError, match=r"tokenizer_config.json holds a list, expected an object"):
         load_tokenizer(tmp_path)
+
+
+# What the tokenizers library accepts and then fails on, or ends with a panic of Rust, and when.
+FAULTY: dict[str, tuple[dict[str, Any], str]] = {
+    "prefix longer than a merge": (
+        {
+            "model": {
+                "type": "BPE",
+                "continuing_subword_prefix": "####",
+                "vocab": {"a": 0, "b": 1},
+                "merges": [["a", "b"]],
+            }
+        },
+        "read",
+    ),
+    "no character map": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "read"),
+    "unknown token in the template": (
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+        "use",
+    ),
+    "chunks of nothing": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "use"),
+    "no unknown token": ({"model": {"type": "Unigram", "unk_id": None, "vocab": []}}, "use"),
+    "fails at a text": ({"model": {"type": "WordLevel", "unk_token": "[U]", "vocab": {"a": 0}}}, "encode"),
+    "panics at a text": ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}}, "use"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_failures_and_panics_of_the_library_name_the_file(tmp_path: Path, name: str) -> None:
+    changes, when = FAULTY[name]
+    path = tmp_path / "tokenizer.json"
+    write_json(path, {**json.loads(byte_level_tokenizer().to_str()), **changes, "added_tokens": []})
+    what = "use" if when == "encode" else when
+    message = rf"^{path}: the tokenizers library can't {what} it: " + CUT
+    if when == "encode":
+        tokenizer = load_tokenizer(tmp_path)
+        with pytest.raises(NibbleError, match=message):
+            tokenizer.encode("naïve café")
+    else:
+        with pytest.raises(NibbleError, match=message):
+            load_tokenizer(tmp_path)
+
+
+def test_an_interrupt_is_none_of_them(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), _failures(tmp_path, "tokenizers", "read it"):
+        raise KeyboardInterrupt
+
+
+def test_ids_beyond_any_vocabulary(tmp_path: Path) -> None:
+    tokenizer = json.loads(byte_level_tokenizer().to_str())
+    tokenizer["model"]["vocab"]["far"] = 4_000_000_000
+    write_json(tmp_path / "tokenizer.json", tokenizer)
+    with pytest.raises(NibbleError, match=r"tokenizer.json: a token has the id 4,000,000,000; ids end at"):
+        load_tokenizer(tmp_path)
+
+
+IDS = r"eos_token_id must be the id of a token or a list of ids, got "
+DECODER = "added_tokens_decoder"
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    *(
+        (name, {"eos_token_id": value}, rf"{IDS}{shown}")
+        for name in ("generation_config.json", "config.json")
+        for value, shown in (
+            ("abc", "'abc'"),
+            ([[1]], r"\[\[1\]\]"),
+            (-1, "-1"),
+            (True, "True"),
+            (1.0, "1.0"),
+            ({}, r"\{"),
+        )
+    ),
+    ("config.json", {"text_config": {"eos_token_id": [1, None]}}, rf"{IDS}\[1, None\]"),
+    ("generation_config.json", {"eos_token_id": 10**30}, IDS),
+    *(
+        ("config.json", {"vocab_size": value}, r"vocab_size must be a positive integer")
+        for value in ("x", 0, True, [1])
+    ),
+    ("config.json", {"vocab_size": 10**12}, r"vocab_size is 1000000000000; more than"),
+    ("tokenizer_config.json", {"eos_token": 3}, r"eos_token must be text, got 3"),
+    ("tokenizer_config.json", {"eos_token": ["</s>"]}, r"eos_token must be text, got \['</s>'\]"),
+    ("tokenizer_config.json", {"eos_token": {"id": 3}}, r"eos_token: content must be text, got None"),
+    ("special_tokens_map.json", {"bos_token": {"content": 3}}, r"bos_token: content must be text, got 3"),
+    ("special_tokens_map.json", {"pad_token": False}, r"pad_token must be text, got False"),
+    ("tokenizer_config.json", {DECODER: [1]}, r"added_tokens_decoder must be an object, got \[1\]"),
+    ("tokenizer_config.json", {DECODER: {"x": {}}}, r"added_tokens_decoder: 'x' is not the id of a token"),
+    ("tokenizer_config.json", {DECODER: {"-1": {}}}, r"added_tokens_decoder: '-1' is not the id of a token"),
+    ("tokenizer_config.json", {DECODER: {"²": {}}}, r"added_tokens_decoder: '²' is not the id of a token"),
+    ("tokenizer_config.json", {DECODER: {"9" * 5000: {}}}, r"added_tokens_decoder: '9.*' is not the id of a token"),
+    ("tokenizer_config.json", {DECODER: {"1": "x"}}, r"added_tokens_decoder: 1 must be an object, got 'x'"),
+    ("tokenizer_config.json", {DECODER: {"1": {}}}, r"added_tokens_decoder: 1: content must be text, got None"),
+    (
+        "tokenizer_config.json",
+        {DECODER: {"1": {"content": 1}}},
+        r"added_tokens_decoder: 1: content must be text, got 1",
+    ),
+    (
+        "tokenizer_config.json",
+        {DECODER: {"1": {"content": "x", "special": 1}}},
+        r"special must be true or false, got 1",
+    ),
+    (
+        "tokenizer_config.json",
+        {DECODER: {"7": {"content": "x"}, "07": {"content": "y"}}},
+        r"added_tokens_decoder has two tokens with the id 7",
+    ),
+    *(
+        ("added_tokens.json", {"<x>": value}, r"<x> must be an integer of at least 0")
+        for value in ("5", -1, True, [1], None)
+    ),
+    ("added_tokens.json", {"<x>": 500, "<y>": 500}, r"'<x>' and '<y>' have the same id 500"),
+    ("tokenizer_config.json", {"add_bos_token": "yes"}, r"add_bos_token must be true or false, got 'yes'"),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "message"), WRONG, ids=range(len(WRONG)))
+def test_values_of_a_wrong_type_name_file_and_key(
+    tmp_path: Path, name: str, values: dict[str, Any], message: str
+) -> None:
+    sentencepiece_model(tmp_path / "tokenizer.model")
+    write_json(tmp_path / name, values)
+    with pytest.raises(NibbleError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / name))
+    assert len(str(caught.value)) < len(str(tmp_path)) + 300
 
 
 def test_ids_beyond_the_models_vocabulary(tmp_path: Path) -> None:

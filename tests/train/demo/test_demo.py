@@ -20,7 +20,7 @@ from quant.storage import StorageSpec
 from tests.helpers import key_map_for, relative_error
 from tests.processes import LIMIT
 from train.__main__ import main as train
-from train.data.chat import load_chat_template
+from train.data.template_files import load_chat_template
 from train.data.tokenizer import load_tokenizer
 from train.demo import __main__ as demo
 from train.demo import checkpoint as demo_checkpoint

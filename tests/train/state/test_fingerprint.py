@@ -33,6 +33,7 @@ CHANGES = {
     "data.eval_fraction": "0.2",
     "data.format": "text",
     "data.fields": "{messages: chat}",
+    "data.template_variables": "{enable_thinking: false}",
     "data.sequence_length": "512",
     "data.packing": "false",
     "train.micro_batch_size": "1",

@@ -11,7 +11,7 @@ from quant.common.errors import NibbleError
 from quant.common.words import printable
 from train.config.fields import columns
 from train.config.sections import Format
-from train.data.rows import columns_read, missing
+from train.rows.parse import columns_read, missing
 
 _LISTED = 12  # columns in a message
 

@@ -22,8 +22,8 @@ from quant.common.jsonfile import kind_of
 from quant.common.words import printable, shown
 from train.config.fields import columns, joined
 from train.config.sections import REQUIRED, Format
-from train.data.bad_rows import BadRow
-from train.data.tool_calls import json_of, parse_calls, parse_tools, spoken_calls, without_nulls
+from train.rows.bad_rows import BadRow
+from train.rows.tool_calls import json_of, parse_calls, parse_tools, spoken_calls, without_nulls
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # ShareGPT's names.

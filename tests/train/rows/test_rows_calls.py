@@ -12,10 +12,10 @@ import pyarrow.parquet
 import pytest
 
 from tests.text_helpers import TEMPLATES, write_lines
-from train.data.bad_rows import BadRow
 from train.data.chat import ChatTemplate
-from train.data.row_files import read_rows
-from train.data.rows import Chat, parse_row
+from train.rows.bad_rows import BadRow
+from train.rows.files import read_rows
+from train.rows.parse import Chat, parse_row
 
 
 def parse(row: dict[str, Any], **fields: str) -> Chat:

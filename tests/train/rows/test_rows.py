@@ -10,8 +10,8 @@ import pytest
 
 from quant.common.errors import NibbleError
 from tests.text_helpers import say
-from train.data.bad_rows import BadRow, RowLog, SkippedRow, write_skipped_rows
-from train.data.rows import Chat, Completion, Text, parse_row
+from train.rows.bad_rows import BadRow, RowLog, SkippedRow, write_skipped_rows
+from train.rows.parse import Chat, Completion, Text, parse_row
 
 GSM8K = {"prompt": "question", "completion": "answer"}
 

@@ -13,12 +13,13 @@ import pytest
 
 from quant.common.errors import NibbleError
 from tests.text_helpers import TEMPLATES, byte_level_tokenizer, save_checkpoint_texts, say, write_lines
-from train.data.bad_rows import BadRow
-from train.data.chat import ChatTemplate, load_chat_template
+from train.data.chat import ChatTemplate
 from train.data.examples import build_examples
-from train.data.row_files import read_rows
-from train.data.rows import Chat, Completion, parse_row
+from train.data.template_files import load_chat_template
 from train.data.tokenizer import load_tokenizer
+from train.rows.bad_rows import BadRow
+from train.rows.files import read_rows
+from train.rows.parse import Chat, Completion, parse_row
 
 
 def parse(row: Any, form: Any = "messages", **fields: str) -> Chat:
@@ -80,7 +81,7 @@ def test_what_is_learnt_of_a_completion_of_messages(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", row)
     examples, _ = build_examples(path, template=load_chat_template(folder, tokenizer.special_tokens), **settings)
     tokens, mask = examples[0]
-    assert tokenizer.decode(tokens[mask]) == "<think>\n\n</think>\n\nA<|im_end|>"
+    assert tokenizer.decode(tokens[mask]) == "A<|im_end|>"
     assert np.flatnonzero(mask).tolist() == list(range(mask.argmax(), mask.argmax() + mask.sum())), "in one piece"
     with pytest.raises(NibbleError, match=r":1: messages need a chat template, which the checkpoint doesn't have$"):
         build_examples(path, template=None, **settings)

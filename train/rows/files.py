@@ -19,9 +19,9 @@ from quant.common.jsonfile import JsonError, kind_of, parse_json
 from quant.common.words import printable, shown
 from train.config.row_paths import require_file
 from train.config.sections import Format
-from train.data.bad_rows import BadRow
-from train.data.columns import Columns
-from train.data.rows import columns_read, missing
+from train.rows.bad_rows import BadRow
+from train.rows.columns import Columns
+from train.rows.parse import columns_read, missing
 
 _CHUNK = 1 << 20  # bytes
 _BOM = b"\xef\xbb\xbf"

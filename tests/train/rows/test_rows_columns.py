@@ -12,11 +12,11 @@ import pytest
 from quant.common.errors import NibbleError
 from tests.text_helpers import TEMPLATES, save_checkpoint_texts, say, write_lines
 from train.config.load import parse_config
-from train.data.bad_rows import BadRow
 from train.data.chat import ChatTemplate
 from train.data.examples import build_examples
-from train.data.rows import Chat, Completion, Text, parse_row
 from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.rows.bad_rows import BadRow
+from train.rows.parse import Chat, Completion, Text, parse_row
 
 ALPACA = [
     {"instruction": f"do {i}", "input": "" if i % 3 else f"this {i}", "output": f"done {i}", "id": i} for i in range(10)

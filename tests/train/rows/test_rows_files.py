@@ -14,9 +14,9 @@ import pytest
 from quant.common.errors import NibbleError
 from tests.text_helpers import say
 from train.config.load import check_files, parse_config
-from train.data.bad_rows import BadRow
-from train.data.row_files import Row, read_rows
-from train.data.rows import parse_row
+from train.rows.bad_rows import BadRow
+from train.rows.files import Row, read_rows
+from train.rows.parse import parse_row
 
 
 def problem(values: Any) -> tuple[str, str]:
@@ -136,7 +136,7 @@ ROWS = [
 def test_an_array_holds_the_rows_that_json_reads(
     indent: int | None, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.data.row_files._CHUNK", chunk)
+    monkeypatch.setattr("train.rows.files._CHUNK", chunk)
     path = tmp_path / "rows.json"
     for rows in (ROWS, ROWS[:1], []):
         for escaped in (False, True):

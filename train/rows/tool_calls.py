@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from quant.common.jsonfile import JsonError, kind_of, parse_json
-from train.data.bad_rows import BadRow
+from train.rows.bad_rows import BadRow
 
 
 def json_of(text: str, place: str) -> Any:
