@@ -170,6 +170,13 @@ def test_the_worked_example_is_the_code() -> None:
         assert f"def {name}(" in checks, name
 
 
+def test_each_promise_of_security_has_its_test() -> None:
+    named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", (ROOT / "docs" / "security.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), f"{file} has no {test}"
+
+
 def test_each_block_of_the_table_is_in_its_file() -> None:
     text = (ROOT / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.*?) \| \[\w+\.py\]\(\.\./(models/[\w/]+\.py)\)", text, re.M)
