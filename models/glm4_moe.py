@@ -39,10 +39,10 @@ class Glm4MoeConfig(GlmConfig):
     def parse(config: dict[str, Any], where: str) -> Glm4MoeConfig:
         """Reads config.json of either generation; absent keys have the defaults of GLM-4.5-Air."""
         common = GlmConfig.common(config, where, DEFAULTS)
-        hidden, heads = common["hidden"], integer(config, "num_attention_heads", 96, where)
+        hidden, heads = common.hidden, integer(config, "num_attention_heads", 96, where)
         head_dim = integer(config, "head_dim", max(hidden // heads, 1), where)
         return Glm4MoeConfig(
-            **common,
+            **vars(common),
             attention=GroupedQueryAttentionConfig(
                 hidden=hidden,
                 heads=heads,

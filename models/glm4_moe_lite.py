@@ -42,7 +42,7 @@ class Glm4MoeLiteConfig(GlmConfig):
         """Reads config.json of either generation; absent keys have the defaults of GLM-4.7-Flash."""
         rope = parse_rope(config, integer(config, "qk_rope_head_dim", 64, where), where)
         attention = LatentAttentionConfig.parse(config, where, DEFAULTS, rope)
-        return Glm4MoeLiteConfig(**GlmConfig.common(config, where, DEFAULTS), attention=attention, rope=rope)
+        return Glm4MoeLiteConfig(**vars(GlmConfig.common(config, where, DEFAULTS)), attention=attention, rope=rope)
 
 
 def build(config: Glm4MoeLiteConfig, factory: Factory) -> CausalLM:

@@ -30,8 +30,8 @@ class GlmConfig:
     routing: RoutingRule
 
     @staticmethod
-    def common(config: dict[str, Any], where: str, defaults: dict[str, Any]) -> dict[str, Any]:
-        """These fields, from config.json of either generation (transformers 4 or 5).
+    def common(config: dict[str, Any], where: str, defaults: dict[str, Any]) -> GlmConfig:
+        """What all of GLM's files have, from config.json of either generation (transformers 4 or 5).
 
         defaults: the architecture's values for absent keys, by their names in the file.
         """
@@ -49,19 +49,19 @@ class GlmConfig:
             scale=number(config, "routed_scaling_factor", defaults["routed_scaling_factor"], where),
         )
         _check_rule(rule, experts, where)
-        return {
-            "vocabulary": count("vocab_size"),
-            "hidden": count("hidden_size"),
-            "predicting_layers": integer(config, "num_nextn_predict_layers", 1, where, least=0),
-            "eps": number(config, "rms_norm_eps", 1e-5, where),
-            "tied": flag(config, "tie_word_embeddings", False, where),
-            "dense": _dense_layers(config, layers, defaults["first_k_dense_replace"], where),
-            "dense_width": count("intermediate_size"),
-            "expert_width": count("moe_intermediate_size"),
-            "experts": experts,
-            "shared_experts": integer(config, "n_shared_experts", 1, where),
-            "routing": rule,
-        }
+        return GlmConfig(
+            vocabulary=count("vocab_size"),
+            hidden=count("hidden_size"),
+            predicting_layers=integer(config, "num_nextn_predict_layers", 1, where, least=0),
+            eps=number(config, "rms_norm_eps", 1e-5, where),
+            tied=flag(config, "tie_word_embeddings", False, where),
+            dense=_dense_layers(config, layers, defaults["first_k_dense_replace"], where),
+            dense_width=count("intermediate_size"),
+            expert_width=count("moe_intermediate_size"),
+            experts=experts,
+            shared_experts=integer(config, "n_shared_experts", 1, where),
+            routing=rule,
+        )
 
     @property
     def layers(self) -> int:

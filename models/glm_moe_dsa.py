@@ -57,10 +57,10 @@ class GlmMoeDsaConfig(GlmConfig):
         attention = LatentAttentionConfig.parse(config, where, DEFAULTS, rope)
         common = GlmConfig.common(config, where, DEFAULTS)
         return GlmMoeDsaConfig(
-            **common,
+            **vars(common),
             attention=attention,
             indexer=_indexer(config, attention, where),
-            selects=_selecting_layers(config, len(common["dense"]), where),
+            selects=_selecting_layers(config, common.layers, where),
             rope=rope,
         )
 

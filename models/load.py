@@ -11,13 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint.hub import HubCheckpoint, check_counts, hub_id_of, read_config, resolve_model
+from models.checkpoint.content import check_content
+from models.checkpoint.hub import HubCheckpoint, check_counts, read_config
+from models.checkpoint.hub_id import hub_id_of, resolve_model
 from models.checkpoint.keymap import KeyMap, key_map_of
 from models.checkpoint.native import (
     MANIFEST,
     Manifest,
     NativeCheckpoint,
-    check_content,
     convert_command,
     describe,
     is_converted,

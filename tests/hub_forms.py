@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.checkpoint.hub import INDEX, SINGLE
 from tests.tiny import TINY, save_tiny
 
 # The same tensors in several forms are several entries. "vision-language" has model_type qwen3_5_moe.
@@ -76,3 +78,23 @@ def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         )
         result[f"{name}.gate_up_proj"], result[f"{name}.down_proj"] = torch.cat((gate, up), 1), down
     return result
+
+
+def write_checkpoint(folder: Path, shards: int = 2) -> dict[str, torch.Tensor]:
+    """A little folder in the hub's layout; not a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    tensors = {f"layer.{index}.weight": torch.randn(6, 4, 8).bfloat16() for index in range(2 * shards)}
+    tensors["layer.0.scale"] = torch.tensor(1.5)
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny"}))
+    if shards == 1:
+        save_file(tensors, folder / SINGLE)
+        return tensors
+    weight_map = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(tensors.items())[number::shards])
+        save_file(part, folder / name)
+        weight_map.update(dict.fromkeys(part, name))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors

@@ -7,6 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from train.data.chat import ChatTemplate
+from train.data.examples import DataReport, Examples, build_examples
+from train.data.template_files import load_chat_template
+from train.data.template_process import TemplateProcess
+from train.data.tokenizer import Tokenizer, load_tokenizer
+
 # In the style of GLM-4.7: no end-of-turn token, reasoning only after the last user message, `<think>` in the prompt.
 GLM_TEMPLATE = """\
 [gMASK]<sop>
@@ -262,3 +270,30 @@ def say(*contents: str, **last: Any) -> list[dict[str, Any]]:
     messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(contents)]
     messages[-1].update(last)
     return messages
+
+
+class Setup:
+    """A tokenizer and a template, and what they make of rows."""
+
+    def __init__(self, folder: Path, template: str | None = None):
+        self.folder = save_checkpoint_texts(folder / "model", template)
+        self.tokenizer: Tokenizer = load_tokenizer(self.folder)
+        self.template: ChatTemplate | TemplateProcess | None = load_chat_template(
+            self.folder, self.tokenizer.special_tokens
+        )
+        self.path = folder / "rows.jsonl"
+
+    def build(self, *rows: Any, form: str = "messages", **options: Any) -> tuple[Examples, DataReport]:
+        rows = tuple({"messages": row} if isinstance(row, list) else row for row in rows)
+        write_lines(self.path, *rows)
+        settings: dict[str, Any] = {"sequence_length": 4096, **options}
+        return build_examples(self.path, form=form, tokenizer=self.tokenizer, template=self.template, **settings)  # type: ignore[arg-type]
+
+    def text(self, examples: Examples, index: int) -> str:
+        return self.tokenizer.decode(examples[index][0])
+
+    def learnt(self, examples: Examples, index: int = 0) -> list[str]:
+        """The text of each run of labelled tokens."""
+        tokens, mask = examples[index]
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], mask, [0]))))
+        return [self.tokenizer.decode(tokens[a:b]) for a, b in edges.reshape(-1, 2)]

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     only.add_argument(
         "--restart",
         action="store_true",
-        help="start anew: an earlier run in output.dir is moved to output.dir.1 (.2 …)",
+        help="train from the start: an earlier run in output.dir is moved to output.dir.1 (.2 …)",
     )
     only.add_argument(
         "--check",

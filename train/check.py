@@ -30,7 +30,7 @@ def check(config: Config, warn: Callable[[str], None]) -> tuple[list[str], list[
                 f"{_check_rows(config, file.path, key, warn)} of {file.path} ({key}): data.format, data.fields"
             )
     # Only now: it imports torch.
-    from models.checkpoint.hub import local_folder, looks_like_hub_id
+    from models.checkpoint.hub_id import local_folder, looks_like_hub_id
 
     path = config.model.path
     if looks_like_hub_id(path) and local_folder(path) is None:

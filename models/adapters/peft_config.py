@@ -18,7 +18,7 @@ from models.adapters.targets import AdapterSpec, Target, adaptable, groups_of, l
 from models.blocks.linear import LoRA
 from models.checkpoint.keymap import Key, KeyMap
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import number, read_json, table, texts
+from quant.common.jsonfile import mapping, number, read_json, texts
 from quant.common.words import shown, some
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -316,9 +316,9 @@ _NUMBERS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 def _number(config: Mapping[str, Any], field: str, patterns: str, name: str, where: str) -> float:
     """As peft.utils.other.get_pattern_key has it: that of the first pattern to fit the name's end, or the default."""
     found, values = field, config
-    for pattern in table(config, patterns, where):
+    for pattern in mapping(config, patterns, where):
         if Pattern(pattern, f"{where}: {patterns}", ending=True).fits(name):
-            found, values = pattern, table(config, patterns, where)
+            found, values = pattern, mapping(config, patterns, where)
             break
     place = where if found == field else f"{where}: {patterns}"
     return number(values, found, 8, place)  # 8 is PEFT's default of both

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint.hub import HubCheckpoint, check_counts, resolve_model, side_files
+from models.checkpoint.hub import HubCheckpoint, check_counts
+from models.checkpoint.hub_id import resolve_model
 from models.checkpoint.keymap import Key, key_map_of
 from models.checkpoint.native import (
     MANIFEST,
@@ -30,6 +31,7 @@ from models.checkpoint.native import (
     group_by_file,
     is_converted,
 )
+from models.checkpoint.side_files import side_files
 from models.checkpoint.stream import HubReader
 from models.checkpoint.tensorfile import TensorWriter, tensor_bytes
 from models.registry import architecture_for

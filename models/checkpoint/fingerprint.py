@@ -47,18 +47,18 @@ def full_fingerprint(folder: Path, config: bytes, tensors: Tensors) -> str:
 
 
 def _cached_hash(folder: Path, tensors: Tensors, total: int) -> str:
-    # Which file holds which tensor belongs to the state: of two copies the index says which one counts.
+    # Which file holds which tensor counts too: of two copies the index says which one is read.
     places = hashlib.sha256(repr(sorted((key, name) for key, (name, _) in tensors.items())).encode()).hexdigest()
     files = state_of(folder, {name for name, _ in tensors.values()})
-    found = recall(f"fingerprints-{places[:8]}", folder, files)
-    if found is not None and isinstance(found.get("sha256"), str):
+    found = recall("fingerprints", folder, files) or {}
+    if found.get("places") == places and isinstance(found.get("sha256"), str):
         return str(found["sha256"])
     log.info("%s: hashing %s, once, so that any change of it is seen", folder, format_bytes(total))
     begun = time.monotonic()
     with Bar("hashing the checkpoint, once") as bar:
         data = _hash_tensors(folder, tensors, lambda done: bar.update(done, total))
     log.info("%s: hashed in %.0f s", folder, time.monotonic() - begun)
-    remember(f"fingerprints-{places[:8]}", folder, files, {"sha256": data})
+    remember("fingerprints", folder, files, {"places": places, "sha256": data})
     return data
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,48 +18,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from models.checkpoint.fingerprint import full_fingerprint, is_sampled, sampled_fingerprint
+from models.checkpoint.hub_id import PICKLES, download_command
+from models.checkpoint.side_files import CONFIG
 from models.checkpoint.tensorfile import MappedFolder, TensorInfo, read_header
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import MAX_BYTES, read_json, table
+from quant.common.jsonfile import mapping, read_json
 from quant.common.words import some
 
 log = logging.getLogger("nibble")
 
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Everything beside the weights that a tokenizer, a chat template or generation needs.
-SIDE_FILES = (
-    CONFIG,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    # What a vision-language model makes of images and videos: not needed here, but by those who get an export.
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
-
-# Templates by name, beside the default one, as transformers keeps them.
-TEMPLATES = "additional_chat_templates"
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Of the folders in a repository only the templates' is wanted; the * of these patterns takes in slashes.
-_FETCHED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt")
-_NOT_FETCHED = ("*/*.safetensors", "*/*.json", "*/*.model", "*/tokenizer*", *(f"*{end}" for end in _PICKLES), "*.py")
 _LAYER = re.compile(r"\blayers\.(\d{1,9})\.")
 _EXPERT = re.compile(r"\bexperts\.(\d{1,9})\.")
 _STACK = re.compile(r"\bexperts\.\w+$")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# The organisations that publish the supported models, to name a whole hub id where only a folder's name is known.
-_ORGANISATIONS = {"GLM-": "zai-org", "Qwen": "Qwen", "Trinity-": "arcee-ai"}
 
 
 class HubCheckpoint:
@@ -213,7 +184,7 @@ def _shards(folder: Path) -> dict[str, list[str]]:
         return {SINGLE: []}
     if not index.is_file():
         raise NibbleError(_no_weights(folder))
-    weight_map = table(read_json(index, dict), "weight_map", str(index))
+    weight_map = mapping(read_json(index, dict), "weight_map", str(index))
     if not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise NibbleError(f"{index}: weight_map should name a shard for every key.")
     shards: dict[str, list[str]] = {shard: [] for shard in sorted(set(weight_map.values()))}
@@ -239,7 +210,7 @@ def _shards(folder: Path) -> dict[str, list[str]]:
 
 
 def _no_weights(folder: Path) -> str:
-    pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLES)
+    pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in PICKLES)
     if pickles:
         return _pickle(folder, pickles)
     stray = sorted(entry.name for entry in folder.glob("*.safetensors"))
@@ -277,125 +248,3 @@ def check_counts(shapes: Mapping[str, tuple[int, ...]], layers: int, experts: in
                 f"{where}: {what} is {count:,}, but the weights are of {max(found) + 1:,}.\n"
                 "config.json and the weights are of different models, or the index leaves shards out."
             )
-
-
-def is_plain(name: str) -> bool:
-    """Whether a name out of a file is that of a file in the same folder (or a template in its folder of them)."""
-    path = Path(name)
-    return "\0" not in name and path.name not in ("", "..") and (
-        path.name == name or (name == f"{TEMPLATES}/{path.name}" and path.suffix == ".jinja")
-    )  # fmt: skip
-
-
-def side_files(folder: Path) -> dict[str, bytes]:
-    """What goes with the weights into a conversion or an export, by name, as far as `folder` has it.
-
-    Raises NibbleError for a link that leads out of the folder: what it would copy is nobody's to give. The hub's cache
-    is made of links into its own store, which is followed.
-    """
-    names = [*SIDE_FILES, *(f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja")))]
-    found = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            continue
-        real = path.resolve()
-        store = next((part for part in folder.absolute().parents if part.name.startswith("models--")), None)
-        inside = [folder.resolve(), *([store.resolve()] if store is not None else [])]
-        if not any(real.is_relative_to(root) for root in inside):
-            raise NibbleError(
-                f"{path} is a link to {real}, outside the checkpoint's folder, and isn't copied.\n"
-                "Put the file itself there, or remove the link."
-            )
-        try:
-            if real.stat().st_size > MAX_BYTES:
-                raise NibbleError(f"{path} has {real.stat().st_size:,} bytes, too many for such a file.")
-            found[name] = real.read_bytes()
-        except OSError as error:
-            raise NibbleError(f"{path} can't be read: {error.strerror}.") from error
-    return found
-
-
-def hub_id_of(folder: Path) -> str | None:
-    """The hub id that a folder was downloaded from, as far as its path tells; None where it doesn't."""
-    for part in folder.absolute().parts:
-        if part.startswith("models--") and part.count("--") == 2:  # the hub cache: models--org--name/snapshots/…
-            return part.removeprefix("models--").replace("--", "/")
-    return None
-
-
-def _likely_hub_id(folder: Path) -> str:
-    for prefix, organisation in _ORGANISATIONS.items():
-        if folder.name.startswith(prefix):
-            return f"{organisation}/{folder.name}"
-    return f"ORGANISATION/{folder.name}"
-
-
-def download_command(folder: Path, file: str = "") -> str:
-    """The command that fetches a whole checkpoint, or one file of it, into `folder`."""
-    repository = hub_id_of(folder) or _likely_hub_id(folder)
-    return shlex.join(["hf", "download", repository, *filter(None, [file]), "--local-dir", str(folder)])
-
-
-def looks_like_hub_id(path: str) -> bool:
-    """Whether a name that is no folder here can be meant as a hub id: org/name, and org is no folder here either."""
-    return _HUB_ID.fullmatch(path) is not None and not Path(path).parent.exists()
-
-
-def resolve_model(path_or_id: str | Path) -> Path:
-    """The folder of a checkpoint: a folder as it is; a hub id ("zai-org/GLM-4.7-Flash") is fetched to the hub's cache.
-
-    Only safetensors, JSON, tokenizer and template files are fetched. Raises NibbleError where there is neither.
-    """
-    folder = Path(path_or_id).expanduser()
-    if folder.exists():
-        return folder
-    name = str(path_or_id)
-    if not looks_like_hub_id(name):
-        raise NibbleError(
-            f"{name} doesn't exist. Wanted: a checkpoint folder, or a hub id such as zai-org/GLM-4.7-Flash."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        found = snapshot_download(
-            name,
-            allow_patterns=[*_FETCHED],
-            ignore_patterns=[*_NOT_FETCHED],
-        )
-        return Path(found)
-    except GatedRepoError as error:
-        why = "the hub gives it only to those who accepted its conditions: do so on its page, then `hf auth login`"
-        raise NibbleError(_not_fetched(name, why)) from error
-    except RepositoryNotFoundError as error:
-        raise NibbleError(
-            _not_fetched(name, "the hub has no such model, or it is private (`hf auth login`)")
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise NibbleError(_not_fetched(name, "the hub can't be reached and the hub cache doesn't hold it")) from error
-    except Exception as error:  # the client's HTTP library, and with it the errors, differ between versions
-        first = next(iter(str(error).strip().splitlines()), "no reason given")
-        raise NibbleError(_not_fetched(name, f"{type(error).__name__}: {first}")) from error
-
-
-def _not_fetched(name: str, why: str) -> str:
-    folder = Path("checkpoints") / name.split("/")[1]
-    return (
-        f"{name} is no folder here and could not be fetched from the hub: {why}.\n"
-        f"Where there is a connection: hf download {name} --local-dir {folder}\n"
-        f"Then set model.path (or the argument) to that folder."
-    )
-
-
-def local_folder(name: str) -> Path | None:
-    """The folder that a name meant (a folder, or a hub id in the hub's cache) if it is on this machine."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if not looks_like_hub_id(name):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, CONFIG)
-    return Path(found).parent if isinstance(found, str) else None

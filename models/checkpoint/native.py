@@ -9,14 +9,10 @@ gives the same bytes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import logging
-import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,30 +21,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from models.checkpoint.hub import is_plain
 from models.checkpoint.keymap import Key
 from models.checkpoint.layout import Layout
-from models.checkpoint.remembered import recall, remember, state_of
+from models.checkpoint.side_files import is_plain
 from models.checkpoint.stream import Piece
 from models.checkpoint.tensorfile import DTYPES, MappedFolder, TensorInfo, read_header
 from quant.choices import named_dtype
 from quant.common.errors import NibbleError
-from quant.common.files import sha256_file, write_atomically
-from quant.common.jsonfile import flag, integer, kind_of, read_json, table, text, texts
-from quant.common.progress import Bar
-from quant.common.words import format_bytes, shown, some
+from quant.common.files import write_atomically
+from quant.common.jsonfile import flag, integer, kind_of, mapping, read_json, text, texts
+from quant.common.words import shown, some
 from quant.storage import Kind, StorageSpec
-
-log = logging.getLogger("nibble")
 
 MANIFEST = "nibble.json"
 FORMAT_VERSION = 1
 REST = "rest.safetensors"  # embedding, final norm and head
-_VERIFIED = "verified"
-_SMALL = 2**28  # bytes: so little is read in less than a second, each time
-_THREADS = 4
-_SAMPLE = 4096  # bytes
-_SAMPLE_EVERY = 16 * 2**20  # bytes
 WEIGHTS_FILE = re.compile(rf"layer-\d{{5}}\.safetensors|{re.escape(REST)}")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -115,7 +102,7 @@ class Manifest:
                 f"{path} has format version {version}; this version of nibble reads up to {FORMAT_VERSION}.\n"
                 "Update nibble, or convert the source again."
             )
-        storage, source, layout = (table(data, key, where) for key in ("storage", "source", "layout"))
+        storage, source, layout = (mapping(data, key, where) for key in ("storage", "source", "layout"))
         double = flag(storage, "double_quant", True, f"{where}: storage")
         try:
             spec = StorageSpec(cast(Kind, text(storage, "kind", "", f"{where}: storage")), double)
@@ -128,12 +115,12 @@ class Manifest:
             dtype=dtype,
             source=text(source, "name", "", f"{where}: source"),
             fingerprint=text(source, "fingerprint", "", f"{where}: source"),
-            config=table(data, "config", where),
+            config=mapping(data, "config", where),
             carried=tuple(texts(data, "carried", where)),
             layout=Layout(*(flag(layout, key, False, f"{where}: layout") for key in ("wrapped", "fused")))
             if layout
             else None,
-            files={name: _record(name, entry, where) for name, entry in table(data, "files", where).items()},
+            files={name: _record(name, entry, where) for name, entry in mapping(data, "files", where).items()},
             complete=flag(data, "complete", False, where),
         )
 
@@ -254,51 +241,6 @@ class NativeCheckpoint:
         self._mapped.close()
 
 
-def check_content(folder: Path, manifest: Manifest) -> None:
-    """Raises NibbleError where a file of weights isn't what was written.
-
-    A folder whose files have the sizes, dates and inodes of the time when they were last compared with their checksums
-    is only sampled; another one is read whole. A small one always is.
-    """
-    sums = {name: record.sha256 for name, record in manifest.files.items() if record.tensors}
-    total = sum(manifest.files[name].size for name in sums)
-    state = state_of(folder, sums)
-    found = recall(_VERIFIED, folder, state) if total > _SMALL else None
-    if found is not None and found.get("sums") == sums:
-        differ = [name for name in sums if found["samples"].get(name) != _sample(folder / name)]
-    else:
-        if total > _SMALL:
-            log.info("%s: checking %s once, as it is new here or has changed", folder, format_bytes(total))
-        with Bar("checking the checkpoint", show=total > _SMALL) as bar, ThreadPoolExecutor(_THREADS) as pool:
-            done, differ = 0, []
-            for name, value in zip(sums, pool.map(lambda name: sha256_file(folder / name), sums), strict=True):
-                done += manifest.files[name].size
-                bar.update(done, total, name)
-                if value != sums[name]:
-                    differ.append(name)
-        if not differ and total > _SMALL:
-            samples = {name: _sample(folder / name) for name in sums}
-            remember(_VERIFIED, folder, state, {"sums": sums, "samples": samples})
-    if differ:
-        raise _damaged(folder, manifest, differ)
-
-
-def _sample(path: Path) -> str:
-    """Of a file, 4 KiB out of every 16 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb", 0) as file:
-        for start in range(0, path.stat().st_size, _SAMPLE_EVERY):
-            digest.update(os.pread(file.fileno(), _SAMPLE, start))
-    return digest.hexdigest()
-
-
-def _damaged(folder: Path, manifest: Manifest, differ: list[str]) -> NibbleError:
-    return NibbleError(
-        f"{folder}: {len(differ)} files differ from their checksums: {some(differ)}.\n"
-        f"Delete them, then: {convert_command(manifest, folder)}"
-    )
-
-
 def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
     """What is wrong with the sizes of the files of weights, in words; empty where all is right. Reads no data."""
     wrong = []
@@ -311,22 +253,6 @@ def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
         elif path.stat().st_size != record.size:
             wrong.append(f"{name} has {path.stat().st_size:,} bytes, {MANIFEST} says {record.size:,}")
     return wrong
-
-
-def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
-    """Compare every file with its sha256. Raises NibbleError naming the files that differ or are missing.
-
-    progress(bytes, total): bytes checked since the last call, of how many in all.
-    """
-    checkpoint = NativeCheckpoint(folder)
-    differ, total = [], sum(record.size for record in checkpoint.manifest.files.values())
-    for name, record in checkpoint.manifest.files.items():
-        if not (folder / name).is_file() or sha256_file(folder / name) != record.sha256:
-            differ.append(name)
-        progress(record.size, total)
-    if differ:
-        raise _damaged(folder, checkpoint.manifest, differ)
-    return checkpoint.manifest
 
 
 def convert_command(manifest: Manifest, folder: Path) -> str:

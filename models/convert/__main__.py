@@ -99,7 +99,8 @@ def _print(text: str, arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from models.checkpoint.native import describe, verify
+    from models.checkpoint.content import verify
+    from models.checkpoint.native import describe
     from quant.common.words import format_bytes
 
     raise_on_interrupt()

@@ -140,7 +140,7 @@ def texts(config: Mapping[str, Any], key: str, where: str) -> list[str]:
     return value
 
 
-def table(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+def mapping(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     """An object; absent or null, an empty one."""
     value = config.get(key)
     if value is None:

@@ -6,6 +6,7 @@ Commands print through this file, since what they print has names, keys and text
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -77,16 +78,17 @@ def exit_code(body: Callable[[], int], interrupted: str = "interrupted") -> int:
         return INTERRUPTED
 
 
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), sys.stderr)
+
+
 def run_command(main: Callable[[], int]) -> int:
     """main() as a process of its own: for streams of any encoding, whose readers may go away."""
-    import logging
-
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: say(record.getMessage(), sys.stderr)  # type: ignore[method-assign]
-    logging.getLogger("nibble").addHandler(handler)
+    logging.getLogger("nibble").addHandler(_Warnings(logging.WARNING))
     try:
         return main()
     finally:

@@ -12,8 +12,8 @@ _HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
 
 def some(names: list[str], limit: int = 5) -> str:
     """The first few names, and how many more."""
-    shown = ", ".join(names[:limit])
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+    first = ", ".join(names[:limit])
+    return f"{first} and {len(names) - limit} more" if len(names) > limit else first
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -21,16 +21,22 @@ _AT_A_TIME = 200  # inputs of a target
 
 
 class Hang(BaseException):
-    """Not an Exception, so that nothing on the way takes it for an error of the input."""
+    """Not an Exception, so that little on the way takes it for an error of the input."""
 
 
 def _hang(number: int, frame: FrameType | None) -> None:
     raise Hang(f"an input takes more than {SECONDS} s")
 
 
-def _opened(target: Target, counts: dict[str, int], number: int) -> None:
-    slowest = 0.0
+@dataclass
+class Tally:
+    """Of one target: the inputs opened, and the seconds of the slowest."""
 
+    inputs: int = 0
+    slowest: float = 0.0
+
+
+def _open_some(target: Target, tally: Tally, number: int) -> None:
     @seed(number)
     @settings(
         max_examples=_AT_A_TIME,
@@ -41,15 +47,16 @@ def _opened(target: Target, counts: dict[str, int], number: int) -> None:
     )
     @given(target.inputs)
     def opens(drawn: object) -> None:
-        nonlocal slowest
         begun = time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             target.open(drawn)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        counts[target.name] += 1
-        slowest = max(slowest, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        tally.inputs, tally.slowest = tally.inputs + 1, max(tally.slowest, seconds)
+        if seconds > SECONDS:  # a reader that catches everything has caught Hang too
+            raise Hang(f"an input took {seconds:.0f} s")
 
     opens()
 
@@ -59,19 +66,21 @@ def main() -> int:
     arguments.add_argument("--minutes", type=float, default=10)
     arguments.add_argument("--only", nargs="*", help="names of targets")
     arguments.add_argument("--seed", type=int, default=0)
-    given_arguments = arguments.parse_args()
-    made = [target for target in targets() if not given_arguments.only or target.name in given_arguments.only]
+    options = arguments.parse_args()
+    made = [target for target in targets() if not options.only or target.name in options.only]
     signal.signal(signal.SIGALRM, _hang)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    counts, begun, number = {target.name: 0 for target in made}, time.monotonic(), given_arguments.seed
-    while time.monotonic() - begun < 60 * given_arguments.minutes:
+    tallies, begun, number = {target.name: Tally() for target in made}, time.monotonic(), options.seed
+    while time.monotonic() - begun < 60 * options.minutes:
         for target in made:
-            _opened(target, counts, number)
+            _open_some(target, tallies[target.name], number)
         number += 1
     seconds = time.monotonic() - begun
-    print(json.dumps({"inputs": sum(counts.values()), "seconds": round(seconds), **counts}))
+    for name, tally in tallies.items():
+        print(f"{name:12} {tally.inputs:8,} inputs, the slowest {tally.slowest:.2f} s")
+    print(f"{sum(tally.inputs for tally in tallies.values()):,} inputs in {seconds:.0f} s, no fault")
     return 0
 
 

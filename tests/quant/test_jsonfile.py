@@ -15,11 +15,11 @@ from quant.common.jsonfile import (
     JsonError,
     flag,
     integer,
+    mapping,
     number,
     optional_integer,
     parse_json,
     read_json,
-    table,
     text,
     texts,
 )
@@ -89,7 +89,7 @@ def test_values_by_type() -> None:
     assert (optional_integer(values, "null", 1, "f"), optional_integer(values, "absent", 7, "f")) == (None, 7)
     assert (number(values, "x", 1, "f"), number(values, "n", 1, "f")) == (0.5, 3.0)
     assert (flag(values, "on", False, "f"), text(values, "word", "", "f")) == (True, "a")
-    assert (texts(values, "list", "f"), texts(values, "null", "f"), table(values, "table", "f")) == (["a"], [], {})
+    assert (texts(values, "list", "f"), texts(values, "null", "f"), mapping(values, "table", "f")) == (["a"], [], {})
     wrong = [
         (
             lambda: integer({"n": 10**9}, "n", 1, "f"),
@@ -101,7 +101,7 @@ def test_values_by_type() -> None:
         (lambda: text({"w": ["a"]}, "w", "", "f"), "f: w must be text, got ['a']."),
         (lambda: texts({"l": "ab"}, "l", "f"), "f: l must be a list of texts, got 'ab'."),
         (lambda: texts({"l": [1]}, "l", "f"), "f: l must be a list of texts, got [1]."),
-        (lambda: table({"t": []}, "t", "f"), "f: t must be an object, got []."),
+        (lambda: mapping({"t": []}, "t", "f"), "f: t must be an object, got []."),
     ]
     for call, expected in wrong:
         with pytest.raises(NibbleError) as error:

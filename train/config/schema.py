@@ -44,7 +44,7 @@ def takes_mapping(entry: Schema) -> bool:
 def wanted(entry: Schema, depth: int = 0, value: Any = None) -> str:
     """The values that a key takes, in words; `depth` > 0 asks for what stands inside a mapping or list of it.
 
-    value: what was given. An upper bound that only keeps out slips of the pen is shown where it was passed.
+    value: what was given. An upper bound that only catches typing mistakes is shown where it was exceeded.
     """
     if "x-wanted" in entry:
         return str(entry["x-wanted"])

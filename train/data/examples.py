@@ -1,20 +1,4 @@
-"""Rows to tokenised examples: ids, and for every token whether it carries loss.
-
-What carries loss
-    messages           the assistant's turns (train.data.chat finds the characters)
-    prompt_completion  the completion. With a chat template the two are a user's and an assistant's message;
-                       without one, prompt + completion are joined as they are
-    text               everything
-
-Where a turn ends. The last token to learn of a turn is its end-of-turn token; what a template writes after it
-(a newline) is never generated and carries no loss. A template without such a token (GLM's turns end where
-`<|user|>` begins, an id of eos_token_id) still has to teach stopping: that next token carries loss, and after
-the last turn it is appended; if the next speaker's token doesn't end generation, the tokenizer's eos is
-appended. `text` and joined completions end with eos.
-
-A token belongs to a span when it covers any of its characters, also when it begins before it: what the model
-must write has to be learnt, whatever the prompt shares with its first token. Where the template has several prompts
-for a turn, the longest after which a token begins counts.
+"""Rows to tokenised examples: ids, and for every token whether it carries loss (train/data/labels.py).
 
 Rows longer than data.sequence_length. A conversation or a prompt and its completion is cut: what would follow has lost
 what it answers. A text is split into documents that fill the sequence, so that all of it is learnt: each begins with
@@ -24,7 +8,6 @@ the last token of the one before, which is learnt there and here is what the nex
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,10 +20,10 @@ from quant.common.errors import NibbleError
 from quant.common.words import some
 from train.config.sections import Format
 from train.data.chat import ChatTemplate, RenderError, Rendering
+from train.data.labels import Labels, Plain
 from train.data.packing import shuffled
 from train.data.template_files import missing_template
 from train.data.template_process import TemplateProcess
-from train.data.token_backends import Encoded
 from train.data.tokenizer import Tokenizer
 from train.rows.bad_rows import BadRow, RowLog, SkippedRow
 from train.rows.columns import Columns
@@ -147,7 +130,7 @@ def build_examples(
     if form == "messages" and template is None:
         raise missing_template(tokenizer.where)
     builder = _Builder(tokenizer, template, sequence_length, RowLog(on_bad_row, warn), form, fields)
-    if warn is not None and key == "data.train" and not builder.teaches_stopping:
+    if warn is not None and key == "data.train" and not builder.labels.teach_stopping(form):
         templated = ", and the chat template ends a turn with none" if template is not None and form != "text" else ""
         warn(
             f"{tokenizer.where}: the model won't learn to stop. No token that ends a text is known: "
@@ -208,18 +191,10 @@ class _Piece:
 
     row: Row
     index: int
-    texts: Sequence[_Plain | Rendering]
+    texts: Sequence[Plain | Rendering]
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """A document without template. start: the character where loss begins."""
-
-    text: str
-    start: int
-
-
-def _texts(row: list[Rendering] | RenderError | Completion | Text | BadRow) -> Sequence[_Plain | Rendering]:
+def _texts(row: list[Rendering] | RenderError | Completion | Text | BadRow) -> Sequence[Plain | Rendering]:
     """What is to be tokenised of a row. Raises BadRow."""
     if isinstance(row, BadRow):
         raise row
@@ -227,11 +202,11 @@ def _texts(row: list[Rendering] | RenderError | Completion | Text | BadRow) -> S
         raise BadRow("template_error", f"the chat template refuses the row: {row}") from row
     if row == []:
         raise BadRow("nothing_to_learn", "the chat template writes nothing for the assistant's turns")
-    texts: Sequence[_Plain | Rendering]
+    texts: Sequence[Plain | Rendering]
     if isinstance(row, Completion):
-        texts = [_Plain(row.prompt + row.completion, len(row.prompt))]
+        texts = [Plain(row.prompt + row.completion, len(row.prompt))]
     elif isinstance(row, Text):
-        texts = [_Plain(row.text, 0)]
+        texts = [Plain(row.text, 0)]
     else:
         texts = row
     for text in texts:
@@ -259,10 +234,7 @@ class _Builder:
         self._ids: list[NDArray[np.int32]] = []
         self._masks: list[NDArray[np.bool_]] = []
         self._rows: list[int] = []
-        closing = set() if template is None else {*tokenizer.encode(template.closing())}
-        self._ends = tokenizer.eos_ids | (closing & tokenizer.special_ids)
-        self._stops: dict[str, int | None] = {}
-        self.teaches_stopping = bool(tokenizer.eos_ids if self.splits or template is None else self._ends)
+        self.labels = Labels(tokenizer, template)
 
     def add(self, rows: list[Row]) -> None:
         parsed = [self._parsed(row) for row in rows]
@@ -277,7 +249,7 @@ class _Builder:
                 self.log.bad(row.file, row.line, problem)
         encoded = iter(self.tokenizer.encode_batch([text.text for piece in pieces for text in piece.texts]))
         for piece in pieces:
-            examples = [self._labelled(text, next(encoded)) for text in piece.texts]
+            examples = [self.labels.of(text, next(encoded)) for text in piece.texts]
             self._keep(piece, examples)
 
     def _parsed(self, row: Row) -> Chat | Completion | Text | BadRow:
@@ -294,51 +266,6 @@ class _Builder:
             messages = [{"role": "user", "content": parsed.prompt}, {"role": "assistant", "content": parsed.completion}]
             parsed = Chat(messages, [False, True])
         return parsed
-
-    def _labelled(self, text: _Plain | Rendering, encoded: Encoded) -> tuple[list[int], NDArray[np.bool_]]:
-        if isinstance(text, Rendering):
-            return self._chat_labels(text, encoded)
-        prefix, eos = self.tokenizer.document_prefix, self.tokenizer.eos_id
-        ids = [*prefix, *encoded.ids, *([] if eos is None else [eos])]
-        mask = np.zeros(len(ids), np.bool_)
-        mask[len(prefix) + _first_token(encoded, text.start) :] = True
-        return ids, mask
-
-    def _chat_labels(self, text: Rendering, encoded: Encoded) -> tuple[list[int], NDArray[np.bool_]]:
-        ids, tokens = list(encoded.ids), len(encoded.ids)
-        mask = np.zeros(tokens + 1, np.bool_)
-        for (start, end), earlier in zip(text.spans, text.earlier, strict=True):
-            first = _first_token(encoded, start, earlier)
-            stop = bisect_left(encoded.offsets, end, key=lambda span: span[0])
-            terminator = self._terminator(text.text, encoded, first, stop, end)
-            if terminator is not None:
-                stop = terminator + 1
-            elif stop < tokens:
-                stop += ids[stop] in self.tokenizer.eos_ids
-            else:
-                appended = self._stop_token(text.next_role)
-                if appended is not None:
-                    ids.append(appended)
-                    stop += 1
-            mask[first:stop] = True
-        return ids, mask[: len(ids)]
-
-    def _terminator(self, text: str, encoded: Encoded, first: int, stop: int, end: int) -> int | None:
-        """The token of [first, stop) that ends the turn, with nothing but white space after it."""
-        for index in range(stop - 1, first - 1, -1):
-            if encoded.ids[index] in self._ends:
-                return index
-            if text[encoded.offsets[index][0] : end].strip():
-                break
-        return None
-
-    def _stop_token(self, role: str) -> int | None:
-        if role not in self._stops:
-            assert self.template is not None
-            following = self.tokenizer.encode(self.template.following(role))[:1]
-            ends = bool(following) and following[0] in self.tokenizer.eos_ids
-            self._stops[role] = following[0] if ends else self.tokenizer.eos_id
-        return self._stops[role]
 
     def _keep(self, piece: _Piece, examples: list[tuple[list[int], NDArray[np.bool_]]]) -> None:
         limit, row, kept = self.sequence_length, piece.row, 0
@@ -395,14 +322,3 @@ class _Builder:
             labelled=np.array([mask.sum() for mask in self._masks], np.int32),
         )
         return examples, DataReport(self.rows, self.cut, self.split, self.lost, skipped, self.file_rows)
-
-
-def _first_token(encoded: Encoded, start: int, earlier: Sequence[int] = ()) -> int:
-    """The first token that reaches beyond `start`, or, where one lies across it, beyond the next of `earlier` across
-    which none lies.
-    """
-    found = [bisect_right(encoded.offsets, place, key=lambda span: span[1]) for place in (start, *earlier)]
-    for place, token in zip((start, *earlier), found, strict=True):
-        if token == len(encoded.offsets) or encoded.offsets[token][0] >= place:
-            return token
-    return found[0]

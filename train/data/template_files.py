@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint.hub import TEMPLATES
+from models.checkpoint.side_files import TEMPLATES
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import read_json
 from quant.common.words import shown, some

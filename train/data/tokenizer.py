@@ -13,7 +13,7 @@ from typing import Any
 
 from models.blocks.configjson import text_section
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import LARGEST, flag, integer, read_json, table, text
+from quant.common.jsonfile import LARGEST, flag, integer, mapping, read_json, text
 from quant.common.words import shown
 from train.data.token_backends import AddedTokenEntry, Backend, Encoded, SentencePiece, load_tokenizers
 
@@ -176,14 +176,14 @@ def _eos_ids(config: dict[str, Any], where: str) -> list[int]:
 def _added_tokens(path: Path) -> dict[int, AddedTokenEntry]:
     """Of added_tokens_decoder, {"151643": {"content": "<|endoftext|>", "special": true}}, by id."""
     where = f"{path}: added_tokens_decoder"
-    decoder = table(_read(path), "added_tokens_decoder", str(path))
+    decoder = mapping(_read(path), "added_tokens_decoder", str(path))
     found: dict[int, AddedTokenEntry] = {}
     for index in decoder:
         if not (index.isascii() and index.isdecimal() and len(index) < 10):
             raise NibbleError(f"{where}: {shown(index)} is not the id of a token.")
         if int(index) in found:
             raise NibbleError(f"{where} has two tokens with the id {int(index)}.")
-        entry = table(decoder, index, where)
+        entry = mapping(decoder, index, where)
         flags = {name: flag(entry, name, False, f"{where}: {index}") for name in AddedTokenEntry._fields[1:]}
         found[int(index)] = AddedTokenEntry(
             text({"content": None, **entry}, "content", "absent", f"{where}: {index}"), **flags

@@ -24,6 +24,7 @@ from train.rows.columns import Columns
 from train.rows.parse import columns_read, missing
 
 _CHUNK = 1 << 20  # bytes
+_LONGEST_CELL = 1 << 30  # characters of a CSV file's: a book, rather than 131,072
 _BOM = b"\xef\xbb\xbf"
 _KINDS = (".jsonl", ".json", ".csv", ".parquet")
 # What nests in JSON, whole strings, and the quote that begins a string of which the end isn't there.
@@ -164,7 +165,14 @@ def _read_array(file: IO[bytes], data: bytes, path: Path, key: str) -> Iterator[
 
 
 def _read_csv(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
-    csv.field_size_limit(1 << 30)  # characters; a book, rather than 131,072
+    limit = csv.field_size_limit(_LONGEST_CELL)  # of the module, there is none of a reader
+    try:
+        yield from _read_cells(file, path, key)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_cells(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
     lines = (line.removeprefix(b"" if at else _BOM).decode("utf-8", "surrogateescape") for at, line in enumerate(file))
     reader = csv.reader(lines, strict=True)
     header: list[str] | None = None

@@ -35,7 +35,7 @@ from parallel.texts import gather_texts
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
 from quant.common.files import disk_error, sync_folder, write_atomically
-from quant.common.jsonfile import integer, read_json, table
+from quant.common.jsonfile import integer, mapping, read_json
 from quant.common.terminal import say
 from quant.common.words import some
 from train.state.checkpoint_folder import (
@@ -287,9 +287,9 @@ def read_checkpoint(path: Path, world: World = ALONE) -> Checkpoint:
     try:
         saved = read_json(path / STATE, dict)
         require_keys(saved, ("step", "run", "optimizer"), where)
-        step, optimizer = integer(saved, "step", 0, where, least=0, most=2**48), table(saved, "optimizer", where)
+        step, optimizer = integer(saved, "step", 0, where, least=0, most=2**48), mapping(saved, "optimizer", where)
         check_values(optimizer, where)
-        return Checkpoint(path, step, table(saved, "run", where), optimizer)
+        return Checkpoint(path, step, mapping(saved, "run", where), optimizer)
     except NibbleError as error:
         raise UnusableCheckpointError(f"{error}\nContinue from another one, or {START_OVER}.") from error
 

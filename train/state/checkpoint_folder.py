@@ -10,7 +10,7 @@ from typing import Any
 
 from quant.common.errors import NibbleError
 from quant.common.files import sha256_file
-from quant.common.jsonfile import integer, read_json, table, text
+from quant.common.jsonfile import integer, mapping, read_json, text
 from quant.common.words import printable, shown
 
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights", "optimizer", "state.json", "manifest.json"
@@ -84,7 +84,7 @@ def problem(path: Path, hashes: bool, share: tuple[int, int] = (0, 1)) -> str | 
         found = integer(manifest, "format", 0, MANIFEST, least=0)
         if found not in READABLE:
             return f"it has format {found}, this version of nibble reads {READABLE[0]} to {READABLE[-1]}"
-        entries = table(manifest, "files", MANIFEST)
+        entries = mapping(manifest, "files", MANIFEST)
         files = [(name, *_size_and_hash(entries, name)) for name in entries]
         if STATE not in entries:
             return f"{MANIFEST} lacks {STATE}"
@@ -106,5 +106,5 @@ def problem(path: Path, hashes: bool, share: tuple[int, int] = (0, 1)) -> str | 
 def _size_and_hash(entries: dict[str, Any], name: str) -> tuple[int, str]:
     if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise NibbleError(f"{MANIFEST}: {shown(name)} lies outside the checkpoint")
-    where, entry = f"{MANIFEST}: {printable(name, 80)}", table(entries, name, MANIFEST)
+    where, entry = f"{MANIFEST}: {printable(name, 80)}", mapping(entries, name, MANIFEST)
     return integer(entry, "size", -1, where, least=0, most=2**62), text(entry, "sha256", "x", where)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import integer, table, text
+from quant.common.jsonfile import integer, mapping, text
 from quant.common.words import shown
 from train.config.load import Config
 
@@ -89,8 +89,8 @@ class Record:
         """Raises NibbleError naming what of `state` is missing or of another type."""
         where, state = str(self.path), self.state
         require_keys(state, ("fingerprint", "started", "base", "batches", "held_out"), where)
-        table(state, "fingerprint", where)
-        base, batches = table(state, "base", where), table(state, "batches", where)
+        mapping(state, "fingerprint", where)
+        base, batches = mapping(state, "base", where), mapping(state, "batches", where)
         require_keys(base, ("name", "fingerprint"), f"{where}: base")
         require_keys(batches, ("epoch", "position", "seed", "sequences", "data"), f"{where}: batches")
         for key in ("name", "fingerprint"):

@@ -13,10 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint.hub import CONFIG, SIDE_FILES, TEMPLATES
+from models.checkpoint.side_files import CONFIG, side_names
 from quant.common.errors import NibbleError
 from quant.common.files import sha256_file, write_atomically
-from quant.common.jsonfile import integer, read_json, table, text
+from quant.common.jsonfile import integer, mapping, read_json, text
 from quant.common.words import shown, some
 from train.config.load import Config
 from train.state.fingerprint import START_OVER, Record, require_keys
@@ -50,8 +50,7 @@ def inputs_of(config: Config, model: Path) -> dict[str, str | None]:
     """SHA-256 of the files that a run reads beside rows and weights: tokenizer and templates in `model`, and
     adapter.init_from's.
     """
-    names = [name for name in SIDE_FILES if name != CONFIG]
-    names += [f"{TEMPLATES}/{path.name}" for path in sorted((model / TEMPLATES).glob("*.jinja"))]
+    names = [name for name in side_names(model) if name != CONFIG]
     start = config.adapter.init_from if config.adapter.kind == "lora" else None
     return {
         "tokenizer and templates": _hash(model, names),
@@ -121,7 +120,7 @@ def _read(folder: RunFolder, result: dict[str, Any]) -> FinishedRun:
         usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
         if not usable and not (value is None and key.startswith("held_out")):
             raise NibbleError(f"{where}: {key} must be a number, got {shown(value)}.")
-    sizes = table(result, "files", where)
+    sizes = mapping(result, "files", where)
     for name in sizes:
         integer(sizes, name, 0, f"{where}: files", least=0, most=2**62)
     for name in (result["saved"], *sizes):
@@ -129,15 +128,15 @@ def _read(folder: RunFolder, result: dict[str, Any]) -> FinishedRun:
             raise NibbleError(f"{where}: {shown(name)} lies outside the run's folder.")
     shown_result = {**result, "saved": str(folder.path / result["saved"])}
     steps = integer(result, "steps", 0, where, most=2**48)
-    record = FinishedRun(folder.finished, steps, table(result, "made_of", where), shown_result, sizes)
+    record = FinishedRun(folder.finished, steps, mapping(result, "made_of", where), shown_result, sizes)
     record.require_complete()
-    table(record.state, "inputs", f"{where}: made_of")
+    mapping(record.state, "inputs", f"{where}: made_of")
     return record
 
 
 def require_same_inputs(finished: FinishedRun, inputs: dict[str, str | None]) -> None:
     """Raises NibbleError naming which of the files are others now than when the run was made."""
-    was = table(finished.state, "inputs", str(finished.path))
+    was = mapping(finished.state, "inputs", str(finished.path))
     different = [name for name in inputs if was.get(name) != inputs[name]]
     if different:
         raise NibbleError(

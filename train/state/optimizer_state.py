@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from parallel.parts import Cut, Part, bounds
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import integer, table, text
+from quant.common.jsonfile import integer, mapping, text
 from quant.common.words import shown
 from train.optim import parameters_of
 from train.state.fingerprint import START_OVER
@@ -75,7 +75,7 @@ def optimizer_state(optimizer: Optimizer, parts: Mapping[str, Part] | None = Non
 def check_values(values: dict[str, Any], where: str) -> None:
     """Raises NibbleError where the JSON values of a saved state are not what `optimizer_state` gives."""
     text(values, "kind", "x", where)
-    steps, blocks = table(values, "steps", where), table(values, "blocks", where)
+    steps, blocks = mapping(values, "steps", where), mapping(values, "blocks", where)
     for name in steps:
         integer(steps, name, 0, f"{where}: steps", least=0, most=2**48)
     for name, layout in blocks.items():

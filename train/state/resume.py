@@ -17,7 +17,7 @@ from parallel.shards import Shards
 from parallel.texts import gather_texts
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import integer, number, table
+from quant.common.jsonfile import integer, mapping, number
 from quant.common.words import counted
 from train.config.load import Config
 from train.data.load import Data
@@ -161,7 +161,7 @@ def restore(
 
 
 def _progress(checkpoint: Checkpoint) -> dict[str, Any]:
-    where, saved = f"{checkpoint.path}: progress", table(checkpoint.state, "progress", str(checkpoint.path))
+    where, saved = f"{checkpoint.path}: progress", mapping(checkpoint.state, "progress", str(checkpoint.path))
     counts = ("step", "tokens", "labelled_tokens", "peak_memory_bytes")
     require_keys(saved, (*counts, "seconds"), where)
     seconds = number(saved, "seconds", 0, where) if saved["seconds"] != 0 else 0.0

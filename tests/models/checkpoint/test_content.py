@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from models import load_model
-from models.checkpoint import native, remembered
+from models.checkpoint import content, remembered
+from models.checkpoint.content import check_content
 from models.checkpoint.conversion import convert
-from models.checkpoint.native import Manifest, check_content
+from models.checkpoint.native import Manifest
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
 from tests.helpers import save_tiny_glm
@@ -61,7 +62,7 @@ def test_one_flipped_bit_is_found_when_the_model_is_loaded(folder: Path) -> None
 
 
 def test_large_files_are_read_whole_once_and_then_sampled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_SMALL", 0)
+    monkeypatch.setattr(content, "_SMALL", 0)
     read: list[str] = []
 
     def counting(path: Path) -> str:
@@ -70,7 +71,7 @@ def test_large_files_are_read_whole_once_and_then_sampled(folder: Path, monkeypa
 
     from quant.common.files import sha256_file
 
-    monkeypatch.setattr(native, "sha256_file", counting)
+    monkeypatch.setattr(content, "sha256_file", counting)
     manifest = Manifest.load(folder)
     weights = [name for name, record in manifest.files.items() if record.tensors]
     check_content(folder, manifest)
@@ -86,14 +87,14 @@ def test_large_files_are_read_whole_once_and_then_sampled(folder: Path, monkeypa
     # A disk that changes a file's bytes changes none of its dates: where a sample has them, they are found.
     state = remembered.state_of(folder, weights)
     flip(folder / weights[0], 100)
-    monkeypatch.setattr(native, "state_of", lambda folder, names: state)
+    monkeypatch.setattr(content, "state_of", lambda folder, names: state)
     with pytest.raises(NibbleError, match=f"1 files differ from their checksums: {weights[0]}"):
         check_content(folder, manifest)
     assert len(read) == 2 * len(weights)
 
 
 def test_what_was_written_just_now_is_not_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_SMALL", 0)
+    monkeypatch.setattr(content, "_SMALL", 0)
     now = time.time()
     os.utime(folder / "rest.safetensors", (now, now))
     check_content(folder, Manifest.load(folder))
@@ -103,7 +104,7 @@ def test_what_was_written_just_now_is_not_remembered(folder: Path, monkeypatch: 
 def test_a_cache_that_cannot_be_written_or_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "_SMALL", 0)
+    monkeypatch.setattr(content, "_SMALL", 0)
     (folder.parent / "cache").write_text("a file")
     check_content(folder, Manifest.load(folder))
     assert "will be read whole again the next time, as that can't be remembered" in caplog.text

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,56 +20,10 @@ from models.checkpoint.stream import HubReader
 from models.convert import __main__ as command
 from models.glm4_moe_lite import Glm4MoeLiteConfig, build
 from quant.common.errors import NibbleError
-from quant.common.progress import Bar
 from quant.storage import StorageSpec
-from tests.helpers import key_map_for, save_tiny_glm
+from tests.convert_helpers import NF4, contents, hub_tensors, run, write_hub
+from tests.helpers import key_map_for
 from tests.processes import run_commands
-
-NF4 = StorageSpec("nf4", True)
-ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint that transformers saved, in several shards. Read only."""
-    folder = tmp_path_factory.mktemp("hub") / "tiny"
-    save_tiny_glm(folder).save_pretrained(folder / "sharded", max_shard_size="300KB")
-    (folder / "model.safetensors").unlink()
-    for file in (folder / "sharded").iterdir():
-        file.replace(folder / file.name)
-    (folder / "sharded").rmdir()
-    assert len(list(folder.glob("*.safetensors"))) > 3
-    (folder / "tokenizer.json").write_text('{"tokens": "ü"}')
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    (folder / "README.md").write_text("not needed")
-    return folder
-
-
-def hub_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
-
-
-def write_hub(folder: Path, tensors: dict[str, torch.Tensor], config: Path, **changes: Any) -> Path:
-    """A hub folder with these tensors in one file, and the config.json of another folder."""
-    folder.mkdir()
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(json.loads((config / "config.json").read_text()) | changes))
-    return folder
-
-
-def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.glob(pattern))}
-
-
-def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    # One thread: beside other work, threads that wait for each other take far longer.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, **options
-    )
-
-
-# The bytes
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -189,108 +138,6 @@ def test_parameters_of_the_real_model() -> None:
     assert count_parameters(key_map_for(build, Glm4MoeLiteConfig.parse({}, "")).keys) == 29_943_390_976
 
 
-# The checkpoint doesn't fit
-
-
-def broken(hub: Path, tmp_path: Path, change: Any, **config: Any) -> str:
-    tensors = hub_tensors(hub)
-    change(tensors)
-    source = write_hub(tmp_path / "broken", tensors, hub, **config)
-    with pytest.raises(NibbleError) as caught:
-        convert(source, tmp_path / "out", NF4)
-    assert len(str(caught.value).splitlines()) <= 3
-    return str(caught.value)
-
-
-def test_missing_and_unused_keys_are_listed_together(hub: Path, tmp_path: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors["model.norm.weight"]
-        for layer in (1, 2):
-            for expert in range(8):
-                for part in ("gate", "up", "down"):
-                    del tensors[f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"]
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            del tensors[f"model.layers.2.{norm}.weight"]
-        tensors["model.extra.weight"] = torch.ones(3)
-        tensors["model.layers.4.surplus"] = torch.ones(3)
-
-    text = broken(hub, tmp_path, change)
-    assert "the weights don't fit glm4_moe_lite as config.json describes it" in text
-    assert "51 missing: model.layers.1.mlp.experts.0.down_proj.weight, " in text
-    assert text.count("_proj.weight") == 48
-    assert " and 1 more.\n" in text
-    assert "2 not used: model.extra.weight, model.layers.4.surplus." in text
-    assert not (tmp_path / "out").exists()
-
-
-def test_shape_that_differs_is_named_with_both(hub: Path, tmp_path: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.norm.weight"] = torch.ones(65)
-        tensors["model.layers.1.mlp.experts.3.up_proj.weight"] = torch.ones(64, 128)
-
-    text = broken(hub, tmp_path, change)
-    assert "shapes differ from what config.json says (2 tensors)" in text
-    assert "model.norm.weight is [65], should be [64]" in text
-    assert "model.layers.1.mlp.experts.3.up_proj.weight is [64, 128], should be [64, 64]" in text
-
-
-def test_checkpoint_that_is_quantised_already(hub: Path, tmp_path: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        name = "model.layers.1.self_attn.o_proj.weight"
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-
-    text = broken(hub, tmp_path, change)
-    assert "is quantised already: model.layers.1.self_attn.o_proj.weight (F8_E4M3)" in text
-    assert "Take the checkpoint in bfloat16, float16 or float32" in text
-
-
-def test_checkpoint_whose_keys_are_those_of_a_quantiser(hub: Path, tmp_path: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.self_attn.o_proj.weight_scale_inv"] = torch.ones(1, 1)
-
-    text = broken(hub, tmp_path, change, quantization_config={"quant_method": "fp8"})
-    assert (
-        "broken is quantised already: config.json has a quantization_config.\nTake the checkpoint in bfloat16" in text
-    )
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(
-    ("key", "named"),
-    [
-        (
-            "model.layers.2.mlp.experts.6.up_proj.weight",
-            r"model\.layers\.2\.mlp\.experts\.gate_up_proj, expert 6: 1 of its 8192 values are",
-        ),
-        (
-            "model.layers.0.self_attn.o_proj.weight",
-            r"model\.layers\.0\.self_attn\.o_proj\.weight: 1 of its 8192 values are",
-        ),
-        ("model.embed_tokens.weight", r"model\.embed_tokens\.weight: some of its values are"),
-    ],
-)
-def test_values_that_are_not_finite(hub: Path, tmp_path: Path, key: str, named: str, value: float) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[key][-1, -1] = value
-
-    text = broken(hub, tmp_path, change)
-    assert re.search(f"broken: {named} inf or NaN", text)
-    assert not Manifest.load(tmp_path / "out").complete
-    assert not list((tmp_path / "out").glob("*.partial"))
-
-
-def test_shape_that_does_not_divide_into_blocks(tmp_path: Path) -> None:
-    save_tiny_glm(tmp_path / "odd", q_lora_rank=48)
-    with pytest.raises(NibbleError, match=r"model\.layers\.0\.self_attn\.q_b_proj\.weight"):
-        convert(tmp_path / "odd", tmp_path / "out", NF4)
-    convert(tmp_path / "odd", tmp_path / "out", StorageSpec("int8", False))
-
-
-def test_unknown_architecture(hub: Path, tmp_path: Path) -> None:
-    text = broken(hub, tmp_path, lambda tensors: None, model_type="llama")
-    assert "config.json: model_type 'llama' is not supported. Supported: " in text
-
-
 def test_prediction_layer_is_left_out_and_named(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = hub_tensors(hub)
     extra = ["model.layers.3.eh_proj.weight", "model.layers.3.mlp.experts.0.up_proj.weight"]
@@ -301,9 +148,6 @@ def test_prediction_layer_is_left_out_and_named(hub: Path, tmp_path: Path, capsy
     assert Manifest.load(tmp_path / "out").carried == tuple(extra)
     convert(hub, tmp_path / "plain", NF4)
     assert contents(tmp_path / "plain", "*.safetensors") == contents(tmp_path / "out", "*.safetensors")
-
-
-# Interrupted, resumed, repeated
 
 
 @pytest.mark.parametrize("calls", [2, 40])
@@ -323,44 +167,6 @@ def test_killed_conversion_goes_on_and_gives_the_same_bytes(hub: Path, tmp_path:
     assert dates == {name: (target / name).stat().st_mtime_ns for name in dates}
     convert(hub, tmp_path / "whole", NF4)
     assert contents(target) == contents(tmp_path / "whole")
-
-
-@pytest.mark.usefixtures("signals_heeded")
-def test_ctrl_c_says_how_to_go_on(
-    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "out"
-
-    def interrupt(bar: object, done: int, total: int, part: str = "") -> None:
-        if part == "layer-00001.safetensors" and done > total / 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("quant.common.progress.Bar.update", interrupt)
-        assert command.main([str(hub), str(target), "--storage", "fp4", "--single-quant"]) == 130
-    out, err = capsys.readouterr()
-    assert out == ""
-    again = f"python -m models.convert {hub} {target} --storage fp4 --single-quant"
-    assert err == f"interrupted: 2 of 4 files are finished and kept.\nTo go on: {again}\n"
-    assert not list(target.glob("*.partial"))
-    assert command.main(again.split()[3:]) == 0
-    assert re.search(r"in 4 files, 2 of them from before, \d+\.\d s$", capsys.readouterr().out.strip())
-
-
-def test_again_says_that_all_is_done(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(hub), str(tmp_path / "out")]
-    assert command.main(arguments) == 0
-    out, err = capsys.readouterr()
-    assert err == ""  # no progress bar where there is no terminal
-    assert re.fullmatch(
-        rf"{tmp_path}/out: [\d,]+ parameters, 1\.41 MiB → \d+\.\d\d KiB "
-        r"\(nf4 with double quantisation, bfloat16\) in 4 files, \d+\.\d s\n",
-        out,
-    )
-    before = contents(tmp_path / "out")
-    assert command.main(arguments) == 0
-    assert f"{tmp_path}/out: all is done already, 4 files, " in capsys.readouterr().out
-    assert contents(tmp_path / "out") == before
 
 
 def test_damaged_files_are_made_again(hub: Path, tmp_path: Path) -> None:
@@ -442,9 +248,6 @@ def test_manifest_that_cannot_be_read(hub: Path, tmp_path: Path, change: dict[st
         Manifest.load(hub)
 
 
-# Where it is written to
-
-
 def test_destinations_that_are_refused(hub: Path, tmp_path: Path) -> None:
     def refused(source: Path, target: Path) -> str:
         with pytest.raises(NibbleError) as caught:
@@ -495,9 +298,6 @@ def test_disk_without_room(hub: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert convert(hub, tmp_path / "out", NF4).kept == 2
 
 
-# Checksums
-
-
 def test_verify(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "out"
     convert(hub, target, NF4)
@@ -516,70 +316,6 @@ def test_verify(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "2 files differ from their checksums: layer-00002.safetensors, tokenizer.json.\n" in capsys.readouterr().err
     assert command.main(["--verify", str(hub)]) == 2
     assert "there is no nibble.json, so this isn't a converted checkpoint" in capsys.readouterr().err
-
-
-# The command line
-
-
-def test_help_is_quick_and_its_example_is_real() -> None:
-    code = (
-        "import sys, runpy; sys.argv[1:] = ['--help']\ntry: runpy.run_module('models.convert', run_name='__main__')\n"
-    )
-    result = run("-c", f"{code}finally: print('torch' in sys.modules, file=sys.stderr)")
-    assert result.returncode == 0
-    assert (
-        "python -m models.convert checkpoints/GLM-4.7-Flash checkpoints/GLM-4.7-Flash-nf4 --storage nf4"
-        in result.stdout
-    )
-    assert result.stderr.strip() == "False"
-
-
-def test_as_a_command(hub: Path, tmp_path: Path) -> None:
-    result = run("-m", "models.convert", hub, tmp_path / "out", "--storage", "int8", "--dtype", "float32", "--json")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    data = json.loads(result.stdout)
-    assert data["storage"] == "int8, float32"
-    assert data["files"] == 4
-    assert data["bytes"] == sum(len(value) for value in contents(tmp_path / "out", "*.safetensors").values())
-
-
-def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with Bar("converting") as bar:
-        bar.update(30, 40, "layer-00001.safetensors")
-    assert re.search(r"converting .*75%.*left  layer-00001\.safetensors", terminal.getvalue())
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with Bar("loading", show=False) as bar:
-        bar.update(30, 40, "layer-00001.safetensors")
-    assert terminal.getvalue() == ""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ([], "error: SRC and DST are needed (see --help)."),
-        (["src"], "error: SRC and DST are needed (see --help)."),
-        (
-            ["a", "b", "--storage", "int8", "--single-quant"],
-            "error: --single-quant is about 4-bit storage; --storage is int8.",
-        ),
-        (["/nowhere/a", "b"], "error: /nowhere/a doesn't exist."),
-    ],
-)
-def test_wrong_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(arguments) == 2
-    assert expected in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without CUDA")
-def test_cuda_where_there_is_none(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main([str(hub), str(tmp_path / "out"), "--device", "cuda"]) == 2
-    assert "error: device 'cuda' is not available: " in capsys.readouterr().err
 
 
 def test_interruption_from_code_is_an_exception(hub: Path, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from models import load_model
+from models.checkpoint.content import verify
 from models.checkpoint.conversion import Interrupted, convert
 from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.layout import Layout
-from models.checkpoint.native import MANIFEST, Manifest, verify
+from models.checkpoint.native import MANIFEST, Manifest
 from models.checkpoint.stream import layout_of, sum_up
 from models.convert import __main__ as command
 from models.registry import architecture_for

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +15,18 @@ from torch import Tensor, nn
 
 from models.checkpoint.tensorfile import read_header
 from quant.common.errors import NibbleError
+from tests.checkpoint_helpers import SHARD, names, save, save_checkpoint, tensors_of, weights_of
 from train.optim import build_optimizer
 from train.state.checkpoint import (
-    UnusableCheckpointError,
     latest_checkpoint,
     read_checkpoint,
 )
-from train.state.fingerprint import START_OVER, Record
-from train.state.optimizer_state import OptimizerState, optimizer_state
-from train.state.saver import CheckpointSaver
-
-
-def tensors_of(step: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return {
-        "layers.0.A": torch.randn(3, 5, 7, generator=generator),
-        "layers.0.B": torch.randn(9, 4, generator=generator).to(torch.bfloat16).T,
-    }
-
-
-def save(directory: Path, step: int, keep: int = 2, **state: Any) -> Path:
-    optimizer = OptimizerState({"step.layers.0.A": torch.tensor(float(step))}, {"kind": "test", "steps": {}})
-    return save_checkpoint(directory, step, tensors_of(step), optimizer, {"step": step, **state}, keep)
-
-
-def save_checkpoint(
-    directory: Path, step: int, tensors: Mapping[str, Tensor], optimizer: OptimizerState, state: Any, keep: int
-) -> Path:
-    CheckpointSaver(directory, keep).save(step, tensors, optimizer, state)
-    return directory / f"step-{step:06d}"
+from train.state.fingerprint import START_OVER
+from train.state.optimizer_state import optimizer_state
 
 
 def parameters_like(tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.zeros_like(tensor)) for name, tensor in tensors.items()}
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
-
-SHARD = "shard-00001-model-00001-of-00001.safetensors"
-
-
-def weights_of(path: Path) -> Path:
-    return next((path / "weights").iterdir())
-
-
-# ------------------------------------------------------------------------------------------------------------- content
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
@@ -193,9 +153,6 @@ def test_an_optimiser_that_has_made_no_step(tmp_path: Path) -> None:
         shutil.rmtree(path / "optimizer", ignore_errors=True)  # as a copy that leaves out empty folders
 
 
-# ---------------------------------------------------------------------------------------------------- keeping, deleting
-
-
 def test_keeps_the_newest(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         save(tmp_path, step, keep=2)
@@ -232,264 +189,6 @@ def test_no_checkpoints(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "not-there") is None
     (tmp_path / ".partial-step-000003").mkdir()
     assert latest_checkpoint(tmp_path) is None
-
-
-# --------------------------------------------------------------------------------------------------------------- kills
-
-# Saves step `new` in a child process that dies by SIGKILL when it opens, makes, renames or removes its k-th file, for
-# every k until the save gets through; and by a limit on the file size, which kills in the middle of a file.
-KILLS = """
-import itertools, os, resource, shutil, signal, sys
-from pathlib import Path
-import torch
-from train.state.optimizer_state import OptimizerState
-from train.state.checkpoint import latest_checkpoint
-from train.state.saver import CheckpointSaver
-
-root = Path(sys.argv[1])
-
-def save(directory, step, value):
-    optimizer = OptimizerState({"a.b": torch.full((50,), float(value))}, {})
-    CheckpointSaver(directory, 1).save(step, {"big": torch.full((9000,), float(value))}, optimizer, {"value": value})
-
-def die_at(k):
-    seen = itertools.count()
-    events = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-    def hook(event, arguments):
-        if event in events and next(seen) == k:
-            os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-
-def die_in_the_file(limit):
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-def attempt(prepare, number, new, cleaned):
-    directory = root / "work"
-    shutil.rmtree(directory, ignore_errors=True)
-    shutil.copytree(root / "start", directory)
-    child = os.fork()
-    if child == 0:
-        prepare(number)
-        save(directory, new, 2)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    left = tuple(sorted(path.name for path in directory.iterdir()))
-    checkpoint = latest_checkpoint(directory, report=lambda message: sys.exit(message))
-    value = checkpoint.state["value"]
-    assert checkpoint.step == (1 if value == 1 else new), left
-    parameter = torch.nn.Parameter(torch.zeros(9000))
-    checkpoint.load_tensors([("big", parameter)])
-    assert bool((parameter == value).all()), left
-    if left not in cleaned:
-        cleaned.add(left)
-        save(directory, new, 3)
-        assert [path.name for path in directory.iterdir()] == [f"step-{new:06d}"], left
-        assert latest_checkpoint(directory).state["value"] == 3
-    return os.WIFSIGNALED(status), value
-
-save(root / "start", 1, 1)
-if (child := os.fork()) == 0:  # what it writes is not read again: the checksums are made on the way
-    opened = []
-    sys.addaudithook(lambda event, arguments: opened.append(arguments) if event == "open" else None)
-    save(root / "read", 1, 1)
-    ours = [(Path(name).name, flags) for name, _, flags in opened if str(name).startswith(str(root))]
-    read = [name for name, flags in ours if name.endswith((".safetensors", "state.json")) and not flags & os.O_WRONLY]
-    assert len(ours) > 4 and not read, ours
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
-for new in (2, 1):  # the next step, and the same step again
-    cleaned, outcomes = set(), []
-    for k in itertools.count():
-        killed, value = attempt(die_at, k, new, cleaned)
-        if not killed:
-            break
-        outcomes.append(value)
-    assert value == 2
-    assert outcomes == sorted(outcomes), outcomes
-    assert outcomes.count(1) > 10, outcomes  # while writing: the previous checkpoint
-    assert outcomes.count(2) > 3, outcomes  # while deleting it: the new one
-    assert len(cleaned) > 3, cleaned
-    killed, value = attempt(die_in_the_file, 20_000, new, cleaned)
-    assert killed and value == 1
-print("done")
-"""
-
-
-def test_killed_at_any_point(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", KILLS, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.stdout == "done\n", result.stderr
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
-
-
-def damage(path: Path, how: str) -> None:
-    weights = weights_of(path)
-    if how == "flipped bit":
-        data = bytearray(weights.read_bytes())
-        data[-1] ^= 1
-        weights.write_bytes(data)
-    elif how == "cut short":
-        os.truncate(weights, 100)
-    elif how == "missing file":
-        shutil.rmtree(path / "optimizer")
-    elif how == "missing manifest":
-        (path / "manifest.json").unlink()
-    elif how == "broken manifest":
-        (path / "manifest.json").write_text("{")
-    elif how == "other manifest":
-        (path / "manifest.json").write_text('{"format": 1, "files": {}}')
-    else:
-        manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 4}))
-
-
-@pytest.mark.parametrize(
-    ("how", "problem"),
-    [
-        ("flipped bit", f"weights/{SHARD} is not what was written (its SHA-256 differs)"),
-        ("cut short", f"weights/{SHARD} has 100 bytes instead of {{size}}"),
-        ("missing file", f"optimizer/{SHARD} can't be read (No such file or directory)"),
-        ("missing manifest", "manifest.json is missing"),
-        (
-            "broken manifest",
-            "manifest.json is not valid JSON: Expecting property name enclosed in double quotes at line 1 column 2",
-        ),
-        ("other manifest", "manifest.json lacks state.json"),
-        ("other format", "it has format 4, this version of nibble reads 1 to 3"),
-    ],
-)
-def test_damaged_checkpoint(tmp_path: Path, how: str, problem: str) -> None:
-    save(tmp_path, 2)
-    path = save(tmp_path, 4)
-    problem = problem.format(size=weights_of(path).stat().st_size)
-    damage(path, how)
-
-    messages: list[str] = []
-    checkpoint = latest_checkpoint(tmp_path, messages.append)
-    assert checkpoint is not None
-    assert checkpoint.step == 2
-    assert messages == [f"{path} can't be used: {problem}. Continuing from step-000002 instead."]
-
-    with pytest.raises(UnusableCheckpointError) as caught:
-        read_checkpoint(path)
-    assert str(caught.value) == f"{path} can't be used: {problem}.\nContinue from another one, or {START_OVER}."
-
-
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ([], "manifest.json holds a list, expected an object"),
-        ({"format": "3"}, "manifest.json: format must be an integer of at least 0, got '3'"),
-        ({"files": 7}, "manifest.json: files must be an object, got 7"),
-        ({"files": {"state.json": 7}}, "manifest.json: state.json must be an object, got 7"),
-        ({"files": {"state.json": {"size": "x"}}}, "manifest.json: state.json: size must be an integer of at least 0"),
-        ({"files": {"state.json": {"size": 10**40}}}, "manifest.json: state.json: size is 1000"),
-        ({"files": {"state.json": {"size": 3, "sha256": None}}}, "manifest.json: state.json: sha256 must be text"),
-        ({"files": {"../x": {}, "state.json": {}}}, "manifest.json: '../x' lies outside the checkpoint"),
-        ({"files": {"/etc/passwd": {}, "state.json": {}}}, "manifest.json: '/etc/passwd' lies outside the checkpoint"),
-    ],
-)
-def test_a_manifest_of_other_types(tmp_path: Path, changes: Any, problem: str) -> None:
-    path = save(tmp_path, 2)
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, **changes} if changes else changes))
-    with pytest.raises(UnusableCheckpointError) as caught:
-        read_checkpoint(path)
-    assert str(caught.value).startswith(f"{path} can't be used: {problem}")
-    assert str(caught.value).endswith(START_OVER + ".")
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "problem"),
-    [
-        ("run", None, "state.json lacks run: it is damaged, or of another version of nibble."),
-        ("step", "two", "state.json: step must be an integer of at least 0, got 'two'."),
-        ("optimizer", [], "state.json: optimizer must be an object, got []."),
-        ("optimizer", {"kind": 3, "steps": {}}, "state.json: kind must be text, got 3."),
-        ("optimizer", {"kind": "x", "steps": {"a": -1}}, "state.json: steps: a must be an integer of at least 0"),
-        ("optimizer", {"kind": "x", "blocks": {"a": ["b"]}}, "state.json: blocks: a must be a list of integers"),
-    ],
-)
-def test_a_state_of_other_types(tmp_path: Path, key: str, value: Any, problem: str) -> None:
-    path = save(tmp_path, 2)
-    state = json.loads((path / "state.json").read_text())
-    text = json.dumps(
-        {name: old for name, old in state.items() if name != key} | ({} if value is None else {key: value})
-    )
-    (path / "state.json").write_text(text)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["state.json"] = {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UnusableCheckpointError) as caught:
-        read_checkpoint(path)
-    assert str(caught.value).startswith(f"{path}/{problem}")
-
-
-STATE = {
-    "fingerprint": {},
-    "started": "2026-01-02T03:04:05",
-    "base": {"name": "n", "fingerprint": "f"},
-    "batches": {"epoch": 0, "position": 0, "seed": 0, "sequences": 1, "data": "d"},
-    "held_out": None,
-}
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "problem"),
-    [
-        ("fingerprint", [], "x: fingerprint must be an object, got []."),
-        ("started", "yesterday", "x: started is no date: 'yesterday'."),
-        ("started", 3, "x: started must be text, got 3."),
-        ("base", {"name": "n"}, "x: base lacks fingerprint: it is damaged, or of another version of nibble."),
-        ("base", {"name": "n", "fingerprint": 3}, "x: base: fingerprint must be text, got 3."),
-        ("batches", {**STATE["batches"], "epoch": 0.5}, "x: batches: epoch must be an integer of at least 0, got 0.5."),
-        ("batches", {**STATE["batches"], "data": []}, "x: batches: data must be text, got []."),
-        ("held_out", 3, "x: held_out must be text, got 3."),
-    ],
-)
-def test_what_a_run_was_made_of_has_types(key: str, value: Any, problem: str) -> None:
-    Record(Path("x"), 2, STATE).require_complete()
-    with pytest.raises(NibbleError) as caught:
-        Record(Path("x"), 2, {**STATE, key: value}).require_complete()
-    assert str(caught.value) == problem
-
-
-def test_all_damaged(tmp_path: Path) -> None:
-    for path in [save(tmp_path, step) for step in (2, 4)]:
-        damage(path, "missing manifest")
-    with pytest.raises(NibbleError) as caught:
-        latest_checkpoint(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path}/step-000004 can't be used: manifest.json is missing. The same goes for 1 before it.\n"
-        f"No checkpoint there can be continued; {START_OVER}."
-    )
-
-
-def test_fallback_is_reported_on_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path, 2)
-    damage(save(tmp_path, 4), "missing manifest")
-    latest_checkpoint(tmp_path)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.endswith(
-        "step-000004 can't be used: manifest.json is missing. Continuing from step-000002 instead.\n"
-    )
-
-
-def test_not_a_checkpoint(tmp_path: Path) -> None:
-    path = save(tmp_path / "run" / "checkpoints", 2)
-    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
-        with pytest.raises(NibbleError) as caught:
-            read_checkpoint(folder)
-        assert str(caught.value) == f"{folder} is not a checkpoint. Did you mean {path}?"
-    with pytest.raises(NibbleError) as caught:
-        read_checkpoint(tmp_path / "else")
-    assert str(caught.value) == f"{tmp_path}/else is not there. Checkpoints are the step-… folders of a run."
 
 
 def test_other_tensors(tmp_path: Path) -> None:
@@ -535,25 +234,6 @@ def test_other_config(tmp_path: Path) -> None:
     )
     with pytest.raises(NibbleError, match=r"train.seed is 1 .*; adapter.rank is 8 now, 32 there\.\nSet them as before"):
         checkpoint.require_same_config({**saved, "train.seed": 1, "adapter.rank": 8})
-
-
-def test_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    path = save(tmp_path, 2)
-    big = {"big": torch.zeros(50_000)}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # writing past it fails as on a full disk
-    try:
-        with pytest.raises(NibbleError) as caught:
-            save_checkpoint(tmp_path, 4, big, OptimizerState({}, {}), {}, 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(caught.value) == (
-        f"the disk is full: {tmp_path}/.partial-step-000004/weights can't be written"
-        " (File too large).\nMake room and run again.\n"
-        f"The checkpoint of step 4 was not written; {path} is as it was."
-    )
-    assert names(tmp_path) == ["step-000002"]
-    assert read_checkpoint(path).step == 2
 
 
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
