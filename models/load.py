@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoint.content import check_content
-from models.checkpoint.hub import HubCheckpoint, check_counts, read_config
+from models.checkpoint.hub import HubCheckpoint, check_counts
 from models.checkpoint.hub_id import hub_id_of, resolve_model
 from models.checkpoint.keymap import KeyMap, key_map_of
 from models.checkpoint.native import (
@@ -24,6 +24,7 @@ from models.checkpoint.native import (
     is_converted,
     wrong_sizes,
 )
+from models.checkpoint.side_files import read_config
 from models.checkpoint.stream import LEFT_OUT, HubReader, Reader
 from models.decoder import CausalLM
 from models.registry import architecture_for

@@ -30,6 +30,7 @@ from quant.common.jsonfile import number
 from quant.common.progress import Bar
 from quant.storage import StorageSpec
 from train.config.load import Config
+from train.config.model_length import check_length
 from train.optim import require_device
 
 # DeepSeek-V3's speed of the bias (arXiv:2412.19437 §4.2), and the coefficient of Qwen's configurations.
@@ -47,7 +48,7 @@ def check_model(config: Config, source: ModelFolder, device: torch.device, sizes
     where = str(source.path / "config.json")
     architecture = architecture_for(source.config, where)
     parsed = architecture.parse_config(source.config, where)
-    _check_length(config, source, where)
+    check_length(config.data.sequence_length, source.config, where)
     _check_stored(source, spec, dtype)
     model = architecture.build(parsed, spec, dtype, "meta")
     warnings = _oversized_ranks(model, config) if config.adapter.kind == "lora" else []
@@ -79,21 +80,6 @@ def _adapter_spec(config: Config) -> AdapterSpec:
         rslora=adapter.rslora,
         layers=adapter.layers,
         dtype=adapter.dtype,
-    )
-
-
-def _check_length(config: Config, source: ModelFolder, where: str) -> None:
-    text = text_section(source.config)
-    length, limit = config.data.sequence_length, text.get("max_position_embeddings")
-    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-    if not isinstance(limit, int) or length <= limit:
-        return
-    if isinstance(factor, int | float) and isinstance(trained, int) and factor * trained >= length:
-        return  # yarn switched on by hand: max_position_embeddings is often left as it was
-    raise NibbleError(
-        f"data.sequence_length: {length} is more than the model is made for: max_position_embeddings is {limit} in "
-        f"{where}.\nSet data.sequence_length to {limit} or less."
     )
 
 

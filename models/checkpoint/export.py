@@ -17,11 +17,11 @@ from torch import Tensor
 
 from models.blocks.configjson import text_section
 from models.blocks.linear import LoRA
-from models.checkpoint.hub import INDEX, SINGLE, HubCheckpoint, read_config
+from models.checkpoint.hub import INDEX, SINGLE, HubCheckpoint
 from models.checkpoint.hub_id import local_folder
 from models.checkpoint.keymap import HEAD, Key, KeyMap, key_map_of
 from models.checkpoint.native import Manifest, dtype_name, is_converted
-from models.checkpoint.side_files import CONFIG, SIDE_FILES, TEMPLATES, side_files
+from models.checkpoint.side_files import CONFIG, SIDE_FILES, TEMPLATES, read_config, side_files
 from models.checkpoint.stream import is_carried, layout_of, sum_up
 from models.checkpoint.tensorfile import DTYPES, TensorWriter, tensor_bytes
 from models.decoder import CausalLM

@@ -12,14 +12,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from models.checkpoint.fingerprint import full_fingerprint, is_sampled, sampled_fingerprint
 from models.checkpoint.hub_id import PICKLES, download_command
-from models.checkpoint.side_files import CONFIG
+from models.checkpoint.side_files import read_config
 from models.checkpoint.tensorfile import MappedFolder, TensorInfo, read_header
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import mapping, read_json
@@ -154,25 +153,6 @@ class HubCheckpoint:
                 f"{self.path / name}: {key} can't be read ({error}).\n"
                 f"Fetch it again: {download_command(self.path, name)}"
             ) from error
-
-
-def read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
-    """config.json of a hub or converted folder: its bytes, and the object. Raises NibbleError."""
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "doesn't exist"
-        raise NibbleError(f"{folder} {what}. Wanted: a folder with {CONFIG} and *.safetensors.")
-    path = folder / CONFIG
-    if not path.is_file():
-        raise NibbleError(
-            f"{folder}: there is no {CONFIG}, so this isn't a checkpoint folder.\n{_what_is_there(folder)}"
-        )
-    config = read_json(path, dict)
-    return path.read_bytes(), config
-
-
-def _what_is_there(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return f"It holds: {some(names)}." if names else "It is empty."
 
 
 def _shards(folder: Path) -> dict[str, list[str]]:

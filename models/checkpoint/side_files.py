@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import MAX_BYTES
+from quant.common.jsonfile import MAX_BYTES, read_json
+from quant.common.words import some
 
 CONFIG = "config.json"
 # Everything beside the weights that a tokenizer, a chat template or generation needs.
@@ -29,6 +31,26 @@ SIDE_FILES = (
 
 # Templates by name, beside the default one, as transformers keeps them.
 TEMPLATES = "additional_chat_templates"
+
+
+def read_config(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    """config.json of a hub or converted folder: its bytes, and the object. Raises NibbleError."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "doesn't exist"
+        raise NibbleError(f"{folder} {what}. Wanted: a folder with {CONFIG} and *.safetensors.")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise NibbleError(
+            f"{folder}: there is no {CONFIG}, so this isn't a checkpoint folder.\n{what_is_there(folder)}"
+        )
+    config = read_json(path, dict)
+    return path.read_bytes(), config
+
+
+def what_is_there(folder: Path) -> str:
+    """The files of a folder, for a message about one that isn't there."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    return f"It holds: {some(names)}." if names else "It is empty."
 
 
 def is_plain(name: str) -> bool:

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from quant.common.errors import NibbleError
 from quant.common.words import shown
 
-MAX_BYTES = 256 * 2**20  # of a file that is read whole; the index of the largest published checkpoint has 8 MiB
+MAX_BYTES = 64 * 2**20  # of a file that is read whole; the index of the largest published checkpoint has 8 MiB
+MAX_VALUES = 2**22  # in one text: a value may take a hundred times the memory of its text
 MAX_DEPTH = 100  # of objects and lists within each other
 LARGEST = 2**24  # an integer, unless its reader says otherwise: no matrix has as many rows
 
@@ -26,11 +27,16 @@ class JsonError(ValueError):
     """Why a text isn't usable JSON, in a few words."""
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; bytes are UTF-8, with or without a byte-order mark. Raises JsonError."""
+def parse_json(text: str | bytes, most: int = MAX_VALUES) -> Any:
+    """The value of a JSON text; bytes are UTF-8, with or without a byte-order mark. Raises JsonError.
+
+    most: values that it may hold (commas and brackets are counted, inside strings too).
+    """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
+        if len(text) > most and text.count(",") + text.count("[") + text.count("{") > most:
+            raise JsonError(f"more than {most:,} values")
         value = _DECODER.decode(text)
     except UnicodeDecodeError as error:
         raise JsonError(f"not UTF-8 at byte {error.start}") from error

@@ -107,3 +107,9 @@ def test_values_by_type() -> None:
         with pytest.raises(NibbleError) as error:
             call()
         assert str(error.value).startswith(expected) and len(str(error.value)) < 200
+
+
+def test_more_values_than_memory_has_room_for() -> None:
+    assert parse_json("[[], [], 1]", most=5) == [[], [], 1]
+    with pytest.raises(JsonError, match="more than 4 values"):
+        parse_json("[[], [], 1]", most=4)

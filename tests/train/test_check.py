@@ -91,6 +91,21 @@ def test_rows_of_which_some_are_bad(world: World, tmp_path: Path, capsys: pytest
     assert error_of(arguments, capsys) == f"error: data.train: {rows} holds no rows.\n"
 
 
+def test_columns(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a run would say of them at its end of reading, or stop at."""
+    row = {"instruction": "q", "context": "c", "output": "a"}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    changes = {"data__train": str(rows), "data__format": "prompt_completion"}
+    fields = {"prompt": "instruction", "completion": "output"}
+    assert main([*settings(world, tmp_path / "run", **changes, data__fields=fields), "--check"]) == 0
+    said = "warning: data.train: columns with content that are not used: context (1 of 1 rows)."
+    assert capsys.readouterr().err.startswith(said)
+    fields["prompt"] = "{instruction} {nope}"
+    message = error_of([*settings(world, tmp_path / "run", **changes, data__fields=fields), "--check"], capsys)
+    assert message.startswith(f"error: data.fields.prompt: data.train: {rows}: no field 'nope'; its rows have instruc")
+
+
 def test_a_hub_id_is_not_downloaded(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "nobody/no-such-model"
     assert main([*settings(world, tmp_path / "run", model__path=name), "--check"]) == 0
@@ -99,9 +114,14 @@ def test_a_hub_id_is_not_downloaded(world: World, tmp_path: Path, capsys: pytest
     )
 
 
-def test_rows_are_checked_before_torch_is_imported(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"data__format": "text"}, {"data__sequence_length": 513}, {"model__path": "./no/such/folder"}]
+)
+def test_what_needs_no_torch_is_checked_before_it_is_imported(
+    world: World, tmp_path: Path, changes: dict[str, Any]
+) -> None:
     """Which takes longer than all the rest."""
-    arguments = [*settings(world, tmp_path / "run", data__format="text"), "--check"]
+    arguments = [*settings(world, tmp_path / "run", **changes), "--check"]
     code = (
         "import runpy, sys\ntry:\n    runpy.run_module('train', run_name='__main__', alter_sys=True)\nfinally:\n"
         "    print('torch' in sys.modules)\n"

@@ -11,7 +11,7 @@ from quant.common.errors import NibbleError
 from quant.common.words import printable
 from train.config.fields import columns
 from train.config.sections import Format
-from train.rows.parse import columns_read, missing
+from train.rows.parse import columns_read, messages_in, missing
 
 _LISTED = 12  # columns in a message
 
@@ -36,7 +36,9 @@ class Columns:
             value = values[name]
             if value and isinstance(value, str | list | dict):
                 self.filled[name] += 1
-        if self.form == "prompt_completion" and isinstance(values.get(self.fields.get("prompt", "prompt")), str):
+        if self.form == "prompt_completion" and isinstance(
+            messages_in(values.get(self.fields.get("prompt", "prompt"))), str
+        ):
             tools = self.fields.get("tools", "tools")  # which only a prompt of messages takes
             self.filled[tools] += bool(values.get(tools))
 

@@ -24,9 +24,11 @@ from train.rows.columns import Columns
 from train.rows.parse import columns_read, missing
 
 _CHUNK = 1 << 20  # bytes
-_LONGEST_CELL = 1 << 30  # characters of a CSV file's: a book, rather than 131,072
+LONGEST_ROW = 64 << 20  # bytes: books have less, and a line of a compressed file may be longer than memory
 _BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _KINDS = (".jsonl", ".json", ".csv", ".parquet")
+_OBJECT_OPENS = re.compile(rb'\s*\{\s*(?:"[^"]*"\s*:\s*[\[{]\s*)?')  # of a line: an object over several lines
 # What nests in JSON, whole strings, and the quote that begins a string of which the end isn't there.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},"]', re.DOTALL)
 
@@ -54,11 +56,12 @@ def read_rows(
     fields: Mapping[str, str] | None = None,
     key: str,
     columns: Columns | None = None,
+    at_a_time: int = 1024,
 ) -> Iterator[Row]:
     """The rows of a file, in order, unchecked.
 
     fields: {name of the format: name in the file}. key: the config key that names the file, for messages. columns:
-    is told of the columns that a parquet reader leaves out.
+    is told of the columns that a parquet reader leaves out, of `at_a_time` rows at a time.
     Raises NibbleError for a file that is missing, of an unknown kind or unreadable as a whole, before the first row.
     """
     path = Path(file)
@@ -72,7 +75,7 @@ def read_rows(
     except OSError as error:
         raise NibbleError(f"{key}: {path} can't be read: {error.strerror}.") from error
     if kind == ".parquet":
-        return _read_parquet(path, form, fields or {}, key, columns)
+        return _read_parquet(path, form, fields or {}, key, columns, at_a_time)
     return _read_text(path, kind == ".csv", key)
 
 
@@ -81,6 +84,9 @@ def _read_text(path: Path, is_csv: bool, key: str) -> Iterator[Row]:
     with open(path, "rb") as raw:
         file: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw  # type: ignore[assignment]
         try:
+            if file.read(2) in _UTF16:
+                raise NibbleError(f"{key}: {path} is text in UTF-16; wanted UTF-8.")
+            file.seek(0)
             rows = _read_csv(file, path, key) if is_csv else _read_json(file, path, key)
             for line, values, problem in rows:
                 yield Row(str(path), line, values, raw.tell() / size, problem)
@@ -92,13 +98,20 @@ _Found = tuple[int, dict[str, Any] | None, BadRow | None]
 
 
 def _read_json(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
-    first, lines = True, enumerate(file, 1)
+    first, lines = True, enumerate(_lines(file), 1)
     for number, line in lines:
         if number == 1:
             line = line.removeprefix(_BOM)
         if not line.strip():
             continue
+        if first and _OBJECT_OPENS.fullmatch(line):
+            raise NibbleError(
+                f"{key}: {path} begins with an object over several lines; wanted a row per line, or an array of rows."
+            )
         if first and line.lstrip().startswith(b"["):
+            if len(line) > LONGEST_ROW:  # of which there is more
+                yield from _read_array(file, line, path, key)
+                return
             following = next(((at, text) for at, text in lines if text.strip()), None)
             # One array for the whole file, unless the list ends with the line and something follows.
             if following is None or not _is_json(line):
@@ -110,6 +123,14 @@ def _read_json(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
         yield number, *_parse_line(line)
 
 
+def _lines(file: IO[bytes], longest: int = LONGEST_ROW) -> Iterator[bytes]:
+    """The lines; of one that is longer than `longest` bytes, only so much and one more."""
+    while line := file.readline(longest + 1):
+        yield line
+        while len(line) > longest and not line.endswith(b"\n"):
+            line = file.readline(longest + 1)
+
+
 def _is_json(line: bytes) -> bool:
     try:
         parse_json(line)
@@ -118,7 +139,9 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _parse_line(line: bytes) -> tuple[dict[str, Any] | None, BadRow | None]:
+def _parse_line(line: bytes, longest: int = LONGEST_ROW) -> tuple[dict[str, Any] | None, BadRow | None]:
+    if len(line) > longest:
+        return None, BadRow("too_long", f"the row has more than {longest:,} bytes")
     try:
         value = parse_json(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
@@ -131,7 +154,7 @@ def _parse_line(line: bytes) -> tuple[dict[str, Any] | None, BadRow | None]:
     return None, BadRow("not_an_object", f"the row is {kind_of(value)}, expected an object")
 
 
-def _read_array(file: IO[bytes], data: bytes, path: Path, key: str) -> Iterator[_Found]:
+def _read_array(file: IO[bytes], data: bytes, path: Path, key: str, longest: int = LONGEST_ROW) -> Iterator[_Found]:
     """The elements of an array that begins with `data`; each is parsed by itself, so that a bad one is one bad row."""
     data = data.lstrip()[1:]
     number = start = position = depth = 0  # position: where to look on, start: where the element begins
@@ -142,6 +165,8 @@ def _read_array(file: IO[bytes], data: bytes, path: Path, key: str) -> Iterator[
             if not more:
                 where = f"its element {number + 1} doesn't end"
                 raise NibbleError(f"{key}: {path} is a JSON array that is cut off or damaged: {where}.")
+            if len(data) - start > longest:
+                raise NibbleError(f"{key}: {path}: its element {number + 1} has more than {longest:,} bytes.")
             position = found.start() - start if found else len(data) - start
             chunk = file.read(max(_CHUNK, len(data) - start))
             more = bool(chunk)
@@ -165,16 +190,21 @@ def _read_array(file: IO[bytes], data: bytes, path: Path, key: str) -> Iterator[
 
 
 def _read_csv(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
-    limit = csv.field_size_limit(_LONGEST_CELL)  # of the module, there is none of a reader
+    limit = csv.field_size_limit(LONGEST_ROW)  # of the module, there is none of a reader
     try:
         yield from _read_cells(file, path, key)
     finally:
         csv.field_size_limit(limit)
 
 
-def _read_cells(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
-    lines = (line.removeprefix(b"" if at else _BOM).decode("utf-8", "surrogateescape") for at, line in enumerate(file))
-    reader = csv.reader(lines, strict=True)
+def _read_cells(file: IO[bytes], path: Path, key: str, longest: int = LONGEST_ROW) -> Iterator[_Found]:
+    def lines() -> Iterator[str]:
+        for at, line in enumerate(_lines(file, longest), 1):
+            if len(line) > longest:
+                raise NibbleError(f"{key}: {path}:{at}: the line has more than {longest:,} bytes.")
+            yield line.removeprefix(_BOM if at == 1 else b"").decode("utf-8", "surrogateescape")
+
+    reader = csv.reader(lines(), strict=True)
     header: list[str] | None = None
     before = 0
     while True:
@@ -199,6 +229,9 @@ def _read_cells(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
             if problem is not None or twice is not None or not header:
                 what = problem or ("it is empty" if twice is None else f"column {shown(twice)} stands twice")
                 raise NibbleError(f"{key}: {path}: its first row can't be the names of the columns: {what}.")
+            other = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
+            if other is not None:
+                raise NibbleError(f"{key}: {path}: its columns are separated by {shown(other)}; wanted commas.")
         elif problem is not None:
             yield line, None, problem
         elif len(cells) == len(header):
@@ -209,7 +242,7 @@ def _read_cells(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
 
 
 def _read_parquet(
-    path: Path, form: Format, fields: Mapping[str, str], key: str, columns: Columns | None
+    path: Path, form: Format, fields: Mapping[str, str], key: str, columns: Columns | None, at_a_time: int
 ) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -224,7 +257,7 @@ def _read_parquet(
         needed = [name for name in wanted if name in schema.names]
         left = [] if columns is None else _left_out(schema, needed, columns)
         number, rows = 0, max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(batch_size=1024, columns=[*needed, *left]):
+        for batch in table.iter_batches(batch_size=at_a_time, columns=[*needed, *left]):
             for name in left:
                 columns.filled[name] += _filled(batch.column(name))  # type: ignore[union-attr]
             for values, problem in _rows_of(batch.select(needed)):

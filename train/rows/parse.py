@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quant.common.jsonfile import kind_of
+from quant.common.jsonfile import JsonError, kind_of, parse_json
 from quant.common.words import printable, shown
 from train.config.fields import columns, joined
 from train.config.sections import REQUIRED, Format
@@ -33,7 +33,9 @@ _MAY_BE_EMPTY = ("tool", "function", "system", "developer")
 _SHAREGPT = {"messages": "conversations", "role": "from", "content": "value"}
 # Names under which public data sets keep a prompt and its completion, the more telling first.
 _PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input")
-_COMPLETIONS = ("completion", "answer", "output", "response", "solution")
+_COMPLETIONS = ("completion", "answer", "output", "response", "solution", "chosen")
+# Of an object that holds a whole file's rows.
+_WRAPPERS = ("data", "rows", "examples", "train")
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,14 @@ def parse_row(
         if source not in values:
             raise BadRow("missing_field", missing(source, values, "the row", form))
         texts.append(values[source])
+    if form == "prompt_completion":
+        texts = [messages_in(text) for text in texts]
     if form == "prompt_completion" and any(isinstance(text, list) and _are_messages(text) for text in texts):
         return _parse_turns(values, texts, fields)
+    for name, text in zip(REQUIRED[form], texts, strict=True):
+        if form == "prompt_completion" and isinstance(text, dict):
+            place = fields.get(name, name)
+            raise BadRow("wrong_type", f"{place} is an object, expected text or a list of messages")
     checked = [_text(text, fields.get(name, name)) for name, text in zip(REQUIRED[form], texts, strict=True)]
     return Completion(*checked) if form == "prompt_completion" else Text(*checked)
 
@@ -102,7 +110,8 @@ def missing(name: str, present: Iterable[str], owner: str, form: Format | None =
     has = (
         ", ".join(printable(key, 60) for key in names[:12]) + (", …" if len(names) > 12 else "") if names else "nothing"
     )
-    return f"no field {shown(name)}{near}; {owner} has {has}{advice or ' (data.fields maps names)'}"
+    have = "have" if owner.endswith("rows") else "has"
+    return f"no field {shown(name)}{near}; {owner} {have} {has}{advice or ' (data.fields maps names)'}"
 
 
 def _advice(form: Format, names: Sequence[str]) -> str:
@@ -117,6 +126,8 @@ def _advice(form: Format, names: Sequence[str]) -> str:
         if (prompt, completion) != ("prompt", "completion"):
             keys.append(f"data.fields: {{prompt: {prompt}, completion: {completion}}}")
         return f". Set {' and '.join(keys)}" if keys else ""
+    if len(names) == 1 and names[0] in _WRAPPERS:
+        return ". Rows stand on a line each, or in one array"
     return ". Set data.format: text" if form != "text" and "text" in names else ""
 
 
@@ -211,6 +222,18 @@ def _put_system_first(
         raise BadRow("two_systems", f"{name} begins with a system message, and data.fields.system gives one too")
     messages.insert(0, {"role": "system", "content": text})
     trained.insert(0, False)
+
+
+def messages_in(value: Any) -> Any:
+    """The messages of a text that is JSON of a list of messages; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = parse_json(value)
+    except JsonError:
+        return value  # a text that begins with a bracket
+    are = isinstance(found, list) and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in found)
+    return found if found and are else value
 
 
 def _are_messages(value: list[Any]) -> bool:

@@ -33,8 +33,9 @@ def parse_call(call: Any, place: str) -> dict[str, Any]:
         call = json_of(call, place)
     if not isinstance(call, dict):
         raise BadRow("wrong_type", f"{place} is {kind_of(call)}, expected an object")
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": parse_call(call["function"], f"{place}.function")}
+    function = call.get("function")
+    if isinstance(function, dict) or (isinstance(function, str) and function.lstrip().startswith("{")):
+        return {**call, "function": parse_call(function, f"{place}.function")}
     # APIs give arguments as a string of JSON; templates iterate over an object, and servers parse it before rendering.
     arguments = call.get("arguments")
     if arguments is None and isinstance(call.get("parameters"), dict):

@@ -134,7 +134,7 @@ def test_a_joined_column_that_no_row_has(kind: str, tokenizer: Tokenizer, tmp_pa
     with pytest.raises(NibbleError) as caught:
         told(tokenizer, path, fields={**PLAIN, "prompt": "{instruction} {inptu}"})
     assert str(caught.value) == (
-        f"data.fields.prompt: data.train: {path}: no field 'inptu' (did you mean 'input'?); its rows has instruction, "
+        f"data.fields.prompt: data.train: {path}: no field 'inptu' (did you mean 'input'?); its rows have instruction, "
         "input, output, id (data.fields maps names)"
     )
 

@@ -277,3 +277,53 @@ def check(path: str) -> None:
     (Path.cwd() / "rows.jsonl").touch()
     config = parse_config("model: {path: x}\ndata: {train: rows.jsonl}\noutput: {dir: x}")
     check_files(config.model_copy(update={"data": config.data.model_copy(update={"eval": path})}))
+
+
+# ------------------------------------------------------------------------------------------------ files of other kinds
+
+
+@pytest.mark.parametrize("data", [b'{\n  "data": [\n', b'{"data": [\n{"text": "a"}\n]}\n', b' { "train": {\n'])
+def test_an_object_over_several_lines(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(data)
+    with pytest.raises(
+        NibbleError, match=r"begins with an object over several lines; wanted a row per line, or an arr"
+    ):
+        read(path)
+
+
+def test_utf16_and_columns_with_another_separator(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n', encoding="utf-16")
+    with pytest.raises(NibbleError, match=r"rows\.jsonl is text in UTF-16; wanted UTF-8\.$"):
+        read(path)
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt;completion\na;b\n")
+    with pytest.raises(NibbleError, match=r"rows\.csv: its columns are separated by ';'; wanted commas\.$"):
+        read(path)
+
+
+def test_a_row_longer_than_memory(tmp_path: Path) -> None:
+    """A small compressed file can hold a line or an element without end."""
+    import gzip
+
+    from train.rows.files import LONGEST_ROW
+
+    long = b'"' + b"x" * (LONGEST_ROW + 10) + b'"'
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": ' + long + b'}\n{"text": "b"}\n', 1))
+    found = read(path)
+    assert [(row.line, row.problem.reason) for row in found if row.problem] == [(1, "too_long")]
+    assert [row.values for row in found if not row.problem] == [{"text": "b"}], "and the next row is read"
+    path = tmp_path / "rows.json.gz"
+    path.write_bytes(gzip.compress(b'[{"text": "a"}, {"text": ' + long + long + b"}]", 1))
+    with pytest.raises(NibbleError, match=r"its element 2 has more than 67,108,864 bytes"):
+        read(path)
+    path = tmp_path / "rows.csv.gz"
+    path.write_bytes(gzip.compress(b"text\n" + long, 1))
+    with pytest.raises(NibbleError, match=r"rows\.csv\.gz:2: the line has more than 67,108,864 bytes"):
+        read(path)
+    # All rows of an array may stand on one line that is longer.
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"[" + b", ".join([b'{"text": "' + b"y" * (LONGEST_ROW // 3) + b'"}'] * 4) + b"]")
+    assert [len((row.values or {})["text"]) for row in read(path)] == [LONGEST_ROW // 3] * 4

@@ -195,6 +195,10 @@ FITTING = [
     ("messages", {"text": "t", "id": 1}, "no field 'messages'; the row has text, id. Set data.format: text"),
     ("text", {"messages": say("q", "a")}, "no field 'text'; the row has messages. Set data.format: messages"),
     ("prompt_completion", SHAREGPT, "no field 'prompt'; the row has conversations, tools. Set data.format: messages"),
+    ("prompt_completion", {"prompt": "q", "chosen": "a", "rejected": "b"}, "no field 'completion'; the row has prompt, "
+     "chosen, rejected. Set data.fields: {prompt: prompt, completion: chosen}"),
+    ("messages", {"data": [{"messages": say("q", "a")}]}, "no field 'messages'; the row has data. Rows stand on a line "
+     "each, or in one array"),
     ("messages", {"body": "t"}, "no field 'messages'; the row has body (data.fields maps names)"),
 ]  # fmt: skip
 
@@ -204,7 +208,7 @@ def test_rows_of_another_format_name_the_keys_to_set(
     form: str, row: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     assert problem(row, form) == expected
-    if "data.format: messages" in expected or "maps names" in expected or "text" in row:
+    if "data.format: messages" in expected or "on a line each" in expected or "maps names" in expected or "text" in row:
         return
     # And with these keys the row is read.
     keys = expected.partition("data.fields: {")[2].removesuffix("}")
@@ -231,3 +235,17 @@ def test_values_out_of_rows_reach_no_terminal_raw() -> None:
         said = problem(row, form)
         assert said.isprintable()
         assert len(said) < 400
+
+
+def test_a_prompt_and_completion_that_are_json_of_messages() -> None:
+    """As tables keep them: learnt as messages, and not as text with brackets."""
+    prompt, completion = say("q"), [{"role": "assistant", "content": "a"}]
+    row = {"prompt": json.dumps(prompt), "completion": json.dumps(completion)}
+    assert parse_row(row, "prompt_completion") == parse_row(
+        {"prompt": prompt, "completion": completion}, "prompt_completion"
+    )
+    for text in ("[1] is the first source", '["a", "b"]', "[]", '[{"name": "f"}]'):
+        assert parse_row({"prompt": text, "completion": "a"}, "prompt_completion") == Completion(text, "a")
+    assert problem({"prompt": prompt[0], "completion": "a"}, "prompt_completion") == (
+        "prompt is an object, expected text or a list of messages"
+    )
