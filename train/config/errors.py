@@ -8,7 +8,11 @@ from pydantic import ValidationError
 
 from quant.common.errors import FLOAT16
 from train.config.schema import Schema, got, keys, nearest, required_keys, sections, suggest_key, wanted
+from train.config.sections import WeightedFile
 from train.config.yaml_text import Document, KeyPath, Place, Problem, dotted
+
+LOOKED_AT = 200  # of pydantic's errors: a file that is no config can have thousands
+SHOWN = 20  # problems in a message
 
 _HINTS: dict[tuple[KeyPath, Any], str] = {
     (("model", "dtype"), "float16"): FLOAT16,
@@ -19,7 +23,7 @@ def problems_of(error: ValidationError, document: Document, schema: Schema) -> l
     """One Problem for each mistake that `error` reports (a union reports one for each of its branches)."""
     found: list[Problem] = []
     wrong: list[KeyPath] = []
-    for item in error.errors(include_url=False, include_input=False):
+    for item in error.errors(include_url=False, include_input=False)[:LOOKED_AT]:
         location = item["loc"]
         if item["type"] == "combination":
             found += [_combination(keys_, text, document) for keys_, text in item["ctx"]["found"]]
@@ -81,6 +85,11 @@ def _wrong_value(path: KeyPath, document: Document, schema: Schema) -> str:
         return f"{dotted(path)}: got {got(value)}, wanted a mapping of its keys ({names})"
     if isinstance(value, str) and (path, value) in _HINTS:
         return f"{dotted(path)}: {_HINTS[path, value]}"
+    if path[:2] in (("data", "train"), ("data", "eval")) and len(path) == 4:  # an entry of a list of files
+        fields = WeightedFile.model_json_schema()["properties"]
+        if path[3] not in fields:
+            return f"unknown key '{dotted(path)}'. Its keys are {', '.join(fields)}"
+        return f"{dotted(path)}: got {got(value)}, wanted {wanted(fields[path[3]], 0, value)}"
     entry = keys(schema)[dotted(path[:2])]
     text = f"{dotted(path)}: got {got(value)}, wanted {wanted(entry, len(path) - 2, value)}"
     near = nearest(value, map(str, entry.get("enum", ()))) if isinstance(value, str) else None

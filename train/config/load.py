@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from quant.common.errors import NibbleError
 from quant.common.words import shown
 from train.config import schema, yaml_text
-from train.config.errors import problems_of
+from train.config.errors import LOOKED_AT, SHOWN, problems_of
 from train.config.row_paths import row_files
 from train.config.rules import combination_problems
 from train.config.sections import (
@@ -59,7 +59,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     try:
         # utf-8-sig: editors on Windows put a byte order mark at the start.
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(yaml_text.MAX_BYTES + 1)  # which is too long; a device has no end
     except FileNotFoundError as error:
         near = schema.nearest(str(path), sorted(str(found) for found in Path(path).parent.glob("*.yaml")))
         raise NibbleError(f"{path}: no such file." + (f" Did you mean {near}?" if near else "")) from error
@@ -86,13 +87,18 @@ def parse_config(text: str, overrides: Sequence[str] = (), name: str = "config")
     found = list(document.problems)
     for number, override in enumerate(overrides):
         found += _override(document, override, number, described)
+    beyond = 0  # errors that aren't looked at
     try:
         config = Config.model_validate(document.values)
         if not found:
             return config
     except ValidationError as error:
         found += problems_of(error, document, described)
-    raise NibbleError("\n".join(str(problem) for problem in sorted(set(found))))
+        beyond = error.error_count() - LOOKED_AT
+    problems = [str(problem) for problem in sorted(set(found))]
+    left = len(problems) - SHOWN + max(beyond, 0)
+    more = [f"… and {left:,} more"] if left > 0 else []
+    raise NibbleError("\n".join(problems[:SHOWN] + more))
 
 
 def dump_config(config: Config) -> str:

@@ -113,7 +113,7 @@ def read_text(text: str, name: str) -> Document:
     """
     document = Document(name)
     if len(text) > MAX_BYTES:
-        raise NibbleError(f"{name}: not a config: it has {len(text):,} characters")
+        raise NibbleError(f"{name}: not a config: it has more than {MAX_BYTES:,} characters")
     try:
         # BaseLoader resolves no scalar, so that every one arrives as it was written, with its mark.
         node = yaml.compose(text, Loader=yaml.BaseLoader)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from quant.common.errors import NibbleError
-from train.config.load import Config, check_files, config_schema, dump_config, parse_config
+from train.config.load import Config, check_files, config_schema, dump_config, load_config, parse_config
 from train.config.row_paths import RowFile, row_files
 from train.config.schema import help_text
 from train.state.fingerprint import resume_fingerprint
@@ -49,11 +50,6 @@ def test_files_round_trip_and_make_runs_differ(key: str, value: str, expected: A
         ("{path: a}", "data.train", 'the mapping {"path": "a"}'),
         ("[a, 3]", "data.train[1]", "3"),
         ("[a, {weight: 2}]", "data.train[1]", 'the mapping {"weight": 2}'),
-        ("[{path: a, weight: 0}]", "data.train[0].weight", "0"),
-        ("[{path: a, weight: 1e9}]", "data.train[0].weight", "1000000000.0"),
-        ("[{path: a, weight: x}]", "data.train[0].weight", "the text 'x'"),
-        ("[{path: a, wieght: 2}]", "data.train[0].wieght", "2"),
-        ("[{path: [a]}]", "data.train[0].path", 'the list ["a"]'),
     ],
 )
 def test_what_is_no_file_is_one_error_of_its_key(value: str, place: str, got: str) -> None:
@@ -97,3 +93,29 @@ def test_globs_and_lists_are_found_in_their_order(tmp_path: Path, monkeypatch: p
         with pytest.raises(NibbleError) as caught:
             check_files(with_train(value))
         assert str(caught.value).startswith(f"data.train: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("{path: a, weight: 0}", "data.train[0].weight: got 0, wanted a number > 0"),
+        ("{path: a, weight: x}", "data.train[0].weight: got the text 'x', wanted a number > 0"),
+        ("{path: [a]}", 'data.train[0].path: got the list ["a"], wanted non-empty text'),
+        ("{path: a, weight: 2000}", "data.train[0].weight: got 2000, wanted a number > 0 and ≤ 1000"),
+        ("{file: a}", "unknown key 'data.train[0].file'. Its keys are path, weight"),
+    ],
+)
+def test_a_mistake_in_an_entry_names_what_is_wrong_with_it(entry: str, said: str) -> None:
+    with pytest.raises(NibbleError, match=re.escape(said) + "$"):
+        parse_config(f"model: {{path: a}}\ndata: {{train: [{entry}]}}\noutput: {{dir: a}}\n")
+
+
+def test_a_config_with_no_end_and_one_with_thousands_of_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(NibbleError, match=r"^/dev/zero: not a config: it has more than 1,048,576 characters$"):
+        load_config("/dev/zero")
+    lines = [f"  k{number}: 1" for number in range(1000)]
+    text = "model: {path: a}\ndata: {train: a}\noutput: {dir: a}\ntrain:\n" + "\n".join(lines)
+    with pytest.raises(NibbleError) as caught:
+        parse_config(text)
+    found = str(caught.value).splitlines()
+    assert (len(found), found[-1]) == (21, "… and 980 more")

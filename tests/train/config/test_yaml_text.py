@@ -70,7 +70,7 @@ def test_more_values_than_a_config_has(text: str) -> None:
 
 
 def test_a_file_that_is_no_config() -> None:
-    assert message("#" * 2**21) == "my.yaml: not a config: it has 2,097,152 characters"
+    assert message("#" * 2**21) == "my.yaml: not a config: it has more than 1,048,576 characters"
     deep = "[" * 21 + "]" * 21
     assert message(f"model: {deep}") == "my.yaml: not a config: lists or mappings are nested more than 20 deep"
     with pytest.raises(NibbleError, match=r"^--set data\.fields=\[\[.*: not a config: lists or mappings are nested"):
