@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from models.adapters.files import load_adapter, read_adapter_weights
 from models.adapters.lora import add_lora, initialise_lora
 from models.adapters.targets import AdapterSpec, resolve, within_layer
+from models.attention.rope import rope_entries
 from models.blocks.balance import AuxiliaryLoss, BiasUpdate
 from models.blocks.configjson import text_section
 from models.blocks.router import Router, SigmoidRouter
@@ -26,7 +26,7 @@ from parallel.plan import cuts
 from parallel.shards import Shards
 from quant.choices import named_dtype
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import number
+from quant.common.jsonfile import integer, number
 from quant.common.progress import Bar
 from quant.storage import StorageSpec
 from train.config.load import Config
@@ -83,14 +83,15 @@ def _adapter_spec(config: Config) -> AdapterSpec:
 
 
 def _check_length(config: Config, source: ModelFolder, where: str) -> None:
-    text = text_section(source.config)
-    length, limit = config.data.sequence_length, text.get("max_position_embeddings")
-    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-    if not isinstance(limit, int) or length <= limit:
+    text, length = text_section(source.config, where), config.data.sequence_length
+    if text.get("max_position_embeddings") is None:
         return
-    if isinstance(factor, int | float) and isinstance(trained, int) and factor * trained >= length:
-        return  # yarn switched on by hand: max_position_embeddings is often left as it was
+    limit, scaling = integer(text, "max_position_embeddings", 0, where, most=2**40), rope_entries(text, where)
+    stretched = number(scaling, "original_max_position_embeddings", limit, where)
+    if "original_max_position_embeddings" in scaling:  # YaRN by hand, which often leaves max_position_embeddings alone
+        stretched *= number(scaling, "factor", 1.0, where)
+    if length <= max(limit, stretched):
+        return
     raise NibbleError(
         f"data.sequence_length: {length} is more than the model is made for: max_position_embeddings is {limit} in "
         f"{where}.\nSet data.sequence_length to {limit} or less."
@@ -221,9 +222,9 @@ def _balance_rate(config: Config, source: ModelFolder) -> float:
     if rate is not None or config.train.balance == "bias_update":
         return rate or _BALANCE_RATE
     # The file of a vision-language model has a section for its text model.
-    values: dict[str, Any] = text_section(source.config)
+    where = str(source.path / "config.json")
     try:
-        return number(values, "router_aux_loss_coef", _BALANCE_RATE, str(source.path / "config.json"))
+        return number(text_section(source.config, where), "router_aux_loss_coef", _BALANCE_RATE, where)
     except NibbleError as error:
         raise NibbleError(f"{error}\ntrain.balance: aux_loss needs it, or train.balance_rate in its place.") from error
 
