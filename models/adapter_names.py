@@ -84,6 +84,7 @@ def rename_adapter(source: Path, destination: Path, to: Spelling) -> int:
     strange = sorted({info.dtype for info in header.values()} - DTYPES.keys())
     if strange:
         raise NibbleError(f"{source / WEIGHTS} holds {', '.join(strange)}, which can't be copied.")
+    text = json.dumps(_renamed_config(config, to, str(source / CONFIG)), indent=2, sort_keys=True) + "\n"
     try:
         destination.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,7 +94,6 @@ def rename_adapter(source: Path, destination: Path, to: Spelling) -> int:
         for name in header:
             writer.write(respell(name, to), file.get_tensor(name))
         writer.finish()
-    text = json.dumps(_renamed_config(config, to), indent=2, sort_keys=True) + "\n"
     write_atomically(destination / CONFIG, text.encode())
     return len(tensors)
 
@@ -117,16 +117,20 @@ def _check_names(source: Path, names: list[str], to: Spelling) -> None:
         raise NibbleError(f"{source}: its names are those of the {to} model already; use it as it is.")
 
 
-def _renamed_config(config: dict[str, Any], to: Spelling) -> dict[str, Any]:
+def _renamed_config(config: dict[str, Any], to: Spelling, where: str) -> dict[str, Any]:
     from models.checkpoint.layout import respell
+    from quant.common.jsonfile import mapping, texts
 
     renamed = dict(config)
     for field in _NAME_LISTS:
-        if config.get(field):
-            renamed[field] = [respell(name, to) for name in config[field]]
+        if isinstance(config.get(field), str):  # a pattern, or all-linear
+            renamed[field] = respell(config[field], to)
+        elif config.get(field) is not None:
+            renamed[field] = [respell(name, to) for name in texts(config, field, where)]
     for field in _PATTERNS:
-        if config.get(field):
-            renamed[field] = {respell(pattern, to): number for pattern, number in config[field].items()}
+        if config.get(field) is not None:
+            numbers = mapping(config, field, where)
+            renamed[field] = {respell(pattern, to): number for pattern, number in numbers.items()}
     return renamed
 
 

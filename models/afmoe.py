@@ -36,11 +36,13 @@ HUB = HubForm(
     counted_buffers=("mlp.gate.e_score_correction_bias",),
 )
 
-# What files say of the routing; every published Trinity has it alike.
-_ROUTING = {
+# What files may say of routing and attention; every published Trinity has it alike.
+_ALIKE = {
     "score_func": "sigmoid",
     "scoring_func": "sigmoid",
     "route_norm": True,
+    "use_qk_norm": True,
+    "use_sliding_window": True,
     "n_group": 1,
     "topk_group": 1,
     "num_expert_groups": 1,
@@ -69,7 +71,7 @@ class AfmoeConfig:
     @staticmethod
     def parse(config: dict[str, Any], where: str) -> AfmoeConfig:
         """Reads config.json; absent keys have transformers' defaults, which are no published model's."""
-        refuse_unread(config, where, **_ROUTING)
+        refuse_unread(config, where, **_ALIKE)
         hidden, heads = integer(config, "hidden_size", 2048, where), integer(config, "num_attention_heads", 16, where)
         head_dim, bias = integer(config, "head_dim", 128, where), flag(config, "attention_bias", False, where)
         experts, chosen = expert_counts(config, 64, 6, where)

@@ -13,6 +13,7 @@ from models.blocks.router import RoutingRule
 from models.decoder import HubForm, prediction_layers
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import LARGEST, flag, integer, number
+from quant.common.words import shown
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _dense_layers(config: dict[str, Any], layers: int, leading: int, where: str)
         leading = integer(config, "first_k_dense_replace", leading, where, least=0)
         return tuple(index < leading for index in range(layers))
     if not isinstance(types, list) or not {"dense", "sparse"}.issuperset(map(str, types)):
-        raise NibbleError(f"{where}: mlp_layer_types must be a list of 'dense' and 'sparse', got {types!r}.")
+        raise NibbleError(f"{where}: mlp_layer_types must be a list of 'dense' and 'sparse', got {shown(types)}.")
     if len(types) < layers:
         raise NibbleError(
             f"{where}: mlp_layer_types names {len(types)} layers, num_hidden_layers is {layers}; make them agree."

@@ -22,6 +22,7 @@ from models.decoder import CausalLM, Decoder, HubForm, Run
 from models.glm_moe import GlmConfig, glm_mlp
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, integer
+from quant.common.words import shown
 
 DEFAULTS = {
     "vocab_size": 154880,
@@ -104,7 +105,7 @@ def _selecting_layers(config: dict[str, Any], layers: int, where: str) -> tuple[
         types = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in types]
     if not isinstance(types, list) or not {"full", "shared"}.issuperset(map(str, types)):
         letters = ", or a string of 'F' and 'S'" if key == "index_topk_pattern" else ""
-        raise NibbleError(f"{where}: {key} must be a list of 'full' and 'shared'{letters}, got {config[key]!r}.")
+        raise NibbleError(f"{where}: {key} must be a list of 'full' and 'shared'{letters}, got {shown(config[key])}.")
     if len(types) < layers:
         raise NibbleError(f"{where}: {key} names {len(types)} layers, num_hidden_layers is {layers}; make them agree.")
     if types[0] == "shared":

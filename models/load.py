@@ -22,6 +22,7 @@ from models.checkpoint.native import (
     convert_command,
     describe,
     is_converted,
+    require_same_config,
     wrong_sizes,
 )
 from models.checkpoint.side_files import read_config
@@ -31,7 +32,7 @@ from models.registry import architecture_for
 from quant.choices import named_device, named_dtype
 from quant.common.errors import NibbleError
 from quant.common.progress import Bar
-from quant.common.words import some
+from quant.common.words import counted, some
 from quant.storage import Kind, StorageSpec
 
 log = logging.getLogger("nibble")
@@ -56,6 +57,8 @@ def open_folder(path_or_id: str | Path) -> ModelFolder:
     folder = resolve_model(path_or_id)
     _, config = read_config(folder)
     manifest = Manifest.load(folder) if is_converted(folder) else None
+    if manifest is not None:
+        require_same_config(folder, config, manifest)
     name = manifest.source if manifest else str(path_or_id)
     return ModelFolder(folder, hub_id_of(Path(name)) or name, config, manifest)
 
@@ -210,7 +213,9 @@ def fill(
                 progress(done, total)
     wrong = sorted(name for name, tensor in tensors.items() if filled[name] != tensor.numel())
     if wrong:
-        raise NibbleError(f"{len(wrong)} tensors of the model were not filled from the checkpoint: {some(wrong)}.")
+        raise NibbleError(
+            f"{counted(len(wrong), 'tensor')} of the model not filled from the checkpoint: {some(wrong)}."
+        )
 
 
 def allocate(model: CausalLM, device: torch.device | str) -> None:

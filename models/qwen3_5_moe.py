@@ -37,10 +37,12 @@ from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, integer, number
+from quant.common.words import shown
 
 # What files may say of layers and routing; every published model has it alike.
 _LAYERS = {
     "attn_output_gate": True,
+    "use_qk_norm": True,
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
     "norm_topk_prob": True,
@@ -94,7 +96,7 @@ class Qwen3_5MoeConfig:
         text = config.get("text_config")
         if not isinstance(text, dict):
             raise NibbleError(
-                f"{where}: text_config must be an object that describes the text model, got {text!r}.\n"
+                f"{where}: text_config must be an object that describes the text model, got {shown(text)}.\n"
                 "The file of a text model alone has model_type qwen3_5_moe_text, and no text_config."
             )
         # transformers ties what the outer section says, whatever the inner one has.

@@ -22,6 +22,7 @@ from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, PreNormLayer
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, integer, number
+from quant.common.words import shown
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Qwen3MoeConfig:
     @staticmethod
     def parse(config: dict[str, Any], where: str) -> Qwen3MoeConfig:
         """Reads config.json; absent keys have transformers' defaults, which are no published model's."""
-        refuse_unread(config, where, scoring_func="softmax", n_shared_experts=0)
-        _refuse_other_attention(config, where)
+        refuse_unread(config, where, scoring_func="softmax", n_shared_experts=0, use_qk_norm=True)
+        if (share := partial_rotary_factor(config, where)) != 1:  # computed in part by transformers, not by others
+            raise NibbleError(f"{where}: partial_rotary_factor is {share}; only 1, whole heads, is implemented.")
         hidden, heads = integer(config, "hidden_size", 2048, where), integer(config, "num_attention_heads", 32, where)
         head_dim = integer(config, "head_dim", max(hidden // heads, 1), where)
         bias = flag(config, "attention_bias", False, where)
@@ -83,18 +85,10 @@ def _dense_layers(config: dict[str, Any], where: str) -> tuple[bool, ...]:
         integer(config, "num_hidden_layers", 24, where, most=MAX_LAYERS),
         integer(config, "decoder_sparse_step", 1, where),
     )
-    named = config.get("mlp_only_layers") or []
+    named = [] if config.get("mlp_only_layers") is None else config["mlp_only_layers"]
     if not isinstance(named, list) or not all(type(index) is int for index in named):
-        raise NibbleError(f"{where}: mlp_only_layers must be a list of layers' numbers, got {named!r}.")
+        raise NibbleError(f"{where}: mlp_only_layers must be a list of layers' numbers, got {shown(named)}.")
     return tuple(index in named or (index + 1) % step != 0 for index in range(layers))
-
-
-def _refuse_other_attention(config: dict[str, Any], where: str) -> None:
-    """What no published model has. Of these transformers computes a part, which other programs compute otherwise."""
-    if flag(config, "use_sliding_window", False, where):
-        raise NibbleError(f"{where}: use_sliding_window is true; only attention to the whole document is implemented.")
-    if (share := partial_rotary_factor(config, where)) != 1:
-        raise NibbleError(f"{where}: partial_rotary_factor is {share}; only 1, whole heads, is implemented.")
 
 
 class MoE(nn.Module):

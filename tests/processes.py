@@ -70,7 +70,7 @@ def run_processes(
         calls = [Call(target, json.dumps(args), f"{folder}/{rank}") for rank in range(size)]
         processes: Sequence[Process]
         if env is None:
-            processes = _forked(calls)
+            processes = forked_calls(calls)
         else:
             processes = [call.start({**variables, **env}) for call, variables in zip(calls, _ranks(size), strict=True)]
         codes = _ended(processes, timeout, _GRACE)
@@ -94,7 +94,7 @@ def run_commands(
     """
     with tempfile.TemporaryDirectory() as folder:
         calls = [Call(target, json.dumps(args), f"{folder}/{rank}", command=True) for rank in range(size)]
-        codes = _ended(_forked(calls, env or {}), LIMIT, grace)
+        codes = _ended(forked_calls(calls, env or {}), LIMIT, grace)
         done = []
         for rank, code in enumerate(codes):
             out, err = (_text(f"{folder}/{rank}.{stream}") for stream in ("out", "err"))
@@ -107,7 +107,7 @@ def _ranks(size: int) -> list[dict[str, str]]:
     return [rank_environment(rank, size, port) for rank in range(size)]
 
 
-def _forked(calls: Sequence[Call], env: dict[str, str] | None = None) -> list[Forked]:
+def forked_calls(calls: Sequence[Call], env: dict[str, str] | None = None) -> list[Forked]:
     ranks = [{}] if len(calls) == 1 else _ranks(len(calls))
     return [_nursery().start(call, {**variables, **(env or {})}) for call, variables in zip(calls, ranks, strict=True)]
 

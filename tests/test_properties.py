@@ -13,7 +13,8 @@ def made() -> dict[str, Target]:
     return {target.name: target for target in targets()}
 
 
-NAMES = ("json", "headers", "configs", "indexes", "manifests", "adapters", "rows", "tokenizers", "templates", "yaml")
+MODELS = ("json", "headers", "configs", "indexes", "manifests", "adapters")
+NAMES = (*MODELS, "runs", "checkpoints", "rows", "tokenizers", "templates", "yaml")
 
 
 @pytest.mark.parametrize("name", NAMES)

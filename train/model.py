@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,9 +206,9 @@ def _balance_rate(config: Config, source: ModelFolder) -> float:
     if rate is not None or config.train.balance == "bias_update":
         return rate or _BALANCE_RATE
     # The file of a vision-language model has a section for its text model.
-    values: dict[str, Any] = text_section(source.config)
+    where = str(source.path / "config.json")
     try:
-        return number(values, "router_aux_loss_coef", _BALANCE_RATE, str(source.path / "config.json"))
+        return number(text_section(source.config, where), "router_aux_loss_coef", _BALANCE_RATE, where)
     except NibbleError as error:
         raise NibbleError(f"{error}\ntrain.balance: aux_loss needs it, or train.balance_rate in its place.") from error
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from models.adapters.files import save_adapter
+from models.checkpoint.content import check_content
 from models.checkpoint.export import export_hub
 from models.load import ModelFolder, open_folder
 from parallel.device import choose_device
@@ -116,6 +117,8 @@ def _run(
     done = False
     if finished is not None and world.first:
         done, text = result_of(finished, checkpoint.step if checkpoint else None, total_steps)
+        if done and source.manifest is not None:  # its fingerprint is the source's; a run that goes on loads the files
+            check_content(source.path, source.manifest)
         if done:
             report.result(f"This run finished on {finished.result['finished']}; there is nothing left to do.")
         if text:

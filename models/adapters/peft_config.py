@@ -6,6 +6,7 @@ parameters (target_parameters, in all layers). A rank or alpha is the default or
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.adapters.patterns import Pattern
+from models.adapters.patterns import Budget, Pattern
 from models.adapters.targets import AdapterSpec, Target, adaptable, groups_of, layer_of, module_name, within_layer
 from models.blocks.linear import LoRA
 from models.checkpoint.keymap import Key, KeyMap
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import mapping, number, read_json, texts
+from quant.common.jsonfile import flag, mapping, number, read_json, text, texts
 from quant.common.words import shown, some
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -225,13 +226,18 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise NibbleError(
                 f"{path}: {name} is {shown(value)}, which is not supported; only plain LoRA can be loaded."
             )
+    given, where = {name: value for name, value in config.items() if value is not None}, str(path)
+    flag(given, "use_rslora", False, where)
+    text(given, "peft_version", "", where)
+    if given.get("lora_dropout", 0) != 0:
+        number(given, "lora_dropout", 0, where)
     if config.get("init_lora_weights", True) not in _PLAIN_INIT:
         raise NibbleError(
-            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base weights too.\n"
+            f"{path}: init_lora_weights is {shown(config['init_lora_weights'])}, which changes the base weights too.\n"
             "Save it as an ordinary LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)."
         )
     if config.get("layers_pattern") not in (None, [], "", "layers", ["layers"]):
-        raise NibbleError(f"{path}: layers_pattern is {config['layers_pattern']!r}; only 'layers' is supported.")
+        raise NibbleError(f"{path}: layers_pattern is {shown(config['layers_pattern'])}; only 'layers' is supported.")
     if not (directory / WEIGHTS).is_file():
         also = " adapter_model.bin is a pickle and is not read." if (directory / "adapter_model.bin").exists() else ""
         raise NibbleError(f"{directory} is no adapter: it has no {WEIGHTS}.{also}")
@@ -245,9 +251,10 @@ def config_targets(
 
     tensors: the names in the adapter's file. They settle what `all-linear` means.
     """
-    keys = adaptable(key_map)
+    keys, budget = adaptable(key_map), Budget()
     stacks_and_routers = texts(config, "target_parameters", where)
-    modules = _module_filter(config, tensors, where)
+    modules = _module_filter(config, tensors, where, budget)
+    rank, alpha = (_numbers(config, *fields, where, budget) for fields in _NUMBERS)
     names: dict[str, str] = {}
     for key in keys:
         if any(_ends_with(key.hub, target) for target in stacks_and_routers):
@@ -267,21 +274,23 @@ def config_targets(
     targets = []
     for key in keys:
         if key.native in names:
-            rank, alpha = (_number(config, *fields, names[key.native], where) for fields in _NUMBERS)
-            if rank != int(rank):
-                raise NibbleError(f"{where}: {names[key.native]} has rank {rank!r}, which is no whole number.")
-            targets.append(Target(key, int(rank), float(alpha)))
+            name = names[key.native]
+            if rank(name) != int(rank(name)):
+                raise NibbleError(f"{where}: {name} has rank {rank(name)!r}, which is no whole number.")
+            targets.append(Target(key, int(rank(name)), alpha(name)))
     return targets
 
 
-def _module_filter(config: Mapping[str, Any], tensors: Collection[str], where: str) -> Callable[[str], bool]:
+def _module_filter(
+    config: Mapping[str, Any], tensors: Collection[str], where: str, budget: Budget
+) -> Callable[[str], bool]:
     """Whether target_modules, exclude_modules and layers_to_transform mean a module of this name."""
     layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers or []
+    layers = [layers] if isinstance(layers, int) else [] if layers is None else layers
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise NibbleError(f"{where}: layers_to_transform must be a list of layers' numbers, got {shown(layers)}.")
-    named = _name_filter(config, "target_modules", layers, where)
-    excluded = _name_filter(config, "exclude_modules", (), where)
+    named = _name_filter(config, "target_modules", layers, where, budget)
+    excluded = _name_filter(config, "exclude_modules", (), where, budget)
     if config.get("target_modules") == "all-linear":
         # Which modules are linear depends on the class that PEFT had wrapped. The file's tensors tell.
         there = {within_layer(tensor.rpartition(".lora_")[0]) for tensor in tensors}
@@ -292,11 +301,13 @@ def _module_filter(config: Mapping[str, Any], tensors: Collection[str], where: s
     return lambda name: named(name) and not excluded(name)
 
 
-def _name_filter(config: Mapping[str, Any], field: str, layers: Collection[int], where: str) -> Callable[[str], bool]:
+def _name_filter(
+    config: Mapping[str, Any], field: str, layers: Collection[int], where: str, budget: Budget
+) -> Callable[[str], bool]:
     """A pattern for whole names, or a list of names; those that are ends of names hold in `layers`, or everywhere."""
     value = config.get(field)
     if isinstance(value, str):
-        return Pattern(value, f"{where}: {field}").fits
+        return Pattern(value, f"{where}: {field}", budget).fits
     names = texts(config, field, where)
 
     def fits(name: str) -> bool:
@@ -313,12 +324,12 @@ def _ends_with(name: str, end: str) -> bool:
 _NUMBERS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
 
 
-def _number(config: Mapping[str, Any], field: str, patterns: str, name: str, where: str) -> float:
-    """As peft.utils.other.get_pattern_key has it: that of the first pattern to fit the name's end, or the default."""
-    found, values = field, config
-    for pattern in mapping(config, patterns, where):
-        if Pattern(pattern, f"{where}: {patterns}", ending=True).fits(name):
-            found, values = pattern, mapping(config, patterns, where)
-            break
-    place = where if found == field else f"{where}: {patterns}"
-    return number(values, found, 8, place)  # 8 is PEFT's default of both
+def _numbers(
+    config: Mapping[str, Any], field: str, patterns: str, where: str, budget: Budget
+) -> Callable[[str], float]:
+    """Rank or alpha by a matrix's name: that of the first pattern to fit its end, or the default, as
+    peft.utils.other.get_pattern_key has it.
+    """
+    default, given, place = number(config, field, 8, where), mapping(config, patterns, where), f"{where}: {patterns}"
+    table = [(Pattern(text, place, budget, ending=True), number(given, text, 8, place)) for text in given]  # 8: PEFT's
+    return functools.cache(lambda name: next((value for pattern, value in table if pattern.fits(name)), default))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.attention.causal import causal_attention
 from models.attention.rope import RopeConfig, partial_rotary_factor, rotate
+from models.blocks.configjson import refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
@@ -54,9 +55,11 @@ class LatentAttentionConfig:
                 f"{where}: partial_rotary_factor is {share}; latent attention rotates all of qk_rope_head_dim "
                 f"({rope_dim}).\nSet it to 1.0, and qk_rope_head_dim to what is rotated."
             )
+        heads = integer(config, "num_attention_heads", defaults["num_attention_heads"], where)
+        refuse_unread(config, where, num_key_value_heads=heads, use_qk_norm=False)
         return LatentAttentionConfig(
             hidden=integer(config, "hidden_size", defaults["hidden_size"], where),
-            heads=integer(config, "num_attention_heads", defaults["num_attention_heads"], where),
+            heads=heads,
             query_rank=optional_integer(config, "q_lora_rank", defaults["q_lora_rank"], where),
             latent_rank=integer(config, "kv_lora_rank", 512, where),
             nope_dim=nope_dim,

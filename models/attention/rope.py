@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.blocks.configjson import rope_entries
 from quant.common.errors import NibbleError
-from quant.common.jsonfile import number
+from quant.common.jsonfile import flag, number, text
+from quant.common.words import shown
 
 MAX_DIMENSIONS = 2**16  # of a head
 
@@ -34,17 +36,9 @@ class RopeConfig:
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
 
 
-def _entries(config: dict[str, Any], where: str) -> dict[str, Any]:
-    # Where a file has both, transformers takes rope_scaling. Zero and null say there that an entry is absent.
-    entries = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(entries, dict):
-        raise NibbleError(f"{where}: rope_parameters (or rope_scaling) must be an object, got {entries!r}.")
-    return {key: value for key, value in entries.items() if value or value is False}
-
-
 def partial_rotary_factor(config: dict[str, Any], where: str, default: float = 1.0) -> float:
     """The share of a head's dimensions that is rotated, in either spelling, or `default` where the file doesn't say."""
-    given = _entries(config, where)
+    given = rope_entries(config, where)
     return number(given if "partial_rotary_factor" in given else config, "partial_rotary_factor", default, where)
 
 
@@ -62,14 +56,14 @@ def parse_rope(config: dict[str, Any], dim: int, where: str) -> RopeConfig:
     dim: rotary dimensions of a head. Raises NibbleError for a rope type that isn't known, and for values that can't be
     computed with.
     """
-    given = _entries(config, where)
+    given = rope_entries(config, where)
     if dim > MAX_DIMENSIONS:
         raise NibbleError(
             f"{where}: {dim:,} rotary dimensions of a head; at most {MAX_DIMENSIONS:,} are computed with."
         )
     if dim % 2:
         raise NibbleError(f"{where}: {dim} rotary dimensions of a head can't be paired; the number must be even.")
-    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = text(given, "rope_type" if "rope_type" in given else "type", "default", where)
     theta = number(given if "rope_theta" in given else config, "rope_theta", 10000.0, where)
     powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if kind == "default":
@@ -77,7 +71,7 @@ def parse_rope(config: dict[str, Any], dim: int, where: str) -> RopeConfig:
     if kind == "yarn":
         return _yarn(given, config, theta, powers, dim, where)
     raise NibbleError(
-        f"{where}: rope_type {kind!r} is not supported; 'default' and 'yarn' are.\n"
+        f"{where}: rope_type {shown(kind)} is not supported; 'default' and 'yarn' are.\n"
         "A checkpoint that was trained with another scaling would be computed wrongly, so it is refused."
     )
 
@@ -91,7 +85,7 @@ def _yarn(
 ) -> RopeConfig:
     """Slow pairs are interpolated by `factor`, fast ones are left alone, with a linear ramp in between (§3.2)."""
     longest = number(config, "max_position_embeddings", 202752, where)
-    spelled = config if config.get("original_max_position_embeddings") else given
+    spelled = config if config.get("original_max_position_embeddings") is not None else given
     trained = number(spelled, "original_max_position_embeddings", longest, where)
     factor = number(given, "factor", longest / trained, where)
 
@@ -103,7 +97,7 @@ def _yarn(
         raise NibbleError(f"{where}: rope_theta is 1, so that all dimensions turn alike; YaRN can't tell them apart.")
     low = pair_with(number(given, "beta_fast", 32, where))
     high = pair_with(number(given, "beta_slow", 1, where))
-    if given.get("truncate", True):
+    if flag(given, "truncate", True, where):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:

@@ -6,15 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import mapping
 from quant.common.words import shown
 
 MAX_LAYERS = 1000  # beyond any model; a number out of a file is believed only so far before its weights are looked at
 
 
-def text_section(config: dict[str, Any]) -> dict[str, Any]:
+def text_section(config: dict[str, Any], where: str) -> dict[str, Any]:
     """What describes the text model: the section of its own that a vision-language model's file has, or all of it."""
-    section = config.get("text_config")
-    return section if isinstance(section, dict) else config
+    return config if config.get("text_config") is None else mapping(config, "text_config", where)
+
+
+def rope_entries(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """rope_parameters, or rope_scaling, which transformers takes where a file has both; those that are given.
+
+    Zero and null say there that an entry is absent.
+    """
+    scaling, parameters = (mapping(config, key, where) for key in ("rope_scaling", "rope_parameters"))
+    return {key: value for key, value in (scaling or parameters).items() if value is False or value not in (None, 0)}
 
 
 def choices(
@@ -39,6 +48,7 @@ def choices(
 _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
+    "use_sliding_window": False,
     "mlp_bias": False,
     "clip_qkv": None,
     "attn_logit_softcapping": None,

@@ -14,7 +14,7 @@ from models.checkpoint.remembered import recall, remember, state_of
 from quant.common.errors import NibbleError
 from quant.common.files import sha256_file
 from quant.common.progress import Bar
-from quant.common.words import format_bytes, some
+from quant.common.words import counted, format_bytes, some
 
 log = logging.getLogger("nibble")
 
@@ -66,8 +66,8 @@ def _sample(path: Path) -> str:
 
 def _damaged(folder: Path, manifest: Manifest, differ: list[str]) -> NibbleError:
     return NibbleError(
-        f"{folder}: {len(differ)} files differ from their checksums: {some(differ)}.\n"
-        f"Delete them, then: {convert_command(manifest, folder)}"
+        f"{folder}: {counted(len(differ), 'file')} missing or changed since it was written: {some(differ)}.\n"
+        f"Delete {'it' if len(differ) == 1 else 'them'}, then: {convert_command(manifest, folder)}"
     )
 
 

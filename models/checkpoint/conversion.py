@@ -36,7 +36,7 @@ from models.checkpoint.stream import HubReader
 from models.checkpoint.tensorfile import TensorWriter, tensor_bytes
 from models.registry import architecture_for
 from quant.common.errors import NibbleError
-from quant.common.files import PARTIAL, sha256_file, write_atomically
+from quant.common.files import PARTIAL, sha256_file, user_path, write_atomically
 from quant.storage import StorageSpec
 
 
@@ -85,7 +85,7 @@ def convert(
     file being written. Raises NibbleError, and Interrupted on Ctrl-C.
     """
     begun = time.monotonic()
-    folder, target = resolve_model(source), Path(destination).expanduser()
+    folder, target = resolve_model(source), user_path(destination)
     if is_converted(folder):
         raise NibbleError(f"{folder} is a converted checkpoint already; convert from the hub's format.")
     with HubCheckpoint(folder) as checkpoint:
@@ -252,7 +252,7 @@ def _remove_partial(target: Path) -> None:
 
 
 def _refuse_overlap(folder: Path, target: Path) -> None:
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not target.is_dir():
         raise NibbleError(f"{target} is a file. Name a folder for the converted checkpoint.")
     if target.resolve() == folder.resolve():
         raise NibbleError(f"source and destination are the same folder: {folder}. Name another destination.")

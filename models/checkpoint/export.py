@@ -202,12 +202,12 @@ def _origin(source: Path, manifest: Manifest | None) -> HubCheckpoint | None:
     """The hub checkpoint that `source` is or was made from, where it is still there and the same."""
     if manifest is None:
         return HubCheckpoint(source) if (source / SINGLE).is_file() or (source / INDEX).is_file() else None
-    folder = local_folder(manifest.source)
-    if folder is not None:
-        with contextlib.suppress(NibbleError):
-            checkpoint = HubCheckpoint(folder)
-            if checkpoint.has_fingerprint(manifest.fingerprint, f"To be sure, convert {source} again with --force."):
-                return checkpoint
+    with contextlib.suppress(NibbleError):
+        folder = local_folder(manifest.source)
+        checkpoint = HubCheckpoint(folder) if folder is not None else None
+        renew = f"To be sure, convert {source} again with --force."
+        if checkpoint is not None and checkpoint.has_fingerprint(manifest.fingerprint, renew):
+            return checkpoint
     missed = [name for name in manifest.carried if name != HEAD]
     if missed:
         log.warning(
@@ -273,7 +273,8 @@ def _config(source: Path, dtype: torch.dtype) -> bytes:
     the file has one: in its outermost section, in that of the text model, or in both.
     """
     data, config = read_config(source)
-    sections = [config] if text_section(config) is config else [config, text_section(config)]
+    section = text_section(config, str(source / CONFIG))
+    sections = [config] if section is config else [config, section]
     spelled = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]
     spelled, name = spelled or [(config, "dtype")], dtype_name(dtype)
     if all(section.get(key) == name for section, key in spelled) and not any(_QUANTISED in part for part in sections):

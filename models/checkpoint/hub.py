@@ -21,8 +21,9 @@ from models.checkpoint.hub_id import PICKLES, download_command
 from models.checkpoint.side_files import read_config
 from models.checkpoint.tensorfile import MappedFolder, TensorInfo, read_header
 from quant.common.errors import NibbleError
+from quant.common.files import is_file_name
 from quant.common.jsonfile import mapping, read_json
-from quant.common.words import some
+from quant.common.words import counted, shown, some
 
 log = logging.getLogger("nibble")
 
@@ -170,20 +171,25 @@ def _shards(folder: Path) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {shard: [] for shard in sorted(set(weight_map.values()))}
     for key, shard in weight_map.items():
         shards[shard].append(key)
-    strange = [shard for shard in shards if Path(shard).name != shard]
-    if strange:
-        raise NibbleError(f"{index} names a file outside the folder: {strange[0]!r}.")
-    pickled = [shard for shard in shards if not shard.endswith(".safetensors")]
+    for shard in shards:
+        if "/" in shard or not is_file_name(shard):
+            raise NibbleError(f"{index} names {shown(shard)}, which can't be a file in the folder.")
+    pickled = [shard for shard in shards if shard.endswith(PICKLES)]
     if pickled:
         raise NibbleError(_pickle(folder, pickled))
+    others = [shown(shard) for shard in shards if not shard.endswith(".safetensors")]
+    if others:
+        raise NibbleError(
+            f"{index} names {some(others)}; weights are read from *.safetensors.\n"
+            f"The index is damaged or of another program. Fetch it again: {download_command(folder, INDEX)}"
+        )
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
-        count = len(shards[missing[0]])
-        tensors = f"{count} tensor{'s'[: count != 1]}"
-        others = f" {len(missing) - 1} more are missing too." if len(missing) > 1 else ""
-        files = missing[0] if len(missing) == 1 else ""
+        tensors, more = counted(len(shards[missing[0]]), "tensor"), len(missing) - 1
+        also = f" {more} more {'is' if more == 1 else 'are'} missing too." if more else ""
+        files = "" if more else missing[0]
         raise NibbleError(
-            f"{folder}: shard {missing[0]} is missing (the index names it for {tensors}).{others}\n"
+            f"{folder}: shard {missing[0]} is missing (the index names it for {tensors}).{also}\n"
             f"Fetch it again: {download_command(folder, files)}"
         )
     return shards

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
 
 from models.checkpoint.side_files import CONFIG
 from quant.common.errors import NibbleError
+from quant.common.files import user_path
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Of the folders in a repository only the templates' is wanted; the * of these patterns takes in slashes.
@@ -41,7 +43,7 @@ def download_command(folder: Path, file: str = "") -> str:
 
 def looks_like_hub_id(path: str) -> bool:
     """Whether a name that is no folder here can be meant as a hub id: org/name, and org is no folder here either."""
-    return _HUB_ID.fullmatch(path) is not None and not Path(path).parent.exists()
+    return _HUB_ID.fullmatch(path) is not None and not os.path.exists(Path(path).parent)
 
 
 def resolve_model(path_or_id: str | Path) -> Path:
@@ -49,8 +51,8 @@ def resolve_model(path_or_id: str | Path) -> Path:
 
     Only safetensors, JSON, tokenizer and template files are fetched. Raises NibbleError where there is neither.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.exists():
+    folder = user_path(path_or_id)
+    if os.path.exists(folder):  # which, unlike Path.exists, is false for a name that is too long
         return folder
     name = str(path_or_id)
     if not looks_like_hub_id(name):
@@ -92,8 +94,8 @@ def _not_fetched(name: str, why: str) -> str:
 
 def local_folder(name: str) -> Path | None:
     """The folder that a name meant (a folder, or a hub id in the hub's cache) if it is on this machine."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = user_path(name)
+    if os.path.isdir(folder):
         return folder
     if not looks_like_hub_id(name):
         return None

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -23,14 +23,14 @@ from torch import Tensor
 
 from models.checkpoint.keymap import Key
 from models.checkpoint.layout import Layout
-from models.checkpoint.side_files import is_plain
+from models.checkpoint.side_files import CONFIG, is_plain
 from models.checkpoint.stream import Piece
 from models.checkpoint.tensorfile import DTYPES, MappedFolder, TensorInfo, read_header
 from quant.choices import named_dtype
 from quant.common.errors import NibbleError
 from quant.common.files import write_atomically
 from quant.common.jsonfile import flag, integer, kind_of, mapping, read_json, text, texts
-from quant.common.words import shown, some
+from quant.common.words import counted, shown, some
 from quant.storage import Kind, StorageSpec
 
 MANIFEST = "nibble.json"
@@ -127,7 +127,7 @@ class Manifest:
 
 def _record(name: str, entry: Any, where: str) -> FileRecord:
     if not is_plain(name):
-        raise NibbleError(f"{where}: files names {shown(name)}, which is outside the folder.")
+        raise NibbleError(f"{where}: files names {shown(name)}, which can't be a file in the folder.")
     if not isinstance(entry, dict):
         raise NibbleError(f"{where}: files: {name} is {kind_of(entry)}, expected an object.")
     of = f"{where}: files: {name}"
@@ -209,7 +209,7 @@ class NativeCheckpoint:
         )
         if wrong:
             raise NibbleError(
-                f"{self.path}: {len(wrong)} tensors are missing, unknown or of another shape: {some(wrong, 3)}.\n"
+                f"{self.path}: {counted(len(wrong), 'tensor')} missing, unknown or of other shapes: {some(wrong, 3)}.\n"
                 f"Delete the folder and convert again: {convert_command(self.manifest, self.path)}"
             )
         return self
@@ -253,6 +253,19 @@ def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
         elif path.stat().st_size != record.size:
             wrong.append(f"{name} has {path.stat().st_size:,} bytes, {MANIFEST} says {record.size:,}")
     return wrong
+
+
+def require_same_config(folder: Path, config: Mapping[str, Any], manifest: Manifest) -> None:
+    """Raises NibbleError where config.json isn't what the weights beside it were converted with."""
+    was = {**manifest.config, "model_type": manifest.model_type}
+    absent = object()
+    differ = [key for key in (*config, *was) if config.get(key, absent) != was.get(key, absent)]
+    if differ:
+        now, then = (shown(side[differ[0]]) if differ[0] in side else "absent" for side in (config, was))
+        raise NibbleError(
+            f"{folder / CONFIG}: {shown(differ[0])} is {now}; the folder was converted with {then} ({MANIFEST}).\n"
+            f"Restore the file from {manifest.source}, or change it there and convert that again into another folder."
+        )
 
 
 def convert_command(manifest: Manifest, folder: Path) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.common.errors import NibbleError
+from quant.common.files import is_file_name
 from quant.common.jsonfile import MAX_BYTES, read_json
 from quant.common.words import some
 
@@ -56,9 +57,8 @@ def what_is_there(folder: Path) -> str:
 def is_plain(name: str) -> bool:
     """Whether a name out of a file is that of a file in the same folder (or a template in its folder of them)."""
     path = Path(name)
-    return "\0" not in name and path.name not in ("", "..") and (
-        path.name == name or (name == f"{TEMPLATES}/{path.name}" and path.suffix == ".jinja")
-    )  # fmt: skip
+    template = name == f"{TEMPLATES}/{path.name}" and path.suffix == ".jinja"
+    return is_file_name(name) and (path.name == name or template)
 
 
 def side_names(folder: Path) -> list[str]:

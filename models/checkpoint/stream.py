@@ -21,7 +21,7 @@ from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.keymap import HEAD, Key, KeyMap
 from models.checkpoint.layout import PREFIXES, Layout
 from quant.common.errors import NibbleError
-from quant.common.words import format_bytes, some
+from quant.common.words import counted, format_bytes, some
 from quant.kinds import quantise
 from quant.storage import all_finite
 
@@ -148,7 +148,7 @@ class HubReader:
                     unreadable.append(f"{hub} ({self.checkpoint.dtype(hub)})")
         if wrong:
             raise NibbleError(
-                f"{self.checkpoint.path}: shapes differ from what config.json says ({len(wrong)} tensors):\n"
+                f"{self.checkpoint.path}: shapes differ from what config.json says ({counted(len(wrong), 'tensor')}):\n"
                 f"{some(wrong, 3)}."
             )
         if unreadable:
@@ -208,9 +208,8 @@ def sum_up(carried: Sequence[str], checkpoint: HubCheckpoint | None = None) -> s
         parts.setdefault(found[0] if found else name, []).append(name)
     lines = []
     for names in parts.values():
-        count = f"{len(names)} tensor{'s'[: len(names) != 1]}"
         size = f", {format_bytes(checkpoint.nbytes_of(names))}" if checkpoint is not None else ""
-        lines.append(f"{_common(names)} ({count}{size})")
+        lines.append(f"{_common(names)} ({counted(len(names), 'tensor')}{size})")
     return some(lines)
 
 

@@ -12,6 +12,27 @@ from pathlib import Path
 from quant.common.errors import NibbleError
 
 PARTIAL = ".partial"  # what is being written; renamed when it is whole
+_LONGEST = 255, 1024  # bytes of a file's name (the system's limit), and of a path below a folder
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name out of somebody's file can be that of a file below the folder that it is looked up in."""
+    try:
+        sizes = [len(part.encode()) for part in name.split("/")]
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    inside = all(part not in ("", ".", "..") for part in name.split("/"))
+    return inside and "\0" not in name and max(sizes) <= _LONGEST[0] and sum(sizes) < _LONGEST[1]
+
+
+def user_path(path: str | Path) -> Path:
+    """The path with its leading ~ or ~user replaced by that user's folder. Raises NibbleError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise NibbleError(
+            f"{path}: this machine has no user {Path(path).parts[0][1:]}, whose folder ~ means."
+        ) from error
 
 
 def sha256_file(path: Path) -> str:

@@ -1,9 +1,10 @@
 """python -m tests.faults: kills runs at random moments and damages their files; what became of each.
 
-Every trial ends in one of three ways, and only the last is a fault:
+Every trial ends in one of these ways, and only "lost" is a fault:
     exact    the same command went on, and adapter and losses are those of a run that was left alone, bit for bit
-    told     the command ended with exit code 2 and a message; nothing that was there before was lost
+    told     the command ended with exit code 2 and a message; the newest whole checkpoint is as new as it was before
     lost     anything else: other results, a traceback, a hang, work gone that was saved
+    missed   nothing was disturbed, because the run had ended by then: no trial
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.processes import LIMIT, Call, Forked, _forked
+from tests.processes import LIMIT, Call, Forked, forked_calls
 from tests.run_helpers import PATIENT, World, curve, make_world, settings
+from train.state.checkpoint_folder import folders, problem, step_of
 
 STEPS = 12
 TARGET = "train.__main__:main"
@@ -57,7 +59,7 @@ class Trials:
             Call(target, json.dumps([self.arguments(out), *more]), f"{said}/{self.numbers}-{rank}", command=True)
             for rank in range(self.processes)
         ]
-        return _forked(calls)
+        return forked_calls(calls)
 
     def said(self) -> str:
         found = sorted((self.folder / "said").glob(f"{self.numbers}-*.err"))
@@ -92,6 +94,7 @@ class Trials:
 
     def judge(self, kind: str, out: Path, reference: str) -> None:
         """Give the same command until it is done, and compare."""
+        before = newest_step(out)
         for _ in range(3):
             codes = self.finish(self.start(out))
             if not any(codes):
@@ -101,7 +104,8 @@ class Trials:
             if "Traceback" in self.said() or 2 not in codes:
                 self.record(kind, "lost", f"{out}: exit codes {codes}")
                 return
-        self.record(kind, "told")
+        after = newest_step(out)
+        self.record(kind, "told" if after >= before else "lost", f"{out}: step {before} was saved, {after} is left")
 
 
 def result_of(out: Path) -> str:
@@ -112,20 +116,34 @@ def result_of(out: Path) -> str:
     return digest.hexdigest()
 
 
+def newest_step(out: Path) -> int:
+    """Of the checkpoints whose files are what was written; -1 where there is none."""
+    whole = (path for path in folders(out / "checkpoints") if problem(path, hashes=True) is None)
+    return max(map(step_of, whole), default=-1)
+
+
 def kills(trials: Trials, count: int, reference: str, seconds: float) -> None:
     """A run is killed one to three times, at moments drawn over its whole length, and given again each time."""
     killed = 0
     while killed < count:
-        out = trials.new("killed")
+        out, before = trials.new("killed"), killed
         for _ in range(trials.draw.randint(1, 3)):
             running = trials.start(out)
             time.sleep(trials.draw.uniform(0, seconds))
             # One process, as a machine does, or all, as a launcher or a user does.
-            for process in trials.draw.choice([running, running[:1], running[-1:]]):
+            alive = [
+                process
+                for process in trials.draw.choice([running, running[:1], running[-1:]])
+                if process.poll() is None
+            ]
+            for process in alive:
                 process.kill()
             trials.finish(running)
-            killed += 1
-        trials.judge("killed", out, reference)
+            killed += bool(alive)
+        if killed > before:
+            trials.judge("killed", out, reference)
+        else:
+            trials.record("killed", "missed")
         shutil.rmtree(out, ignore_errors=True)
     trials.outcomes["killed", "kills"] = killed
 
@@ -160,7 +178,9 @@ def damages(trials: Trials, count: int, reference: str, seconds: float) -> None:
         files = [path for path in sorted((out / "checkpoints").rglob("*")) if path.is_file() and path.stat().st_size]
         if files:
             actions[kind](trials.draw.choice(files), trials.draw)
-        trials.judge(kind, out, reference)
+            trials.judge(kind, out, reference)
+        else:
+            trials.record(kind, "missed")
         shutil.rmtree(out, ignore_errors=True)
 
 
@@ -176,7 +196,11 @@ def disks(trials: Trials, count: int, reference: str) -> None:
         if "Traceback" in trials.said() or not set(codes) <= {0, 2, -signal.SIGKILL}:
             trials.record(kind, "lost", f"exit codes {codes}")
             continue
-        trials.judge(kind, out, reference)
+        if any(codes):
+            trials.judge(kind, out, reference)
+        else:  # it wrote too little for the limit
+            same = result_of(out) == reference
+            trials.record(kind, "missed" if same else "lost", f"{out}: other results")
         shutil.rmtree(out, ignore_errors=True)
 
 
@@ -187,6 +211,9 @@ def moves(trials: Trials, count: int, reference: str, seconds: float) -> None:
         running = trials.start(out)
         while not list((out / "checkpoints").glob("step-*")) and any(process.poll() is None for process in running):
             time.sleep(0.01)
+        if all(process.poll() is not None for process in running):
+            trials.record("moved", "missed")
+            continue
         away = out.with_name(out.name + "-away")
         out.rename(away)
         codes = trials.finish(running)

@@ -20,7 +20,8 @@ def nested(depth: int) -> Any:
 VALUES = st.sampled_from(
     [
         None, True, False, -1, 0, 1, 2, 3, 7, 64, 10**6, 2**31, 2**63, 10**29, 0.5, -0.0, 1e30, 1e308, 1e-320,
-        "", " ", "x", "nf4", "-1", "1e400", "\x1b[2J\x1b[31m", "\x00", "\u202e", "a" * 3000, "../../etc/passwd",
+        "", " ", "x", "nf4", "-1", "1e400", "\x1b[2J\x1b[31m", "\x00", "\u202e", "a" * 300, "a" * 3000,
+        "../../etc/passwd", "\ud800", "~nosuchuser/x",
         "(((((", "{{ x }}", [], [[]], [None], [1, "a"], {}, {"a": {}}, {"": 0}, nested(50), nested(300),
     ]
 )  # fmt: skip
@@ -40,7 +41,9 @@ def json_near(draw: st.DrawFn, base: Any) -> Any:
         elif action == "remove":
             del holder[key]
         elif action == "rename" and isinstance(holder, dict):
-            holder[draw(st.sampled_from(["", "x", "\x1b[2J", f"{key}x", str(key).upper()]))] = holder.pop(key)
+            holder[
+                draw(st.sampled_from(["", "x", "\x1b[2J", "\0", "\ud800", "a" * 300, f"{key}x", str(key).upper()]))
+            ] = holder.pop(key)
         else:
             other, where = _place(draw, value)
             if other is not None:

@@ -25,7 +25,7 @@ from models.adapters.targets import AdapterSpec
 from models.checkpoint.conversion import convert
 from models.checkpoint.hub import INDEX, HubCheckpoint, check_counts
 from models.checkpoint.keymap import key_map_of
-from models.checkpoint.native import MANIFEST, Manifest
+from models.checkpoint.native import MANIFEST, Manifest, wrong_sizes
 from models.checkpoint.side_files import CONFIG
 from models.checkpoint.stream import HubReader
 from models.checkpoint.tensorfile import read_header
@@ -35,6 +35,7 @@ from quant.common.errors import NibbleError
 from quant.common.jsonfile import JsonError, parse_json
 from quant.storage import StorageSpec
 from tests.fuzz.mutations import bytes_near, json_near, text_of
+from tests.fuzz.runs import run_inputs
 from tests.fuzz.texts import text_inputs
 from tests.helpers import save_tiny_glm
 from tests.tiny import TINY
@@ -179,7 +180,7 @@ def _open_manifest(data: bytes) -> None:
     path.mkdir(exist_ok=True)
     (path / MANIFEST).write_bytes(data)
     with readable_messages():
-        Manifest.load(path)
+        wrong_sizes(path, Manifest.load(path))
 
 
 @functools.cache
@@ -229,5 +230,6 @@ def targets() -> list[Target]:
         Target("indexes", text_of(json.loads((_hub() / INDEX).read_text())), _open_checkpoint),
         Target("manifests", text_of(_manifest()), _open_manifest),
         Target("adapters", text_of(_adapter_config()), _open_adapter),
+        *(Target(*of_run) for of_run in run_inputs(folder(), readable_messages)),
         *(Target(*of_text) for of_text in text_inputs(folder(), readable_messages)),
     ]

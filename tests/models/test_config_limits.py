@@ -38,6 +38,7 @@ def test_every_architecture_is_here() -> None:
         ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number, got 1000"),
         ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta must be a positive number, got -1.0."),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is implemented"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1; only 0.0 is implemented"),
         ({"mlp_bias": True}, "mlp_bias is True; only False is implemented"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; only None is implemented"),
         ({"attn_logit_softcapping": 50}, "attn_logit_softcapping is 50; only None is implemented"),
@@ -59,6 +60,15 @@ def test_values_that_no_model_has(model_type: str, change: dict[str, Any], expec
             for name in ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa")
             for change in ({"scoring_func": "softmax"}, {"topk_method": "greedy"}, {"moe_layer_freq": 2})
         ),
+        *(
+            (name, change)
+            for name in ("glm4_moe_lite", "glm_moe_dsa")
+            # Keys of all heads come from one latent; transformers would repeat them.
+            for change in ({"num_key_value_heads": 2}, {"use_qk_norm": True})
+        ),
+        *((name, {"use_sliding_window": True}) for name in TEXT if name != "afmoe"),
+        *((name, {"use_qk_norm": False}) for name in ("afmoe", "qwen3_moe", "qwen3_5_moe_text")),
+        ("afmoe", {"use_sliding_window": False}),
         ("afmoe", {"score_func": "softmax"}),
         ("afmoe", {"scoring_func": "softmax"}),
         ("qwen3_moe", {"scoring_func": "sigmoid"}),

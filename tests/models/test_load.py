@@ -237,12 +237,33 @@ def test_missing_key_and_converted_tensors_of_another_shape(hub: Path, tmp_path:
 
     target = tmp_path / "x"
     convert(hub, target, StorageSpec("none"))
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
+    for name in ("config.json", "nibble.json"):
+        values = json.loads((target / name).read_text())
+        (values if name == "config.json" else values["config"])["vocab_size"] = 64
+        (target / name).write_text(json.dumps(values))
     with pytest.raises(NibbleError) as caught:
         load_model(target, "none")
-    assert "2 tensors are missing, unknown or of another shape: lm_head.weight.value, model." in str(caught.value)
+    assert "2 tensors missing, unknown or of other shapes: lm_head.weight.value, model." in str(caught.value)
     assert "Delete the folder and convert again: python -m models.convert" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_theta": 5e5}, "'rope_theta' is 500000.0; the folder was converted with absent (nibble.json).\n"),
+        ({"rms_norm_eps": 1e-3}, "'rms_norm_eps' is 0.001; the folder was converted with 1e-05 (nibble.json).\n"),
+        ({"vocab_size": ...}, "'vocab_size' is absent; the folder was converted with 96 (nibble.json).\n"),
+        ({"model_type": "glm4_moe"}, "'model_type' is 'glm4_moe'; the folder was converted with 'glm4_moe_lite' ("),
+    ],
+)
+def test_a_converted_folder_with_another_config(hub: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    convert(hub, tmp_path / "x", StorageSpec("none"))
+    config = {**json.loads((tmp_path / "x" / "config.json").read_text()), **change}
+    (tmp_path / "x" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    with pytest.raises(NibbleError) as caught:
+        load_model(tmp_path / "x", "none")
+    assert f"config.json: {said}" in str(caught.value)
+    assert f"\nRestore the file from {hub}, or change it there and convert that again" in str(caught.value)
 
 
 def test_nothing_stays_unfilled(hub: Path) -> None:
@@ -263,7 +284,7 @@ def test_nothing_stays_unfilled(hub: Path) -> None:
     allocate(model, "cpu")
     with pytest.raises(NibbleError) as caught:
         fill(tensors_of(model), Forgetful(reader))
-    assert "5 tensors of the model were not filled from the checkpoint: " in str(caught.value)
+    assert "5 tensors of the model not filled from the checkpoint: " in str(caught.value)
     assert "model.layers.1.mlp.experts.down_proj.weight.absmax, " in str(caught.value)
     assert "model.norm.weight" in str(caught.value)
 

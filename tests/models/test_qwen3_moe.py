@@ -194,8 +194,9 @@ def test_values_are_read_as_transformers_reads_them(change: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_sliding_window": True, "sliding_window": 4096}, "where: use_sliding_window is true; only attention to"),
-        ({"use_sliding_window": "no"}, "where: use_sliding_window must be true or false, got 'no'"),
+        ({"use_sliding_window": True, "sliding_window": 4096}, "where: use_sliding_window is True; only False is im"),
+        ({"use_sliding_window": "no"}, "where: use_sliding_window is 'no'; only False is implemented"),
+        ({"use_qk_norm": False}, "where: use_qk_norm is False; only True is implemented"),
         ({"partial_rotary_factor": 0.5}, "where: partial_rotary_factor is 0.5; only 1, whole heads, is implemented"),
         (
             {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.25}},
@@ -207,6 +208,7 @@ def test_values_are_read_as_transformers_reads_them(change: dict[str, Any]) -> N
         ({"num_local_experts": 4}, "where: num_experts_per_tok is 8, but num_local_experts is 4; choose at most"),
         ({"decoder_sparse_step": 0}, "where: decoder_sparse_step must be a positive integer, got 0"),
         ({"mlp_only_layers": 3}, "where: mlp_only_layers must be a list of layers' numbers, got 3"),
+        ({"mlp_only_layers": {}}, "where: mlp_only_layers must be a list of layers' numbers, got {}"),
         ({"mlp_only_layers": ["0"]}, r"where: mlp_only_layers must be a list of layers' numbers, got \['0'\]"),
         ({"norm_topk_prob": None}, "where: norm_topk_prob must be true or false, got None"),
         ({"num_key_value_heads": 5}, "where: num_attention_heads 32 is no multiple of num_key_value_heads 5"),

@@ -128,7 +128,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         )
 
     config = _read(folder / "config.json")
-    section, where = text_section(config), str(folder / "config.json")
+    where = str(folder / "config.json")
+    section = text_section(config, where)
     if vocab_size is None and section.get("vocab_size") is not None:
         vocab_size = integer(section, "vocab_size", 1, where)
     return Tokenizer(

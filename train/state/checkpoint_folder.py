@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.common.errors import NibbleError
-from quant.common.files import sha256_file
+from quant.common.files import is_file_name, sha256_file
 from quant.common.jsonfile import integer, mapping, read_json, text
 from quant.common.words import printable, shown
 
@@ -104,7 +104,7 @@ def problem(path: Path, hashes: bool, share: tuple[int, int] = (0, 1)) -> str | 
 
 
 def _size_and_hash(entries: dict[str, Any], name: str) -> tuple[int, str]:
-    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise NibbleError(f"{MANIFEST}: {shown(name)} lies outside the checkpoint")
+    if not is_file_name(name):
+        raise NibbleError(f"{MANIFEST}: {shown(name)} can't be a file in the checkpoint")
     where, entry = f"{MANIFEST}: {printable(name, 80)}", mapping(entries, name, MANIFEST)
     return integer(entry, "size", -1, where, least=0, most=2**62), text(entry, "sha256", "x", where)

@@ -15,7 +15,7 @@ from typing import Any
 
 from models.checkpoint.side_files import CONFIG, side_names
 from quant.common.errors import NibbleError
-from quant.common.files import sha256_file, write_atomically
+from quant.common.files import is_file_name, sha256_file, write_atomically
 from quant.common.jsonfile import integer, mapping, read_json, text
 from quant.common.words import shown, some
 from train.config.load import Config
@@ -124,8 +124,8 @@ def _read(folder: RunFolder, result: dict[str, Any]) -> FinishedRun:
     for name in sizes:
         integer(sizes, name, 0, f"{where}: files", least=0, most=2**62)
     for name in (result["saved"], *sizes):
-        if not (folder.path / name).resolve().is_relative_to(folder.path.resolve()):
-            raise NibbleError(f"{where}: {shown(name)} lies outside the run's folder.")
+        if not is_file_name(name):
+            raise NibbleError(f"{where}: {shown(name)} can't be a file in the run's folder.")
     shown_result = {**result, "saved": str(folder.path / result["saved"])}
     steps = integer(result, "steps", 0, where, most=2**48)
     record = FinishedRun(folder.finished, steps, mapping(result, "made_of", where), shown_result, sizes)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.adapters import patterns
 from models.adapters.files import adapter_spec, load_adapter, save_adapter
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
@@ -224,6 +225,10 @@ def test_features_beyond_plain_lora(saved: Path, tmp_path: Path, name: str, valu
             "Save it as an ordinary LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion).",
         ),
         ({"layers_pattern": "h"}, "layers_pattern is 'h'; only 'layers' is supported."),
+        ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'."),
+        ({"use_rslora": 1}, "use_rslora must be true or false, got 1."),
+        ({"peft_version": {"a": 1}}, "peft_version must be text, got {'a': 1}."),
+        ({"lora_dropout": "x"}, "lora_dropout must be a positive number, got 'x'."),
     ],
 )
 def test_config_entries_that_can_not_be_read(
@@ -260,6 +265,7 @@ SLOW = r"(\w|\.|[a-z])*(\w|\.|[a-z])*(\w|\.|[a-z])*[A-Z]"
         ({"layers_to_transform": ["a"]}, "layers_to_transform must be a list of layers' numbers, got ['a']."),
         ({"rank_pattern": "x"}, "rank_pattern must be an object, got 'x'."),
         ({"r": None}, "r must be a positive number, got None."),
+        ({"layers_to_transform": ""}, "layers_to_transform must be a list of layers' numbers, got ''."),
         ({"rank_pattern": {"o_proj": 0}}, "rank_pattern: o_proj must be a positive number, got 0."),
         ({"rank_pattern": {"o_proj": 1.5}}, "model.layers.0.self_attn.o_proj has rank 1.5, which is no whole number."),
         ({"lora_alpha": "8"}, "lora_alpha must be a positive number, got '8'."),
@@ -291,6 +297,34 @@ def test_a_pattern_that_never_ends(saved: Path, tmp_path: Path) -> None:
         assert time.monotonic() - begun < 300
     path = changed(saved, tmp_path / "ranks", lambda config: config.update(rank_pattern={SLOW: 3}))
     assert "rank_pattern has " in message(path)
+
+
+def test_many_patterns_have_one_limit_and_are_compiled_once(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    compiled = patterns.regex.compile
+
+    def counting(text: str) -> object:
+        made.append(text)
+        return compiled(text)
+
+    monkeypatch.setattr(patterns.regex, "compile", counting)
+    numbers = {"rank_pattern": dict.fromkeys(("x", "y"), 3), "alpha_pattern": {"z": 3.0}}
+    load_adapter(model(), changed(saved, tmp_path / "few", lambda config: config.update(numbers)))
+    assert len(made) == 3
+    # Each of them fits nothing and takes a moment to find that out.
+    monkeypatch.setattr(patterns, "_ALL_SECONDS", 1)
+    slow = {rf"(\w|\.)*(\w|\.)*(\w|\.)*[!?]{{{number}}}": 3 for number in range(10_000)}
+    path, begun = (
+        changed(saved, tmp_path / "many", lambda config: config.update(rank_pattern=slow)),
+        time.process_time(),
+    )
+    assert "or 1 s with all others of the file" in message(path)
+    assert time.process_time() - begun < 60
+
+
+def test_a_pattern_that_is_too_long(saved: Path, tmp_path: Path) -> None:
     path = changed(saved, tmp_path / "long", lambda config: config.update(target_modules="a" * 20_000))
     assert "a regular expression of 20,000 characters; it may have 10,000." in message(path)
 

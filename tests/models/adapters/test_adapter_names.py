@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.adapter_names import main
+from models.adapter_names import main, rename_adapter
 from models.adapters.files import load_adapter, save_adapter
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
 from models.checkpoint.layout import Spelling, respell, spelling_of
+from quant.common.errors import NibbleError
 from tests.helpers import assert_close, random_tokens, relative_error
 from tests.peft_helpers import PATTERN_WARNING, config_of, logits_of, native, peft_load, peft_make, randomise
 from tests.tiny import save_tiny, tiny
@@ -100,6 +101,24 @@ def test_peft_applies_an_adapter_to_the_class_of_its_names(
     peft, warned = peft_load(bases.references[names], paths[f"text/{names}"])
     assert [text for text in warned if PATTERN_WARNING not in text] == []
     assert_close(logits_of(peft, TOKENS % 64), logits)
+
+
+def test_config_entries_of_other_types(saved: tuple[dict[str, Path], Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    shutil.copytree(saved[0]["text/text"], path)
+    config = config_of(path)
+
+    def renamed(number: int, change: dict[str, object]) -> dict[str, object]:
+        (path / CONFIG).write_text(json.dumps({**config, **change}))
+        rename_adapter(path, tmp_path / str(number), "vision-language")
+        return config_of(tmp_path / str(number))
+
+    pattern = r"model\.layers\.\d+\.self_attn\.o_proj"
+    assert renamed(1, {"target_modules": pattern})["target_modules"] == r"model\.language_model" + pattern[5:]
+    assert renamed(2, {"target_modules": "all-linear"})["target_modules"] == "all-linear"
+    for number, change in enumerate(({"target_modules": True}, {"rank_pattern": [1]}), 3):
+        with pytest.raises(NibbleError, match=rf"{next(iter(change))} must be (a list of texts|an object), got "):
+            renamed(number, change)
 
 
 def test_peft_applies_nothing_to_the_other_class(

@@ -19,9 +19,11 @@ from train.model import check_model
 
 
 def test_section_is_all_of_the_file_where_it_has_none() -> None:
-    assert text_section({"hidden_size": 64}) == {"hidden_size": 64}
-    assert text_section({"hidden_size": 8, "text_config": {"hidden_size": 64}}) == {"hidden_size": 64}
-    assert text_section({"text_config": None}) == {"text_config": None}
+    assert text_section({"hidden_size": 64}, "") == {"hidden_size": 64}
+    assert text_section({"hidden_size": 8, "text_config": {"hidden_size": 64}}, "") == {"hidden_size": 64}
+    assert text_section({"text_config": None}, "") == {"text_config": None}
+    with pytest.raises(NibbleError, match=r"^file: text_config must be an object, got \[\]\.$"):
+        text_section({"text_config": []}, "file")
 
 
 def test_tokenizer_takes_the_text_models_stop_tokens_and_vocabulary(tmp_path: Path) -> None:
@@ -60,3 +62,11 @@ def test_sequence_length_is_held_against_the_text_models(tmp_path: Path, nested:
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
     text["rope_parameters"] = yarn
     check(2048)
+    with pytest.raises(NibbleError, match="2049 is more than"):
+        check(2049)
+    text["max_position_embeddings"] = "x"
+    with pytest.raises(NibbleError, match=r"max_position_embeddings must be a positive (integer|number), got 'x'\.$"):
+        check(1)
+    text["rope_parameters"] = {}
+    with pytest.raises(NibbleError, match=r"max_position_embeddings must be a positive integer, got 'x'\.$"):
+        check(1)

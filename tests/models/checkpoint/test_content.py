@@ -54,7 +54,7 @@ def test_one_flipped_bit_is_found_when_the_model_is_loaded(folder: Path) -> None
     with pytest.raises(NibbleError) as error:
         load(folder)
     assert str(error.value) == (
-        f"{folder}: 1 files differ from their checksums: layer-00001.safetensors.\nDelete them, then: "
+        f"{folder}: 1 file missing or changed since it was written: layer-00001.safetensors.\nDelete it, then: "
         f"python -m models.convert {folder.parent / 'hub'} {folder} --storage nf4 --dtype float32"
     )
     flip(path, path.stat().st_size - 5)
@@ -88,7 +88,7 @@ def test_large_files_are_read_whole_once_and_then_sampled(folder: Path, monkeypa
     state = remembered.state_of(folder, weights)
     flip(folder / weights[0], 100)
     monkeypatch.setattr(content, "state_of", lambda folder, names: state)
-    with pytest.raises(NibbleError, match=f"1 files differ from their checksums: {weights[0]}"):
+    with pytest.raises(NibbleError, match=f"1 file missing or changed since it was written: {weights[0]}"):
         check_content(folder, manifest)
     assert len(read) == 2 * len(weights)
 

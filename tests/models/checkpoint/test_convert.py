@@ -225,13 +225,17 @@ def test_force_replaces_a_damaged_manifest(hub: Path, tmp_path: Path) -> None:
         ({"format": "other"}, "is not of a converted checkpoint: its format is 'other'."),
         (
             {"files": {"../x": {"size": 1, "sha256": "", "tensors": []}}},
-            "files names '../x', which is outside the folder.",
+            "files names '../x', which can't be a file in the folder.",
         ),
         ({"dtype": "int3"}, "nibble.json: unknown dtype 'int3': choose one of float32, bfloat16"),
         ({"storage": {"kind": "nf5"}}, "nibble.json: unknown storage 'nf5': choose one of none, nf4, fp4, int8"),
         (
             {"files": {"a": {"size": "x", "sha256": "", "tensors": []}}},
             "files: a: size must be an integer of at",
+        ),
+        (
+            {"files": {"a" * 256: {"size": 1, "sha256": "", "tensors": []}}},
+            "aaa', which can't be a file in the folder.",
         ),
         ({"config": [], "carried": 1}, "nibble.json: config must be an object, got []."),
     ],
@@ -298,6 +302,11 @@ def test_disk_without_room(hub: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert convert(hub, tmp_path / "out", NF4).kept == 2
 
 
+def test_a_destination_that_no_folder_can_be_called(hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(NibbleError, match=r"aaa can't be made: File name too long\.$"):
+        convert(hub, tmp_path / ("a" * 300), NF4)
+
+
 def test_verify(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "out"
     convert(hub, target, NF4)
@@ -309,11 +318,12 @@ def test_verify(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (target / "layer-00002.safetensors").write_bytes(data)
     assert command.main(["--verify", str(target)]) == 2
     err = capsys.readouterr().err
-    assert f"error: {target}: 1 files differ from their checksums: layer-00002.safetensors.\n" in err
-    assert f"Delete them, then: python -m models.convert {hub} {target} --storage nf4" in err
+    assert f"error: {target}: 1 file missing or changed since it was written: layer-00002.safetensors.\n" in err
+    assert f"Delete it, then: python -m models.convert {hub} {target} --storage nf4" in err
     (target / "tokenizer.json").unlink()
     assert command.main(["--verify", str(target)]) == 2
-    assert "2 files differ from their checksums: layer-00002.safetensors, tokenizer.json.\n" in capsys.readouterr().err
+    said = "2 files missing or changed since it was written: layer-00002.safetensors, tokenizer.json.\n"
+    assert said in capsys.readouterr().err
     assert command.main(["--verify", str(hub)]) == 2
     assert "there is no nibble.json, so this isn't a converted checkpoint" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from models.checkpoint.hub import INDEX, SINGLE, HubCheckpoint, check_counts
 from quant.common.errors import NibbleError
+from quant.common.words import shown
 from tests.hub_forms import write_checkpoint
 
 
@@ -116,10 +117,19 @@ def test_broken_index(tmp_path: Path, text: str, expected: str) -> None:
     assert f"{INDEX}{expected}" in message(tmp_path)
 
 
-def test_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["../other/model.safetensors", "a/b.safetensors", "a" * 300 + ".safetensors", "\0.safetensors", "\ud800"]
+)
+def test_index_that_names_no_file_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path)
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "../other/model.safetensors"}}))
-    assert "names a file outside the folder: '../other/model.safetensors'" in message(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    assert f"{INDEX} names {shown(name)}, which can't be a file in the folder." in message(tmp_path)
+
+
+def test_index_that_names_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "config.json"}}))
+    assert f"{INDEX} names 'config.json'; weights are read from *.safetensors.\n" in message(tmp_path)
 
 
 def test_missing_shard(tmp_path: Path) -> None:
@@ -133,7 +143,7 @@ def test_missing_shard(tmp_path: Path) -> None:
     )
     (folder / "model-00001-of-00002.safetensors").unlink()
     text = message(folder)
-    assert "model-00001-of-00002.safetensors is missing (the index names it for 3 tensors). 1 more are missing" in text
+    assert "model-00001-of-00002.safetensors is missing (the index names it for 3 tensors). 1 more is missing" in text
     assert f"hf download zai-org/GLM-4.7-Flash --local-dir {folder}" in text
 
 

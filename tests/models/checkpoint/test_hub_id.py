@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from models.checkpoint.conversion import convert
 from models.checkpoint.hub import INDEX
 from models.checkpoint.hub_id import local_folder, looks_like_hub_id, resolve_model
 from quant.common.errors import NibbleError
+from quant.storage import StorageSpec
 from tests.hub_forms import write_checkpoint
 
 
@@ -22,6 +24,16 @@ def test_resolve_existing_folder_and_nonsense(tmp_path: Path, monkeypatch: pytes
     assert looks_like_hub_id("outputs/model")
     (tmp_path / "outputs").mkdir()
     assert not looks_like_hub_id("outputs/model")
+
+
+def test_names_that_no_folder_can_have(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    unknown = r"^~nosuchuser/x: this machine has no user nosuchuser, whose folder ~ means\.$"
+    for read in (resolve_model, local_folder, lambda name: convert(tmp_path, name, StorageSpec("none"))):
+        with pytest.raises(NibbleError, match=unknown):
+            read("~nosuchuser/x")
+    with pytest.raises(NibbleError, match=r"aaa doesn't exist\. Wanted: a checkpoint folder, or a hub id"):
+        resolve_model("a" * 300)
 
 
 def test_folder_of_a_name_without_asking_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from models.checkpoint.conversion import convert
 from models.load import load_model
 from parallel.world import ALONE as WORLD
 from quant.common.errors import NibbleError
+from quant.storage import StorageSpec
 from tests.helpers import save_tiny_glm
 from tests.run_helpers import SIZES, World, curve, error_of, losses, make_world, settings
 from train.__main__ import main
@@ -124,6 +127,29 @@ def test_another_config_is_named_without_a_checkpoint_too(
         f"error: {out}/run.json was written by another config: train.seed is 5 now, 0 there.\n"
         f"       Set it as before to continue it, or {WAYS}"
     )
+
+
+def test_a_converted_base_is_compared_by_content(
+    finished: tuple[World, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its fingerprint is that of its source, so the files themselves are compared."""
+    converted, out = tmp_path / "nf4", tmp_path / "run"
+    convert(finished[0].model, converted, StorageSpec("nf4"), torch.float32)
+    arguments = settings(World(converted, finished[0].rows, finished[0].prompts), out, train__max_steps=2)
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert DONE in capsys.readouterr().out
+    layer = converted / "layer-00001.safetensors"
+    weights = layer.read_bytes()
+    layer.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert f"{converted}: 1 file missing or changed since it was written: {layer.name}.\n" in error_of(
+        arguments, capsys
+    )
+    layer.write_bytes(weights)
+    config = json.loads((converted / "config.json").read_text())
+    (converted / "config.json").write_text(json.dumps({**config, "routed_scaling_factor": 3.5}))
+    assert "config.json: 'routed_scaling_factor' is 3.5; the folder was converted with" in error_of(arguments, capsys)
 
 
 def test_the_adapter_that_a_run_started_from_counts(
@@ -238,8 +264,11 @@ def test_restart_moves_nothing_else(
         ("steps", "two", "run.json: steps must be a positive integer, got 'two'."),
         ("format", 3, "run.json has format 3, this version of nibble reads 2."),
         ("tokens", None, "run.json: tokens must be a number, got None."),
-        ("saved", "../other", "run.json: '../other' lies outside the run's folder."),
-        ("files", {"/etc/passwd": 3}, "run.json: '/etc/passwd' lies outside the run's folder."),
+        ("saved", "../other", "run.json: '../other' can't be a file in the run's folder."),
+        ("files", {"/etc/passwd": 3}, "run.json: '/etc/passwd' can't be a file in the run's folder."),
+        ("saved", "a\0", "run.json: 'a\\x00' can't be a file in the run's folder."),
+        ("files", {"a\ud800": 3}, "run.json: 'a\\ud800' can't be a file in the run's folder."),
+        ("files", {"a" * 300: 3}, "aaa' can't be a file in the run's folder."),
         ("files", [], "run.json: files must be an object, got []."),
         ("made_of", {}, "run.json lacks fingerprint, started, base, batches, held_out"),
     ],
