@@ -31,7 +31,8 @@ EXAMPLE = "python -m train --config configs/glm47_qlora.yaml --set train.max_ste
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m train",
-        usage="python -m train --config FILE [--set KEY=VALUE ...] [--restart | --check | --print-config]\n"
+        usage="python -m train --config FILE [--set KEY=VALUE ...] \n"
+        "                       [--restart | --extend-to STEPS | --check | --print-config]\n"
         "       python -m train --print-schema | --help",
         description="Fine-tune a model as a YAML file describes. Exit code: 0 done, or stopped with everything saved;\n"
         "1 any other error, with a traceback; 2 something in the config, the data or the checkpoint is wrong;\n"
@@ -53,6 +54,13 @@ def parser() -> argparse.ArgumentParser:
         help="train from the start: an earlier run in output.dir is moved to output.dir.1 (.2 …)",
     )
     only.add_argument(
+        "--extend-to",
+        metavar="STEPS",
+        type=_steps,
+        help="let the run that has finished in output.dir go on to so many steps in all. A constant learning rate stays "
+        "as it is; a linear or cosine one rises and falls once more, over the added steps",
+    )
+    only.add_argument(
         "--check",
         action="store_true",
         help="only check the config, its files, the first rows and the model's config.json",
@@ -60,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
     only.add_argument("--print-config", action="store_true", help="only print the config with every key filled in")
     only.add_argument("--print-schema", action="store_true", help="only print the config's JSON schema")
     return made
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"expected a number of steps, got {text!r}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +105,13 @@ def carry_out(arguments: argparse.Namespace, config: Config, world: World | None
     from train.run import run
 
     raise_on_interrupt()
-    return run(config, config_path=Path(arguments.config), world=world or ALONE, restart=arguments.restart)
+    return run(
+        config,
+        config_path=Path(arguments.config),
+        world=world or ALONE,
+        restart=arguments.restart,
+        extend_to=arguments.extend_to,
+    )
 
 
 def show_check(name: str, config: Config) -> None:

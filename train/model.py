@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from models.adapters.files import load_adapter, read_adapter_weights
 from models.adapters.lora import add_lora, initialise_lora
+from models.adapters.peft_config import CONFIG
 from models.adapters.targets import AdapterSpec, resolve, within_layer
 from models.blocks.balance import AuxiliaryLoss, BiasUpdate
 from models.blocks.configjson import text_section
@@ -154,12 +156,22 @@ def load_trainable_model(
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(Bar("loading")) if progress else None
             fill_parts(shards, reader, bar.update if bar is not None else None)
-        if config.adapter.kind == "lora" and config.adapter.init_from is not None:
-            read_adapter_weights(model, config.adapter.init_from, shards.put)
+        start = start_adapter(config)
+        if start is not None:
+            read_adapter_weights(model, start, shards.put)
         elif config.adapter.kind == "lora":
             initialise_lora(model, config.train.seed, shards.put)
     attach_balance(model, config, source)
     return shards
+
+
+def start_adapter(config: Config) -> Path | None:
+    """The folder of the adapter to start from: adapter.init_from, or its adapter/ where it is a run's folder."""
+    if config.adapter.kind == "none" or config.adapter.init_from is None:
+        return None
+    folder = Path(config.adapter.init_from)
+    of_run = folder / "adapter"
+    return of_run if (of_run / CONFIG).is_file() and not (folder / CONFIG).is_file() else folder
 
 
 def make_trainable(model: CausalLM, config: Config) -> None:
@@ -172,8 +184,9 @@ def make_trainable(model: CausalLM, config: Config) -> None:
                 module.requires_grad_(False)
         return
     spec = _adapter_spec(config)
-    if adapter.init_from is not None:
-        load_adapter(model, adapter.init_from, dtype=spec.dtype, expected=spec)
+    start = start_adapter(config)
+    if start is not None:
+        load_adapter(model, start, dtype=spec.dtype, expected=spec)
     else:
         add_lora(model, spec, config.train.seed)
 
