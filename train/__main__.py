@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
         "--extend-to",
         metavar="STEPS",
         type=_steps,
-        help="let the run that has finished in output.dir go on to so many steps in all. A constant learning rate stays "
-        "as it is; a linear or cosine one rises and falls once more, over the added steps",
+        help="let the run that has finished in output.dir go on to so many steps in all. A constant learning rate "
+        "stays as it is; a linear or cosine one rises and falls once more, over the added steps",
     )
     only.add_argument(
         "--check",

@@ -209,7 +209,8 @@ def summary_text(result: dict[str, Any], config: Config, folder: Path) -> str:
         lines.append(f"loss      {first}{after:.4f} after, per labelled token of the held-out rows")
     best = result.get("best")
     if best is not None:
-        where = f" in {best['saved']}" if Path(best["saved"]).is_dir() else ", gone since"
+        here = Path(best["saved"]).is_dir()
+        where = f" in {best['saved']}" if here else ", gone since"
         lines.append(f"best      {best['loss']:.4f} after step {best['step']:,}{where}")
     early = result.get("stopped_early")
     if early is not None:
@@ -223,7 +224,7 @@ def summary_text(result: dict[str, Any], config: Config, folder: Path) -> str:
         + (f"; tensorboard --logdir {folder / 'tensorboard'}" if config.train.tensorboard else ""),
         f"log       {folder / 'run.log'}",
     ]
-    model, saved = config.model, result["saved"]
+    model, saved = config.model, best["saved"] if best is not None and here else result["saved"]
     if config.adapter.kind == "lora":
         lines += [
             "next      use it in Python:",

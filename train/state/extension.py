@@ -1,4 +1,4 @@
-"""More steps for a finished run: --extend-to. The config stays as it is; checkpoints and run.json have the extension."""
+"""More steps for a finished run: --extend-to. The config stays; checkpoints and run.json have the extension."""
 
 from __future__ import annotations
 
