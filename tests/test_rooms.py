@@ -20,6 +20,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("models/checkpoint",),
     ("models/adapters",),
+    ("models/hub_push",),
     ("models/load", "models/convert", "models/adapter_names", "models/__init__"),
     ("parallel",),
     ("train/config",),

@@ -79,6 +79,11 @@ class HubCheckpoint:
         return self._infos[key].dtype
 
     @property
+    def shards(self) -> list[str]:
+        """The names of the files with tensors."""
+        return sorted(self._headers)
+
+    @property
     def nbytes(self) -> int:
         return self.nbytes_of(self._infos)
 
