@@ -127,7 +127,7 @@ def _checkpoint(folder: Path) -> _Found:
 
 def add_push_options(parser: argparse.ArgumentParser, what: str) -> None:
     """--push and --public, of a command that makes `what`."""
-    parser.add_argument("--push", metavar="USER/NAME", help=f"put {what} on the Hugging Face hub when it is done")
+    parser.add_argument("--push", metavar="USER/NAME", help=f"put {what} on the Hugging Face hub at the end")
     parser.add_argument(
         "--public", action="store_true", help="with --push: make a public repository, not a private one"
     )
