@@ -76,6 +76,7 @@ def _settings(config: Config) -> list[tuple[str, str]]:
     return [
         ("training rows", f"{_files(data.train)} ({data.format})"),
         ("held-out rows", held_out),
+        *([("started from", _code(Path(adapter.init_from).name))] if adapter.init_from is not None else []),
         ("adapted", ", ".join(map(_code, adapter.targets))),
         ("layers", "all" if adapter.layers is None else ", ".join(map(str, adapter.layers))),
         ("rank", _per_group(adapter.rank)),

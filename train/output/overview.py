@@ -211,7 +211,8 @@ def summary_text(result: dict[str, Any], config: Config, folder: Path) -> str:
     if best is not None:
         here = Path(best["saved"]).is_dir()
         where = f" in {best['saved']}" if here else ", gone since"
-        lines.append(f"best      {best['loss']:.4f} after step {best['step']:,}{where}")
+        when = f"after step {best['step']:,}" if best["step"] else "before the first step, and never lower"
+        lines.append(f"best      {best['loss']:.4f} {when}{where}")
     early = result.get("stopped_early")
     if early is not None:
         lines.append(f"early     ended by train.patience: {early.get('patience')}, before the last step")
