@@ -102,6 +102,11 @@ class BestResult:
             for path in (*self.folder.parent.glob(f"{partial.name}*"), replaced):
                 shutil.rmtree(path, ignore_errors=True)
             write(partial)
+            for path in self.folder.rglob("*"):  # what somebody has put there stays
+                kept = partial / path.relative_to(self.folder)
+                if path.is_file() and not kept.exists():
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(path, kept)
             if self.folder.exists():
                 self.folder.rename(replaced)
             partial.rename(self.folder)

@@ -202,6 +202,8 @@ def test_a_save_that_was_cut_short_leaves_the_one_before(tmp_path: Path) -> None
     best = BestResult(folder, write)
     assert best.offer(Evaluation(1, 2.0))
     assert not best.offer(Evaluation(2, 2.0))  # no lower
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("somebody's")
     with pytest.raises(NibbleError, match=r"the disk is full: .*adapter-best can't be written"):
         best.offer(Evaluation(3, 1.5))
     assert (folder / WEIGHTS).read_text() == "1"
@@ -214,6 +216,8 @@ def test_a_save_that_was_cut_short_leaves_the_one_before(tmp_path: Path) -> None
     assert again.evaluation == Evaluation(1, 2.0)
     assert again.offer(Evaluation(4, 1.0))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter-best"]
+    assert (folder / WEIGHTS).read_text() == "4"
+    assert (folder / "notes" / "mine.txt").read_text() == "somebody's"
 
 
 @pytest.mark.parametrize(
