@@ -1,0 +1,200 @@
+"""An adapter, written in the form that a server reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from models.adapters.files import load_adapter, respelled, tensor_names
+from models.adapters.lora import adapted
+from models.adapters.peft_config import CONFIG, WEIGHTS, peft_config, read_config
+from models.adapters.servers import TITLES, Server, matrix_name, unserved
+from models.adapters.targets import matches
+from models.blocks.linear import LoRA
+from models.checkpoint.hub import read_config as read_model_config
+from models.checkpoint.hub_id import local_folder
+from models.checkpoint.keymap import Key, KeyMap, key_map_of
+from models.checkpoint.layout import Spelling, spellings
+from models.checkpoint.tensorfile import DTYPES, TensorWriter, read_header
+from models.decoder import CausalLM
+from models.export.layouts import FileTensor, Update, folded, per_expert, stacked, with_all_stacks
+from models.registry import architecture_for
+from quant.common.errors import NibbleError
+from quant.common.files import disk_error, write_atomically
+from quant.common.jsonfile import text
+from quant.common.words import counted, some
+from quant.storage import StorageSpec
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. base: the model's folder. names: whose names. rank: of every matrix, or the largest."""
+
+    base: Path
+    names: Spelling
+    stacked: bool
+    rank: int
+    tensors: int
+    dropped: dict[str, int]
+
+
+def export_adapter(
+    adapter: Path,
+    out: Path,
+    server: Server,
+    *,
+    model: Path | None = None,
+    names: Spelling | None = None,
+    drop: Collection[str] = (),
+    keep: Collection[str] = (),
+) -> Exported:
+    """Write the adapter in `adapter` to the folder `out` in the layout that `server` reads.
+
+    model: the base's folder, of which config.json is read; None: the one that the adapter's configuration names.
+    names: those of the text model's class or of the vision-language model's; None: of the class of the base.
+    drop: matrices to leave out. keep: matrices to write although the server can't serve them as it is started usually.
+    Nothing is written, and NibbleError raised, for matrices that the server can't serve, and where `out` has an
+    adapter.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if (out / name).exists():
+            raise NibbleError(f"{out} holds {name} already. Choose another folder, or remove it.")
+    config = read_config(adapter)
+    base, named = _base(adapter, config, model)
+    meta = _meta_model(base)
+    names = names or ("vision-language" if meta.hub.vision_language else "text")
+    key_map = respelled(key_map_of(meta), names)
+    updates = _updates(meta, adapter, key_map)
+    updates, dropped = _without(updates, drop)
+    _check_served(server, key_map, updates, keep, adapter, base)
+    stacks = server == "peft" or (server == "vllm" and names == "vision-language")
+    if server != "peft":
+        updates = with_all_stacks(folded(updates), key_map)
+    if stacks:
+        tensors, written = list(stacked(updates)), _config(key_map, updates, named)
+    else:
+        tensors = list(per_expert(updates, _vllm_name if server == "vllm" else str))
+        written = {**_config(key_map, updates, named), "target_parameters": None, "target_modules": _leaves(tensors)}
+    _write(out, tensors, written)
+    rank = max(update.rank for update in updates)
+    return Exported(base, names, stacks, rank, len(tensors), dropped)
+
+
+def _vllm_name(name: str) -> str:
+    """vLLM has Trinity's router where other models have theirs."""
+    return name.replace(".mlp.router.gate", ".mlp.gate")
+
+
+def _leaves(tensors: Sequence[FileTensor]) -> list[str]:
+    return sorted({tensor.name.rpartition(".lora_")[0].rpartition(".")[2] for tensor in tensors})
+
+
+def _base(adapter: Path, config: Mapping[str, Any], model: Path | None) -> tuple[Path, str]:
+    """The base's folder, and what the adapter calls it."""
+    named = text(config, "base_model_name_or_path", str(model or ""), str(adapter / CONFIG))
+    wanted = str(model) if model is not None else named
+    folder = local_folder(wanted) if wanted else None
+    if folder is not None:
+        return folder, named
+    where = f"--model {wanted}" if model is not None else f"{adapter / CONFIG} names the base model {wanted!r}, which"
+    raise NibbleError(
+        f"{where} is not on this machine.\nOf the base only config.json is needed: give its folder with --model "
+        "(hf download ID config.json --local-dir FOLDER fetches it)."
+    )
+
+
+def _meta_model(base: Path) -> CausalLM:
+    _, config = read_model_config(base)
+    where = str(base / "config.json")
+    architecture = architecture_for(config, where)
+    return architecture.build(architecture.parse_config(config, where), StorageSpec("none"), torch.float32, "meta")
+
+
+def _updates(meta: CausalLM, adapter: Path, key_map: KeyMap) -> list[Update]:
+    load_adapter(meta, adapter)
+    path = adapter / WEIGHTS
+    header = read_header(path)
+    spelt = spellings(header)
+    source = adapted(meta, respelled(key_map_of(meta), *spelt) if len(spelt) == 1 else None)
+    prefixes = tensor_names([key for key, _ in source])
+    keys = {key.native: key for key in key_map.keys}
+
+    def update(key: Key, lora: LoRA) -> Update:
+        prefix = prefixes[key.native]
+
+        def read() -> tuple[torch.Tensor, torch.Tensor]:
+            with safe_open(path, framework="pt") as file:
+                a, b = (file.get_tensor(f"{prefix}.lora_{letter}.weight") for letter in "AB")
+            if len(key.shape) == 3:
+                experts = key.shape[0]
+                a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+            return a, b
+
+        dtype = DTYPES[header[f"{prefix}.lora_A.weight"].dtype]
+        return Update(keys[key.native], lora.rank, lora.scaling, dtype, read)
+
+    return [update(key, lora) for key, lora in source]
+
+
+def _without(updates: list[Update], drop: Collection[str]) -> tuple[list[Update], dict[str, int]]:
+    """The updates but those that `drop` names, and how many each name was."""
+    dropped, keys = {}, [update.key for update in updates]
+    gone = set()
+    for name in drop:
+        found = [key.native for key in matches(name, keys)]
+        if not found:
+            has = list(dict.fromkeys(matrix_name(key) for key in keys))
+            raise NibbleError(f"--drop {name}: the adapter has no such matrix. It has {some(has, 20)}.")
+        dropped[name] = len(found)
+        gone |= set(found)
+    left = [update for update in updates if update.key.native not in gone]
+    if not left:
+        raise NibbleError(f"--drop {' '.join(drop)} leaves nothing of the adapter.")
+    return left, dropped
+
+
+def _check_served(
+    server: Server, key_map: KeyMap, updates: Sequence[Update], keep: Collection[str], adapter: Path, base: Path
+) -> None:
+    keys = [update.key for update in updates]
+    kept = {key.native for name in keep for key in matches(name, keys)}
+    for rule, broken in unserved(server, key_map, [key for key in keys if key.native not in kept]):
+        found = list(dict.fromkeys(matrix_name(key).rpartition(".")[2] for key in broken))
+        drop = " ".join(f"--drop {name}" for name in found)
+        ways = [f"{rule.way}; or " if rule.way else "", f"merge (python -m models.merge {base} {adapter} OUT)"]
+        raise NibbleError(
+            f"{TITLES[server]} {rule.does} {', '.join(found)}, which {adapter} has in "
+            f"{counted(len(broken), 'matrix').replace('matrixs', 'matrices')}: {rule.why}.\n"
+            f"Ways out: {''.join(ways)}; or leave it out with {drop}, and see what that costs with "
+            f"python -m train.evaluate."
+        )
+
+
+def _config(key_map: KeyMap, updates: Sequence[Update], base: str) -> dict[str, Any]:
+    def described(update: Update) -> LoRA:
+        return LoRA(update.key.shape, update.rank, update.scale * update.rank, dtype=update.dtype, device="meta")
+
+    return peft_config(key_map, [(update.key, described(update)) for update in updates], base)
+
+
+def _write(out: Path, tensors: Sequence[FileTensor], config: Mapping[str, Any]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, out) from error
+    current, pair = None, None
+    with TensorWriter(out / WEIGHTS, {tensor.name: (tensor.shape, tensor.dtype) for tensor in tensors}) as writer:
+        for tensor in tensors:
+            if current is not tensor.update:
+                current, pair = tensor.update, tensor.update.read()
+            assert pair is not None
+            writer.write(tensor.name, tensor.make(*pair))
+        writer.finish()
+    write_atomically(out / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
