@@ -36,7 +36,7 @@ from quant.common.errors import NibbleError
 from quant.common.files import disk_error, write_atomically
 from quant.common.words import some
 
-PREFIX = "base_model.model."
+_PREFIX = "base_model.model."
 _OLD_LAYOUT = (
     "Its expert tensors have the layout of PEFT before 0.19.1 (in and out swapped), which newer PEFT can't read.\n"
     "Merge it into its base with the PEFT that made it, and train from the merged weights."
@@ -45,22 +45,22 @@ _OLD_LAYOUT = (
 # --- names
 
 
-def respelled(key_map: KeyMap, to: Spelling) -> KeyMap:
+def _respelled(key_map: KeyMap, to: Spelling) -> KeyMap:
     return key_map.laid_out(Layout(wrapped=to == "vision-language", fused=True))
 
 
-def tensor_names(keys: Sequence[Key]) -> dict[str, str]:
+def _tensor_names(keys: Sequence[Key]) -> dict[str, str]:
     """Where the file keeps the A and B of each adapted matrix: native name to prefix."""
     stacks: dict[str, list[str]] = {}
     prefixes = {}
     for key in keys:
         if len(key.shape) == 2:
-            prefixes[key.native] = f"{PREFIX}{module_name(key.hub)}"
+            prefixes[key.native] = f"{_PREFIX}{module_name(key.hub)}"
         else:
             stacks.setdefault(key.hub.rpartition(".")[0], []).append(key.native)
     for module, natives in stacks.items():
         for depth, native in enumerate(reversed(natives)):
-            prefixes[native] = f"{PREFIX}{module}" + ".base_layer" * depth
+            prefixes[native] = f"{_PREFIX}{module}" + ".base_layer" * depth
     return prefixes
 
 
@@ -95,11 +95,11 @@ def save_adapter(
     """
     key_map = key_map_of(model)
     if names != "checkpoint":
-        key_map = respelled(key_map, names)
+        key_map = _respelled(key_map, names)
     found = adapted(model, key_map)
     if not found:
         raise NibbleError("this model has no adapter to save; add_lora or load_adapter gives it one.")
-    prefixes = tensor_names([key for key, _ in found])
+    prefixes = _tensor_names([key for key, _ in found])
     if not writes:
         for _ in _file_tensors(found, prefixes, gather):
             pass
@@ -160,7 +160,7 @@ def load_adapter(
     header = read_header(directory / WEIGHTS)
     spelt = spellings(header)
     if len(spelt) == 1:
-        key_map = respelled(key_map, *spelt)
+        key_map = _respelled(key_map, *spelt)
     targets = config_targets(config, key_map, header, where, model.model_type)
     _check_tensors(targets, header, config, key_map, where)
     rslora = bool(config.get("use_rslora"))
@@ -182,8 +182,8 @@ def read_adapter_weights(model: CausalLM, directory: str | Path, assign: Assign 
 
     path, key_map = Path(directory) / WEIGHTS, key_map_of(model)
     spelt = spellings(read_header(path))
-    found = adapted(model, respelled(key_map, *spelt) if len(spelt) == 1 else key_map)
-    prefixes = tensor_names([key for key, _ in found])
+    found = adapted(model, _respelled(key_map, *spelt) if len(spelt) == 1 else key_map)
+    prefixes = _tensor_names([key for key, _ in found])
     with safe_open(path, framework="pt") as file:
         for key, lora in found:
             a: Tensor = file.get_tensor(f"{prefixes[key.native]}.lora_A.weight")
@@ -210,7 +210,7 @@ def _check_tensors(
     version = tuple(int(part) for part in re.findall(r"\d+", str(config.get("peft_version") or ""))[:3])
     if version and version < (0, 19, 1) and any(len(target.key.shape) == 3 for target in targets):
         raise NibbleError(f"{where}: made by PEFT {config['peft_version']}. {_OLD_LAYOUT}")
-    prefixes = tensor_names([target.key for target in targets])
+    prefixes = _tensor_names([target.key for target in targets])
     expected: dict[str, tuple[int, int]] = {}
     for target in targets:
         prefix, shapes = prefixes[target.key.native], _file_shapes(target.key, target.rank)
@@ -225,7 +225,7 @@ def _check_tensors(
         hint = "\nThe config and the tensors don't belong together, or the adapter is for another model."
         groups = {module_name(key.hub): key.group for key in key_map.keys if key.group not in TARGET_GROUPS}
         for name in unknown:
-            module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
+            module = name.removeprefix(_PREFIX).rpartition(".lora_")[0]
             if module in groups:
                 can = ", ".join(TARGET_GROUPS)
                 hint = f"\n{module} is of the {GROUP_WORDS[groups[module]]}; LoRA is supported on {can}."
