@@ -51,6 +51,11 @@ def parser() -> argparse.ArgumentParser:
         choices=("text", "vision-language"),
         help="of Qwen3.5: the class that will load it (default: that of the base's config.json)",
     )
+    add(
+        "--layout",
+        choices=("peft", "expert-major"),
+        help="of ADAPTER's stacks of experts; expert-major is unsloth's until September 2026 (docs/serving.md)",
+    )
     add("--drop", metavar="NAME", action="append", default=[], help="leave out a matrix (kv_b_proj) or group (router)")
     add("--keep", metavar="NAME", action="append", default=[], help="write a matrix although it would be refused")
     add("--verify", action="store_true", help="load the result, and compare a forward pass with base and adapter")
@@ -78,6 +83,7 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.server,
         model=arguments.model,
         names=arguments.names,
+        layout=arguments.layout,
         drop=arguments.drop,
         keep=arguments.keep,
     )
@@ -94,7 +100,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         say(_as_text(out, arguments.server, done), sys.stdout)
     if arguments.verify:
-        compared = verify(adapter, out, done)
+        compared = verify(adapter, out, done, arguments.layout)
         found |= {"largest_difference": compared.difference, "effect": compared.effect}
         if not arguments.json:
             say(f"verified  {compared.how}: {compared}", sys.stdout)

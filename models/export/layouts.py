@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.adapters.files import PREFIX, tensor_names
+from models.adapters.layouts import PREFIX, peft_shapes, prefixes_of, tensor_names, to_peft
 from models.adapters.targets import module_name
 from models.blocks.groups import Group
 from models.checkpoint.keymap import Key, KeyMap
@@ -106,17 +106,15 @@ class FileTensor:
 
 def stacked(updates: Sequence[Update]) -> Iterator[FileTensor]:
     """As PEFT has them."""
-    names = tensor_names([update.key for update in updates])
+    prefixes = prefixes_of([update.key for update in updates])
     for update in updates:
-        *experts, out, into = update.key.shape
-        width = update.rank * (experts[0] if experts else 1)
-        name = names[update.key.native]
-        yield FileTensor(f"{name}.lora_A.weight", (width, into), update.dtype, update, lambda a, b: a.reshape(-1, a.shape[-1]))  # fmt: skip
-        yield FileTensor(f"{name}.lora_B.weight", (out, width), update.dtype, update, _stacked_b)
+        names, shapes = tensor_names(prefixes[update.key.native]), peft_shapes(update.key, update.rank)
+        for index in (0, 1):
+            yield FileTensor(names[index], shapes[index], update.dtype, update, _of_peft(index))
 
 
-def _stacked_b(a: Tensor, b: Tensor) -> Tensor:
-    return b.permute(1, 2, 0).flatten(1) if b.ndim == 3 else b
+def _of_peft(index: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda a, b: to_peft(a, b)[index]
 
 
 def per_expert(updates: Sequence[Update], rename: Callable[[str], str] = lambda name: name) -> Iterator[FileTensor]:
@@ -125,10 +123,9 @@ def per_expert(updates: Sequence[Update], rename: Callable[[str], str] = lambda 
         *_, out, into = update.key.shape
         for name, expert, rows in _matrices(update.key):
             height = len(range(*rows.indices(out)))
-            for letter, shape in (("A", (update.rank, into)), ("B", (height, update.rank))):
-                yield FileTensor(
-                    f"{PREFIX}{rename(name)}.lora_{letter}.weight", shape, update.dtype, update, _part(letter, expert, rows)
-                )  # fmt: skip
+            name_a, name_b = tensor_names(f"{PREFIX}{rename(name)}")
+            yield FileTensor(name_a, (update.rank, into), update.dtype, update, _of_expert(expert))
+            yield FileTensor(name_b, (height, update.rank), update.dtype, update, _of_expert(expert, rows))
 
 
 def _matrices(key: Key) -> Iterator[tuple[str, int | None, slice]]:
@@ -142,10 +139,12 @@ def _matrices(key: Key) -> Iterator[tuple[str, int | None, slice]]:
             yield module_name(part.format(e=expert)), expert, slice(index * height, (index + 1) * height)
 
 
-def _part(letter: str, expert: int | None, rows: slice) -> Callable[[Tensor, Tensor], Tensor]:
+def _of_expert(expert: int | None, rows: slice | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """A of an expert or, with rows, those of its B; None: of a matrix."""
+
     def make(a: Tensor, b: Tensor) -> Tensor:
-        value = a if letter == "A" else b
+        value = a if rows is None else b
         value = value if expert is None else value[expert]
-        return value if letter == "A" else value[rows]
+        return value if rows is None else value[rows]
 
     return make

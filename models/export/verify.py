@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from models.adapters.files import PREFIX
+from models.adapters.files import load_adapter
+from models.adapters.layouts import PREFIX, Packing
 from models.adapters.peft_config import CONFIG, WEIGHTS
 from models.checkpoint.native import is_converted
 from models.export.write import Exported
@@ -53,7 +54,7 @@ def require_transformers() -> None:
         )
 
 
-def verify(adapter: Path, out: Path, done: Exported) -> Compared:
+def verify(adapter: Path, out: Path, done: Exported, layout: Packing | None = None) -> Compared:
     """Compare the logits of base + `adapter` with those of base + what was written to `out`.
 
     Both models are loaded one after the other, in float32. Raises NibbleError where they differ, where the adapter
@@ -69,7 +70,7 @@ def verify(adapter: Path, out: Path, done: Exported) -> Compared:
             f"{out} is written, but not verified: without {', '.join(done.dropped)} it computes something else than "
             f"{adapter}.\nCompare the losses of both with python -m train.evaluate."
         )
-    expected, vocabulary = _native_logits(done.base, adapter)
+    expected, vocabulary = _native_logits(done.base, adapter, layout)
     gc.collect()
     reference = _reference(done)
     tokens = _tokens(vocabulary)
@@ -97,8 +98,9 @@ def _tokens(vocabulary: int) -> Tensor:
     return torch.randint(vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def _native_logits(base: Path, adapter: Path) -> tuple[Tensor, int]:
-    model = load_model(base, storage="none", dtype="float32", adapter=adapter)
+def _native_logits(base: Path, adapter: Path, layout: Packing | None) -> tuple[Tensor, int]:
+    model = load_model(base, storage="none", dtype="float32")
+    load_adapter(model, adapter, layout=layout)
     vocabulary = model.config.vocabulary
     with torch.no_grad():
         return model(_tokens(vocabulary)), vocabulary

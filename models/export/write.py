@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from torch import Tensor
 
-from models.adapters.files import load_adapter, respelled, tensor_names
-from models.adapters.lora import adapted
+from models.adapters.adapter_file import AdapterFile, respelled
+from models.adapters.layouts import Packing, Stored
 from models.adapters.peft_config import CONFIG, WEIGHTS, peft_config, read_config
 from models.adapters.servers import TITLES, Server, matrix_name, unserved
 from models.adapters.targets import matches
-from models.blocks.linear import LoRA
+from models.blocks.linear import LoRA, scaling
 from models.checkpoint.hub import read_config as read_model_config
 from models.checkpoint.hub_id import local_folder
-from models.checkpoint.keymap import Key, KeyMap, key_map_of
-from models.checkpoint.layout import Spelling, spellings
-from models.checkpoint.tensorfile import DTYPES, TensorWriter, read_header
+from models.checkpoint.keymap import KeyMap, key_map_of
+from models.checkpoint.layout import Spelling
+from models.checkpoint.tensorfile import TensorWriter
 from models.decoder import CausalLM
 from models.export.layouts import FileTensor, Update, folded, per_expert, stacked, with_all_stacks
 from models.registry import architecture_for
@@ -51,6 +51,7 @@ def export_adapter(
     *,
     model: Path | None = None,
     names: Spelling | None = None,
+    layout: Packing | None = None,
     drop: Collection[str] = (),
     keep: Collection[str] = (),
 ) -> Exported:
@@ -58,6 +59,7 @@ def export_adapter(
 
     model: the base's folder, of which config.json is read; None: the one that the adapter's configuration names.
     names: those of the text model's class or of the vision-language model's; None: of the class of the base.
+    layout: of the adapter, as for `AdapterFile`.
     drop: matrices to leave out. keep: matrices to write although the server can't serve them as it is started usually.
     Nothing is written, and NibbleError raised, for matrices that the server can't serve, and where `out` has an
     adapter.
@@ -65,13 +67,12 @@ def export_adapter(
     for name in (CONFIG, WEIGHTS):
         if (out / name).exists():
             raise NibbleError(f"{out} holds {name} already. Choose another folder, or remove it.")
-    config = read_config(adapter)
-    base, named = _base(adapter, config, model)
+    base, named = _base(adapter, read_config(adapter), model)
     meta = _meta_model(base)
     names = names or ("vision-language" if meta.hub.vision_language else "text")
     key_map = respelled(key_map_of(meta), names)
-    updates = _updates(meta, adapter, key_map)
-    updates, dropped = _without(updates, drop)
+    file = AdapterFile(adapter, key_map, meta.model_type, layout=layout)
+    updates, dropped = _without(_updates(file, key_map), drop)
     _check_served(server, key_map, updates, keep, adapter, base)
     stacks = server == "peft" or (server == "vllm" and names == "vision-language")
     if server != "peft":
@@ -116,30 +117,20 @@ def _meta_model(base: Path) -> CausalLM:
     return architecture.build(architecture.parse_config(config, where), StorageSpec("none"), torch.float32, "meta")
 
 
-def _updates(meta: CausalLM, adapter: Path, key_map: KeyMap) -> list[Update]:
-    load_adapter(meta, adapter)
-    path = adapter / WEIGHTS
-    header = read_header(path)
-    spelt = spellings(header)
-    source = adapted(meta, respelled(key_map_of(meta), *spelt) if len(spelt) == 1 else None)
-    prefixes = tensor_names([key for key, _ in source])
+def _updates(file: AdapterFile, key_map: KeyMap) -> list[Update]:
     keys = {key.native: key for key in key_map.keys}
 
-    def update(key: Key, lora: LoRA) -> Update:
-        prefix = prefixes[key.native]
+    def update(stored: Stored) -> Update:
+        target = stored.target
 
-        def read() -> tuple[torch.Tensor, torch.Tensor]:
-            with safe_open(path, framework="pt") as file:
-                a, b = (file.get_tensor(f"{prefix}.lora_{letter}.weight") for letter in "AB")
-            if len(key.shape) == 3:
-                experts = key.shape[0]
-                a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-            return a, b
+        def read() -> tuple[Tensor, Tensor]:
+            pair = file.read(stored)
+            return pair.a.to(file.dtype), pair.b.to(file.dtype)
 
-        dtype = DTYPES[header[f"{prefix}.lora_A.weight"].dtype]
-        return Update(keys[key.native], lora.rank, lora.scaling, dtype, read)
+        scale = scaling(target.rank, target.alpha, file.rslora)
+        return Update(keys[target.key.native], target.rank, scale, file.dtype, read)
 
-    return [update(key, lora) for key, lora in source]
+    return [update(stored) for stored in file.stored]
 
 
 def _without(updates: list[Update], drop: Collection[str]) -> tuple[list[Update], dict[str, int]]:
