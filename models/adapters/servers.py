@@ -57,13 +57,24 @@ RULES = (
         "computes without LoRA on",
         "its latent attention never applies it",
     ),
-    Rule("llamacpp", _LATENT, ("self_attn.kv_b_proj",), "can't convert LoRA on", "it cuts that matrix in two and turns one half over"),
+    Rule(
+        "llamacpp",
+        _LATENT,
+        ("self_attn.kv_b_proj",),
+        "can't convert LoRA on",
+        "it cuts that matrix in two and turns one half over",
+    ),
 )
 
 
 def matrix_name(key: Key) -> str:
     """The name of a matrix within its layer, in the hub's spelling: self_attn.kv_b_proj."""
     return within_layer(module_name(key.hub))
+
+
+def short_name(key: Key) -> str:
+    """Its last part, kv_b_proj; of a router `mlp.gate`, since `gate` alone says nothing."""
+    return matrix_name(key) if key.group == "router" else matrix_name(key).rpartition(".")[2]
 
 
 def unserved(server: Server, key_map: KeyMap, keys: Sequence[Key]) -> list[tuple[Rule, list[Key]]]:
@@ -78,7 +89,7 @@ def serving_note(key_map: KeyMap, keys: Sequence[Key]) -> str | None:
     """One line on the servers for which LoRA on `keys` is wasted; None where there are none."""
     clauses = []
     for server in ("vllm", "llamacpp"):
-        names = [matrix_name(key).rpartition(".")[2] for _, broken in unserved(server, key_map, keys) for key in broken]
+        names = [short_name(key) for _, broken in unserved(server, key_map, keys) for key in broken]
         if names:
             clauses.append(f"{TITLES[server]} can't serve LoRA on {', '.join(dict.fromkeys(names))}")
     if not clauses:

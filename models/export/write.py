@@ -14,8 +14,8 @@ from torch import Tensor
 from models.adapters.adapter_file import AdapterFile, respelled
 from models.adapters.layouts import Packing, Stored
 from models.adapters.peft_config import CONFIG, WEIGHTS, peft_config, read_config
-from models.adapters.servers import TITLES, Server, matrix_name, unserved
-from models.adapters.targets import matches
+from models.adapters.servers import TITLES, Server, matrix_name, short_name, unserved
+from models.adapters.targets import layer_of, matches
 from models.blocks.linear import LoRA, scaling
 from models.checkpoint.hub import read_config as read_model_config
 from models.checkpoint.hub_id import local_folder
@@ -27,8 +27,7 @@ from models.export.layouts import FileTensor, Update, folded, per_expert, stacke
 from models.registry import architecture_for
 from quant.common.errors import NibbleError
 from quant.common.files import disk_error, write_atomically
-from quant.common.jsonfile import text
-from quant.common.words import counted, some
+from quant.common.words import counted, shown, some
 from quant.storage import StorageSpec
 
 
@@ -72,8 +71,12 @@ def export_adapter(
     names = names or ("vision-language" if meta.hub.vision_language else "text")
     key_map = respelled(key_map_of(meta), names)
     file = AdapterFile(adapter, key_map, meta.model_type, layout=layout)
-    updates, dropped = _without(_updates(file, key_map), drop)
-    _check_served(server, key_map, updates, keep, adapter, base)
+    updates = _updates(file, key_map)
+    dropped, kept = (_named(option, given, updates) for option, given in (("--drop", drop), ("--keep", keep)))
+    updates = [update for update in updates if not any(update.key.native in found for found in dropped.values())]
+    if not updates:
+        raise NibbleError(f"--drop {' --drop '.join(drop)} leaves nothing of the adapter.")
+    _check_served(server, key_map, updates, {native for found in kept.values() for native in found}, adapter, base)
     stacks = server == "peft" or (server == "vllm" and names == "vision-language")
     if server != "peft":
         updates = with_all_stacks(folded(updates), key_map)
@@ -84,7 +87,7 @@ def export_adapter(
         written = {**_config(key_map, updates, named), "target_parameters": None, "target_modules": _leaves(tensors)}
     _write(out, tensors, written)
     rank = max(update.rank for update in updates)
-    return Exported(base, names, stacks, rank, len(tensors), dropped)
+    return Exported(base, names, stacks, rank, len(tensors), {name: len(found) for name, found in dropped.items()})
 
 
 def _vllm_name(name: str) -> str:
@@ -98,15 +101,22 @@ def _leaves(tensors: Sequence[FileTensor]) -> list[str]:
 
 def _base(adapter: Path, config: Mapping[str, Any], model: Path | None) -> tuple[Path, str]:
     """The base's folder, and what the adapter calls it."""
-    named = text(config, "base_model_name_or_path", str(model or ""), str(adapter / CONFIG))
+    where, named = str(adapter / CONFIG), config.get("base_model_name_or_path")
+    if not isinstance(named, str | None):
+        raise NibbleError(f"{where}: base_model_name_or_path must be text, got {shown(named)}.")
     wanted = str(model) if model is not None else named
     folder = local_folder(wanted) if wanted else None
     if folder is not None:
-        return folder, named
-    where = f"--model {wanted}" if model is not None else f"{adapter / CONFIG} names the base model {wanted!r}, which"
+        return folder, named or str(wanted)
+    here = "is not on this machine"
+    missing = (
+        f"{where} names the base model {named!r}, which {here}" if named else f"{where} doesn't name the base model"
+    )
+    if model is not None:
+        missing = f"--model {model} {here}"
     raise NibbleError(
-        f"{where} is not on this machine.\nOf the base only config.json is needed: give its folder with --model "
-        "(hf download ID config.json --local-dir FOLDER fetches it)."
+        f"{missing}.\nOf the base only config.json is needed: give "
+        "its folder with --model (hf download ID config.json --local-dir FOLDER fetches it)."
     )
 
 
@@ -133,37 +143,33 @@ def _updates(file: AdapterFile, key_map: KeyMap) -> list[Update]:
     return [update(stored) for stored in file.stored]
 
 
-def _without(updates: list[Update], drop: Collection[str]) -> tuple[list[Update], dict[str, int]]:
-    """The updates but those that `drop` names, and how many each name was."""
-    dropped, keys = {}, [update.key for update in updates]
-    gone = set()
-    for name in drop:
-        found = [key.native for key in matches(name, keys)]
-        if not found:
+def _named(option: str, names: Collection[str], updates: Sequence[Update]) -> dict[str, list[str]]:
+    """The native names of those updates that each name of an option means."""
+    keys, found = [update.key for update in updates], {}
+    for name in names:
+        found[name] = [key.native for key in matches(name, keys)]
+        if not found[name]:
             has = list(dict.fromkeys(matrix_name(key) for key in keys))
-            raise NibbleError(f"--drop {name}: the adapter has no such matrix. It has {some(has, 20)}.")
-        dropped[name] = len(found)
-        gone |= set(found)
-    left = [update for update in updates if update.key.native not in gone]
-    if not left:
-        raise NibbleError(f"--drop {' '.join(drop)} leaves nothing of the adapter.")
-    return left, dropped
+            raise NibbleError(f"{option} {name}: the adapter has no such matrix. It has {some(has, 20)}.")
+    return found
 
 
 def _check_served(
-    server: Server, key_map: KeyMap, updates: Sequence[Update], keep: Collection[str], adapter: Path, base: Path
+    server: Server, key_map: KeyMap, updates: Sequence[Update], kept: Collection[str], adapter: Path, base: Path
 ) -> None:
-    keys = [update.key for update in updates]
-    kept = {key.native for name in keep for key in matches(name, keys)}
-    for rule, broken in unserved(server, key_map, [key for key in keys if key.native not in kept]):
-        found = list(dict.fromkeys(matrix_name(key).rpartition(".")[2] for key in broken))
-        drop = " ".join(f"--drop {name}" for name in found)
-        ways = [f"{rule.way}; or " if rule.way else "", f"merge (python -m models.merge {base} {adapter} OUT)"]
+    keys = [update.key for update in updates if update.key.native not in kept]
+    for rule, broken in unserved(server, key_map, keys):
+        names = list(dict.fromkeys(short_name(key) for key in broken))
+        layers = counted(len({layer_of(key.native) for key in broken}), "layer")
+        ways = [rule.way] if rule.way else []
+        ways.append(f"merge (python -m models.merge {base} {adapter} OUT)")
+        ways.append(
+            f"leave it out with {' '.join(f'--drop {name}' for name in names)}, and see what that costs with python -m "
+            "train.evaluate"
+        )
         raise NibbleError(
-            f"{TITLES[server]} {rule.does} {', '.join(found)}, which {adapter} has in "
-            f"{counted(len(broken), 'matrix').replace('matrixs', 'matrices')}: {rule.why}.\n"
-            f"Ways out: {''.join(ways)}; or leave it out with {drop}, and see what that costs with "
-            f"python -m train.evaluate."
+            f"{TITLES[server]} {rule.does} {', '.join(names)}, which {adapter} has in {layers}: {rule.why}.\n"
+            f"Ways out: {'; or '.join(ways)}."
         )
 
 
@@ -188,4 +194,3 @@ def _write(out: Path, tensors: Sequence[FileTensor], config: Mapping[str, Any]) 
             writer.write(tensor.name, tensor.make(*pair))
         writer.finish()
     write_atomically(out / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-

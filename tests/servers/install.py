@@ -1,4 +1,4 @@
-"""What `make test-servers` runs against, under .servers/: llama.cpp built from source, vLLM in an environment of its own.
+"""What `make test-servers` runs against, in .servers/: llama.cpp built from source, vLLM in its own environment.
 
     python -m tests.servers.install llamacpp     77 MB to fetch, about 15 minutes of one core
     python -m tests.servers.install vllm         3.5 GB to fetch
@@ -22,7 +22,8 @@ LLAMA_CPP = SOURCE / "vendor" / "llama.cpp"
 LIBRARIES = ROOT / "llamacpp" / "bin"
 VLLM, VLLM_VERSION = ROOT / "vllm" / "bin" / "python", "0.32.0"
 
-_OFF = ("LLAMA_CURL", "LLAMA_OPENSSL", *(f"LLAMA_BUILD_{part}" for part in ("TESTS", "EXAMPLES", "SERVER", "UI", "TOOLS")))
+_PARTS = ("TESTS", "EXAMPLES", "SERVER", "UI", "TOOLS")
+_OFF = ("LLAMA_CURL", "LLAMA_OPENSSL", *(f"LLAMA_BUILD_{part}" for part in _PARTS))
 
 
 def run(*command: str | Path) -> None:
@@ -43,9 +44,13 @@ def llamacpp() -> None:
         (partial / SOURCE.name).rename(SOURCE)
         partial.rmdir()
     build = LIBRARIES.parent
-    # Half the time of the usual -O3, and as exact.
-    optimised = "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG"
-    run("cmake", "-G", "Ninja", "-S", LLAMA_CPP, "-B", build, *optimised, "-DBUILD_SHARED_LIBS=ON", *(f"-D{name}=OFF" for name in _OFF))  # fmt: skip
+    options = (
+        "-DBUILD_SHARED_LIBS=ON",
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",  # half the time of the usual -O3, and as exact
+        *(f"-D{name}=OFF" for name in _OFF),
+    )
+    run("cmake", "-G", "Ninja", "-S", LLAMA_CPP, "-B", build, *options)
     run("nice", "-n", "15", "cmake", "--build", build, "--target", "llama", "-j", "1")
 
 
