@@ -1,4 +1,4 @@
-"""A tiny checkpoint of an architecture and an adapter of all that can be adapted, for tests of export and of servers."""
+"""A tiny checkpoint of an architecture and an adapter of all that can be adapted, for tests of exports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from tests.tiny import save_tiny
 TOKENS = random_tokens((2, 24), 64)
 # Each group has a rank and a scale of its own, so that padding and folding show; 8 is the largest rank.
 RANKS = {"attention": 4, "linear_attention": 3, "experts": 2, "shared_experts": 8, "dense_mlp": 1, "router": 5}
-ALPHAS = {"attention": 7.0, "linear_attention": 3.0, "experts": 5.0, "shared_experts": 4.0, "dense_mlp": 1.0, "router": 9.0}  # fmt: skip
+ALPHAS = {
+    "attention": 7.0,
+    "linear_attention": 3.0,
+    "experts": 5.0,
+    "shared_experts": 4.0,
+    "dense_mlp": 1.0,
+    "router": 9.0,
+}
 LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 PREFIX = "base_model.model."
 

@@ -26,7 +26,7 @@ Write an adapter in the form that a server reads, with nothing left that the ser
             vision-language model); scales folded into B, one rank
   sglang    a LoRA per expert and matrix, likewise (not tried with SGLang)
   llamacpp  a LoRA per expert and matrix, likewise, for llama.cpp's convert_lora_to_gguf.py
-Matrices that the server can't serve are refused by name, with the ways out. docs/serving.md has each server's commands."""
+Matrices that the server can't serve are refused by name, with the ways out. docs/serving.md has the commands."""
 
 _EXAMPLE = """\
 example:
