@@ -89,9 +89,8 @@ def test_merged_and_adapted(
     assert merge([str(world.base), str(world.adapter), str(tmp_path / "merged")]) == 0
     base = logits_of(native(world.base), TOKENS)
     expected = {"base": base, "merged": adapted_logits(world.base, world.adapter)}
-    jobs = [
-        job for name in expected for job in model_jobs(folder_of(world, tmp_path, name), tmp_path / name, model_type)
-    ]
+    folders = {"base": world.base, "merged": tmp_path / "merged"}
+    jobs = [job for name, folder in folders.items() for job in model_jobs(folder, tmp_path / name, model_type)]
     latent = model_type == "glm4_moe_lite"
     unserved = LATENT if latent else ()
     for group in ("everything", *world.spec.targets):
@@ -116,10 +115,6 @@ def test_merged_and_adapted(
     record_property(model_type, {name: f"{value:.1e}" for name, value in found.items()})
     assert {name: value for name, value in found.items() if not value <= TOLERANCE} == {}
     assert {name: value for name, value in effects.items() if not value > 0.1} == {}, "otherwise nothing is shown"
-
-
-def folder_of(world: World, folder: Path, name: str) -> Path:
-    return world.base if name == "base" else folder / "merged"
 
 
 @pytest.mark.parametrize("name", LATENT)
