@@ -120,7 +120,7 @@ def _checkpoint(folder: Path) -> _Found:
     from models.checkpoint.side_files import side_names
 
     with HubCheckpoint(folder) as checkpoint:
-        shards = checkpoint.shards
+        shards = sorted(checkpoint.headers)
     index = [INDEX] if (folder / INDEX).is_file() else []
     return "a checkpoint in the hub's format", [*side_names(folder), *index, *shards], ()
 

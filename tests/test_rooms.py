@@ -21,7 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models/checkpoint",),
     ("models/adapters",),
     ("models/hub_push",),
-    ("models/load", "models/convert", "models/adapter_names", "models/__init__"),
+    ("models/load", "models/convert", "models/merge", "models/export", "models/adapter_names", "models/__init__"),
     ("parallel",),
     ("train/config",),
     ("train/rows",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from models.adapters.files import load_adapter, read_adapter_weights
 from models.adapters.lora import add_lora, initialise_lora
 from models.adapters.peft_config import CONFIG
-from models.adapters.targets import AdapterSpec, resolve, within_layer
+from models.adapters.servers import served_targets, serving_note
+from models.adapters.targets import AdapterSpec, Target, resolve, within_layer
 from models.blocks.balance import AuxiliaryLoss, BiasUpdate
 from models.blocks.configjson import text_section
 from models.blocks.router import Router, SigmoidRouter
@@ -52,7 +54,7 @@ def check_model(config: Config, source: ModelFolder, device: torch.device, sizes
     _check_length(config, source, where)
     _check_stored(source, spec, dtype)
     model = architecture.build(parsed, spec, dtype, "meta")
-    warnings = _oversized_ranks(model, config) if config.adapter.kind == "lora" else []
+    warnings = _adapter_warnings(model, config) if config.adapter.kind == "lora" else []
     make_trainable(model, config)
     attach_balance(model, config, source)
     if sizes is not None:
@@ -60,8 +62,17 @@ def check_model(config: Config, source: ModelFolder, device: torch.device, sizes
     return warnings
 
 
-def _oversized_ranks(model: CausalLM, config: Config) -> list[str]:
-    targets = resolve(key_map_of(model), _adapter_spec(config), model.model_type)
+def _adapter_warnings(model: CausalLM, config: Config) -> list[str]:
+    key_map = key_map_of(model)
+    targets = resolve(key_map, _adapter_spec(model, config), model.model_type)
+    warnings = _oversized_ranks(targets)
+    if config.adapter.serve_with is None:
+        note = serving_note(key_map, [target.key for target in targets])
+        warnings += [note] if note is not None else []
+    return warnings
+
+
+def _oversized_ranks(targets: Sequence[Target]) -> list[str]:
     above = [target for target in targets if target.rank > min(target.key.shape[-2:])]
     if not above:
         return []
@@ -72,10 +83,12 @@ def _oversized_ranks(model: CausalLM, config: Config) -> list[str]:
     ]
 
 
-def _adapter_spec(config: Config) -> AdapterSpec:
-    adapter = config.adapter
+def _adapter_spec(model: CausalLM, config: Config) -> AdapterSpec:
+    adapter, targets = config.adapter, config.adapter.targets
+    if adapter.serve_with is not None:
+        targets = served_targets(targets, adapter.serve_with, key_map_of(model))
     return AdapterSpec(
-        targets=adapter.targets,
+        targets=targets,
         rank=adapter.rank,
         alpha=adapter.alpha,
         rslora=adapter.rslora,
@@ -183,7 +196,7 @@ def make_trainable(model: CausalLM, config: Config) -> None:
             if getattr(module, "never_trained", False):  # what has no gradient: an indexer, which only chooses keys
                 module.requires_grad_(False)
         return
-    spec = _adapter_spec(config)
+    spec = _adapter_spec(model, config)
     start = start_adapter(config)
     if start is not None:
         load_adapter(model, start, dtype=spec.dtype, expected=spec)

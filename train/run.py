@@ -30,7 +30,7 @@ from train.loop import Loop, Progress
 from train.model import check_model, content_fingerprint, load_trainable_model, trained_tensors
 from train.optim import build_optimizer
 from train.output.metrics import MetricsLog, read_metrics
-from train.output.model_card import Trained, model_card, write_card
+from train.output.model_card import Trained, model_card, unserved_of, write_card
 from train.output.overview import data_text, model_text, plan_text, summary_text
 from train.output.plots import loss_curve
 from train.output.report import Report, log_path
@@ -176,7 +176,7 @@ def _run(
 
     def card(step: int, losses: Sequence[tuple[str, float]]) -> str:
         vision_language = model.hub.vision_language
-        return model_card(config, Trained(source.name, step, total_steps, losses, vision_language))
+        return model_card(config, Trained(source.name, step, total_steps, losses, vision_language, unserved_of(model)))
 
     def save_best(target: Path, evaluation: Evaluation) -> None:
         save_result(config, shards, source, target, folder, world)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,15 @@ from models.adapters.files import save_adapter
 from models.adapters.lora import add_lora
 from models.adapters.targets import AdapterSpec
 from models.convert.__main__ import main as convert_main
+from models.export.__main__ import main as export_main
 from models.hub_push import check_push, contents, main, push
 from models.load import load_model
+from models.merge.__main__ import main as merge_main
 from quant.common.errors import NibbleError
 from tests.helpers import save_tiny_glm
 from tests.hub_server import Hub, local_hub
 
+PUSH = ["--push", "somebody/mine"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -173,6 +176,31 @@ def test_a_hub_that_fails_on_the_way(folders: Path, hub: Hub) -> None:
     with pytest.raises(NibbleError, match="somebody/mine can't be pushed to: HfHubHTTPError: "):
         push(folders / "adapter", "somebody/mine")
     assert hub.repositories["somebody/mine"][1] == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "written"),
+    [
+        (lambda made, out: merge_main([str(made / "model"), str(made / "adapter"), str(out), *PUSH]), "config.json"),
+        (
+            lambda made, out: export_main(
+                [str(made / "adapter"), str(out), "--for", "peft", "--model", str(made / "model"), *PUSH]
+            ),
+            ADAPTER[1],
+        ),
+    ],
+    ids=["merge", "export"],
+)
+def test_other_commands_push_what_they_made(
+    folders: Path, hub: Hub, tmp_path: Path, command: Callable[[Path, Path], int], written: str
+) -> None:
+    out = tmp_path / "out"
+    hub.role = "read"
+    assert command(folders, out) == 2 and not out.exists()
+    hub.role = "write"
+    assert command(folders, out) == 0
+    files = hub.repositories["somebody/mine"][1]
+    assert written in files and files == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def test_convert_pushes_what_it_made(

@@ -111,6 +111,11 @@ class AdapterConfig(Section):
         default=None, description="Numbers of the layers that get LoRA (PEFT's layers_to_transform); null: all."
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the LoRA matrices.")
+    serve_with: Literal["vllm", "llamacpp"] | None = Field(
+        default=None,
+        description="Leave out of the groups of adapter.targets the matrices that this server can't serve LoRA on "
+        "(docs/serving.md); null: train them, after a warning.",
+    )
 
 
 class WeightedFile(Section):

@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 
+from models.adapters.lora import adapted
+from models.adapters.servers import TITLES, short_name, unserved
 from models.checkpoint.hub_id import looks_like_hub_id
+from models.checkpoint.keymap import key_map_of
+from models.decoder import CausalLM
 from quant.common.files import disk_errors, write_atomically
 from quant.common.words import printable
 from train.config.load import Config
@@ -124,6 +128,19 @@ def _use(trained: Trained, base: str, is_id: bool) -> list[str]:
     if trained.unserved:
         lines += ["", *(f"- {sentence}" for sentence in trained.unserved)]
     return lines
+
+
+def unserved_of(model: CausalLM) -> list[str]:
+    """A sentence for each rule of models/adapters/servers.py that the adapter of `model` breaks."""
+    key_map = key_map_of(model)
+    keys = [key for key, _ in adapted(model, key_map)]
+    sentences = []
+    for server, title in TITLES.items():
+        for rule, broken in unserved(server, key_map, keys):
+            names = ", ".join(f"`{name}`" for name in dict.fromkeys(map(short_name, broken)))
+            ways = "Merge the adapter for it" + (f", or {rule.way}" if rule.way else "")
+            sentences.append(f"{title} {rule.does} {names}: {rule.why}. {ways}.")
+    return sentences
 
 
 def _files(value: Any) -> str:

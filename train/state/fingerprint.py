@@ -57,6 +57,8 @@ def resume_fingerprint(config: Config) -> dict[str, Any]:
     if train.balance == "none":
         # As in checkpoints of versions that didn't know these keys.
         dropped |= {"train.balance", "train.balance_rate"}
+    if config.adapter.serve_with is None:
+        dropped.add("adapter.serve_with")
     if not config.data.template_variables:
         dropped.add("data.template_variables")  # for the same reason
     if train.schedule == "constant" and train.warmup_ratio == 0:

@@ -62,6 +62,9 @@ def test_a_run_writes_it(run: tuple[World, Path]) -> None:
     assert f"| before the first step | {before:.4f} |\n| of this adapter | {after:.4f} |\n" in text
     assert "Step 2 of 2" in text and "`rows.jsonl`" in text
     assert str(world.rows.parent) not in text
+    # GLM-4.7-Flash's latent attention.
+    assert "\n- vLLM computes without LoRA on `kv_b_proj`: " in text
+    assert "\n- llama.cpp computes without LoRA on `q_a_proj`, `q_b_proj`, `kv_a_proj_with_mqa`: " in text
 
 
 def test_what_somebody_wrote_stays(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ CHANGES = {
     "adapter.rslora": "true",
     "adapter.layers": "[1]",
     "adapter.dtype": "bfloat16",
+    "adapter.serve_with": "vllm",
     "data.eval_fraction": "0.2",
     "data.format": "text",
     "data.fields": "{messages: chat}",
