@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take their time
-    from models.hub_push import add_push_options, check_push, push_and_say
-from quant.common.interrupts import end_on_interrupt
+    from quant.common.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -14,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.hub_push import add_push_options, check_push, push_and_say
 from quant.common.interrupts import raise_on_interrupt
 from quant.common.terminal import exit_code, run_command, say, write
 

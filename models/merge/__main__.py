@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take their time
-    from models.hub_push import add_push_options, check_push, push_and_say
-from quant.common.interrupts import end_on_interrupt
+    from quant.common.interrupts import end_on_interrupt
 
     end_on_interrupt()
 
@@ -14,6 +13,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from models.hub_push import add_push_options, check_push, push_and_say
 from models.merge import merge_adapter
 from quant.common.errors import NibbleError
 from quant.common.interrupts import INTERRUPTED, raise_on_interrupt
