@@ -17,7 +17,7 @@ TINY = $(or $(TINY_$(ARCH)),$(error ARCH=$(ARCH) is no architecture of the demo.
 DEMO = $(if $(TINY),outputs/demo$(patsubst %,-%,$(filter-out glm4_moe_lite,$(ARCH))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow fuzz faults lint format types check demo demo-clean
+.PHONY: help setup test test-slow test-servers fuzz faults lint format types check demo demo-clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -36,6 +36,10 @@ test: $(INSTALLED)  ## run the tests, two at a time (ARGS="-k quant" passes opti
 
 test-slow: $(INSTALLED)  ## run the tests that take minutes, which `make test` leaves out
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-servers: $(INSTALLED)  ## build llama.cpp, install vLLM, and load what is merged and exported there (an hour)
+	$(PY) -m tests.servers.install
+	$(PY) -m pytest -m servers -s tests/servers $(ARGS)
 
 fuzz: $(INSTALLED)  ## open damaged and hostile files for ten minutes (ARGS="--minutes 60")
 	$(PY) -m tests.fuzz $(ARGS)

@@ -28,7 +28,9 @@ TEXTS = [
     *sorted(ROOT.glob("benchmarks/*.md")),
 ]
 # Slow to import, so they are imported in the function that needs them.
-SLOW = {"bitsandbytes", "fla", "matplotlib", "tensorboard", "pyarrow", "huggingface_hub"}
+SLOW = {"transformers", "peft", "bitsandbytes", "fla", "matplotlib", "tensorboard", "pyarrow", "huggingface_hub"}
+# models.export --verify compares with them, where they are installed.
+MAY_IMPORT = {("models/export/verify.py", "transformers"), ("models/export/verify.py", "peft")}
 # Tests are lists of cases, so theirs may be longer.
 MOST_LINES, MOST_TEST_LINES = 450, 700
 
@@ -66,7 +68,8 @@ def test_imports_only_go_down(path: Path) -> None:
         for name in imported(node):
             top = name.split(".")[0]
             assert top not in above, f"{name_of(path)}:{getattr(node, 'lineno', 0)} imports {name}, a floor above it"
-            assert top not in ("transformers", "peft", "tests", "benchmarks"), f"{name_of(path)} imports {name}"
+            if (name_of(path), top) not in MAY_IMPORT:
+                assert top not in ("transformers", "peft", "tests", "benchmarks"), f"{name_of(path)} imports {name}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

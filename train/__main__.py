@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.hub_push import add_push_options, check_push, push_and_say
 from quant.common.errors import NibbleError
 from quant.common.interrupts import INTERRUPTED, raise_on_interrupt
 from quant.common.terminal import error_text, exit_code, run_command, say, write
@@ -31,7 +32,9 @@ EXAMPLE = "python -m train --config configs/glm47_qlora.yaml --set train.max_ste
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m train",
-        usage="python -m train --config FILE [--set KEY=VALUE ...] [--restart | --check | --print-config]\n"
+        usage="python -m train --config FILE [--set KEY=VALUE ...] \n"
+        "                       [--restart | --extend-to STEPS | --check | --print-config]\n"
+        "                       [--push USER/NAME [--public]]\n"
         "       python -m train --print-schema | --help",
         description="Fine-tune a model as a YAML file describes. Exit code: 0 done, or stopped with everything saved;\n"
         "1 any other error, with a traceback; 2 something in the config, the data or the checkpoint is wrong;\n"
@@ -53,17 +56,33 @@ def parser() -> argparse.ArgumentParser:
         help="train from the start: an earlier run in output.dir is moved to output.dir.1 (.2 …)",
     )
     only.add_argument(
+        "--extend-to",
+        metavar="STEPS",
+        type=_steps,
+        help="let the run that has finished in output.dir go on to so many steps in all. A constant learning rate "
+        "stays as it is; a linear or cosine one rises and falls once more, over the added steps",
+    )
+    only.add_argument(
         "--check",
         action="store_true",
         help="only check the config, its files, the first rows and the model's config.json",
     )
     only.add_argument("--print-config", action="store_true", help="only print the config with every key filled in")
     only.add_argument("--print-schema", action="store_true", help="only print the config's JSON schema")
+    add_push_options(made, "the adapter (with train.keep_best the best one), or the fully fine-tuned model,")
     return made
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"expected a number of steps, got {text!r}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    if (arguments.push or arguments.public) and (arguments.check or arguments.print_config or arguments.print_schema):
+        parser().error("--push and --public are for a run")
     if arguments.print_schema:
         write(json.dumps(config_schema(), indent=2, ensure_ascii=False), sys.stdout)
         return 0
@@ -91,7 +110,30 @@ def carry_out(arguments: argparse.Namespace, config: Config, world: World | None
     from train.run import run
 
     raise_on_interrupt()
-    return run(config, config_path=Path(arguments.config), world=world or ALONE, restart=arguments.restart)
+    if first:
+        check_push(arguments.push, public=arguments.public)
+    code = run(
+        config,
+        config_path=Path(arguments.config),
+        world=world or ALONE,
+        restart=arguments.restart,
+        extend_to=arguments.extend_to,
+    )
+    if first and arguments.push is not None:
+        push_result(config, arguments.push, public=arguments.public)
+    return code
+
+
+def push_result(config: Config, repository: str, *, public: bool) -> None:
+    """Push what the run has made, if it is through: of train.keep_best the best."""
+    from train.state.run_folder import RunFolder
+
+    folder = RunFolder(Path(config.output.dir))
+    if not folder.finished.is_file():
+        say(f"not pushed to {repository}: the run isn't through", sys.stderr)
+        return
+    best = folder.result(config, best=True)
+    push_and_say(best if config.train.keep_best and best.is_dir() else folder.result(config), repository, public=public)
 
 
 def show_check(name: str, config: Config) -> None:

@@ -15,15 +15,16 @@ from parallel.device import peak_memory_bytes
 from parallel.shards import Shards
 from parallel.world import ALONE, World
 from quant.common.errors import NibbleError
-from quant.common.words import format_bytes, format_seconds
+from quant.common.words import counted, format_bytes, format_seconds
 from train.config.sections import TrainConfig
 from train.data.batches import Batch, EvalBatches, StepBatches
 from train.evaluate import batch_loss, held_out_loss
 from train.optim import NonFiniteError, check_loss, clip_gradients
 from train.output.metrics import MetricsLog
 from train.output.report import Report
-from train.schedule import learning_rate, set_learning_rate, warmup_steps
+from train.schedule import rate_of, set_learning_rate
 from train.signals import StopOnSignal
+from train.state.best import BestResult, Evaluation, evaluations_without_improvement
 
 
 @dataclass
@@ -102,7 +103,11 @@ def training_step(
 
 @dataclass
 class Loop:
-    """The objects of a run's training loop, and the loop: `run`."""
+    """The objects of a run's training loop, and the loop: `run`.
+
+    extended_from: as `train.schedule.rate_of` has it. best: with train.keep_best. stopped_early: whether train.patience
+    has ended the run.
+    """
 
     settings: TrainConfig
     shards: Shards
@@ -119,9 +124,15 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     world: World = ALONE
     clock: Callable[[], float] = time.monotonic  # seconds, for train.save_minutes
+    extended_from: int = 0
+    best: BestResult | None = None
+    stopped_early: bool = False
 
     def run(self) -> bool:
-        """Train to the last step and evaluate; False when stopped by a signal. Either way a checkpoint is written."""
+        """Train to the last step, or until train.patience ends it, and evaluate; False when stopped by a signal.
+
+        Either way a checkpoint is written.
+        """
         progress, saved = self.progress, self.progress.step if self.progress.step else None
         window, saved_at = _Window(), self.clock()
         model = self.shards.model
@@ -133,6 +144,9 @@ class Loop:
                 self._evaluate()
             if self._stopping():
                 break
+            self.stopped_early = self._patience_is_over()
+            if self.stopped_early:
+                break
             rate, late = self._step(window, saved_at)
             self._log(rate, window)
             if late or (self.settings.save_every and progress.step % self.settings.save_every == 0):
@@ -143,7 +157,7 @@ class Loop:
         if progress.step == self.total_steps and not self._stopping():
             self._evaluate()
         self.report.end_progress()
-        return progress.step == self.total_steps and not self._stopping()
+        return self.stopped_early or (progress.step == self.total_steps and not self._stopping())
 
     def _stopping(self) -> bool:
         """Whether a signal has reached any process; all of them then stop after the same step."""
@@ -152,8 +166,14 @@ class Loop:
     def _step(self, window: _Window, saved_at: float) -> tuple[float, bool]:
         """One step; returns its learning rate, and whether a checkpoint is due by the first process's clock."""
         settings, progress, started = self.settings, self.progress, time.perf_counter()
-        warmup = warmup_steps(self.total_steps, settings.warmup_ratio)
-        rate = learning_rate(settings.schedule, settings.learning_rate, progress.step, self.total_steps, warmup)
+        rate = rate_of(
+            settings.schedule,
+            settings.learning_rate,
+            progress.step,
+            self.total_steps,
+            settings.warmup_ratio,
+            self.extended_from,
+        )
         set_learning_rate(self.optimizer, rate)
         try:
             result = training_step(
@@ -248,10 +268,27 @@ class Loop:
         self.shards.reshard()
         if loss is not None:
             seconds = round(time.perf_counter() - started, 3)
+            lowest = self.best is not None and self.best.offer(Evaluation(step, loss))
             if self.metrics is not None:
                 self.metrics.write({"kind": "eval", "step": step, "loss": loss, "seconds": seconds})
-            self.report.progress(f"held-out loss {loss:.4f} after step {step}", keep=True)
+            kept = f"; the lowest so far, kept in {self.best.folder}" if self.best is not None and lowest else ""
+            self.report.progress(f"held-out loss {loss:.4f} after step {step}{kept}", keep=True)
         self.report.end_progress()
+
+    def _patience_is_over(self) -> bool:
+        """Whether train.patience ends the run here, by the evaluations in metrics.jsonl: so it does after a resume."""
+        patience = self.settings.patience
+        if patience is None:
+            return False
+        losses = self.metrics.held_out() if self.metrics is not None else []
+        count = evaluations_without_improvement(losses, self.settings.patience_delta)
+        count = int(self.world.max(torch.tensor([count])).item())
+        if count >= patience:
+            self.report.note(
+                f"stopped early after step {self.progress.step} of {self.total_steps}: "
+                f"{counted(count, 'evaluation')} without a lower held-out loss (train.patience: {patience})"
+            )
+        return count >= patience
 
     def _evaluated(self, step: int) -> bool:
         """Whether metrics.jsonl, which the first process has, already holds the held-out loss after `step`."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.adapters.files import load_adapter, read_adapter_weights
 from models.adapters.lora import add_lora, initialise_lora
-from models.adapters.targets import AdapterSpec, resolve, within_layer
+from models.adapters.peft_config import CONFIG
+from models.adapters.servers import served_targets, serving_note
+from models.adapters.targets import AdapterSpec, Target, resolve, within_layer
 from models.blocks.balance import AuxiliaryLoss, BiasUpdate
 from models.blocks.configjson import text_section
 from models.blocks.router import Router, SigmoidRouter
@@ -50,7 +54,7 @@ def check_model(config: Config, source: ModelFolder, device: torch.device, sizes
     check_length(config.data.sequence_length, source.config, where)
     _check_stored(source, spec, dtype)
     model = architecture.build(parsed, spec, dtype, "meta")
-    warnings = _oversized_ranks(model, config) if config.adapter.kind == "lora" else []
+    warnings = _adapter_warnings(model, config) if config.adapter.kind == "lora" else []
     make_trainable(model, config)
     attach_balance(model, config, source)
     if sizes is not None:
@@ -58,8 +62,17 @@ def check_model(config: Config, source: ModelFolder, device: torch.device, sizes
     return warnings
 
 
-def _oversized_ranks(model: CausalLM, config: Config) -> list[str]:
-    targets = resolve(key_map_of(model), _adapter_spec(config), model.model_type)
+def _adapter_warnings(model: CausalLM, config: Config) -> list[str]:
+    key_map = key_map_of(model)
+    targets = resolve(key_map, _adapter_spec(model, config), model.model_type)
+    warnings = _oversized_ranks(targets)
+    if config.adapter.serve_with is None:
+        note = serving_note(key_map, [target.key for target in targets])
+        warnings += [note] if note is not None else []
+    return warnings
+
+
+def _oversized_ranks(targets: Sequence[Target]) -> list[str]:
     above = [target for target in targets if target.rank > min(target.key.shape[-2:])]
     if not above:
         return []
@@ -70,10 +83,12 @@ def _oversized_ranks(model: CausalLM, config: Config) -> list[str]:
     ]
 
 
-def _adapter_spec(config: Config) -> AdapterSpec:
-    adapter = config.adapter
+def _adapter_spec(model: CausalLM, config: Config) -> AdapterSpec:
+    adapter, targets = config.adapter, config.adapter.targets
+    if adapter.serve_with is not None:
+        targets = served_targets(targets, adapter.serve_with, key_map_of(model))
     return AdapterSpec(
-        targets=adapter.targets,
+        targets=targets,
         rank=adapter.rank,
         alpha=adapter.alpha,
         rslora=adapter.rslora,
@@ -139,12 +154,22 @@ def load_trainable_model(
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(Bar("loading")) if progress else None
             fill_parts(shards, reader, bar.update if bar is not None else None)
-        if config.adapter.kind == "lora" and config.adapter.init_from is not None:
-            read_adapter_weights(model, config.adapter.init_from, shards.put)
+        start = start_adapter(config)
+        if start is not None:
+            read_adapter_weights(model, start, shards.put)
         elif config.adapter.kind == "lora":
             initialise_lora(model, config.train.seed, shards.put)
     attach_balance(model, config, source)
     return shards
+
+
+def start_adapter(config: Config) -> Path | None:
+    """The folder of the adapter to start from: adapter.init_from, or its adapter/ where it is a run's folder."""
+    if config.adapter.kind == "none" or config.adapter.init_from is None:
+        return None
+    folder = Path(config.adapter.init_from)
+    of_run = folder / "adapter"
+    return of_run if (of_run / CONFIG).is_file() and not (folder / CONFIG).is_file() else folder
 
 
 def make_trainable(model: CausalLM, config: Config) -> None:
@@ -156,9 +181,10 @@ def make_trainable(model: CausalLM, config: Config) -> None:
             if getattr(module, "never_trained", False):  # what has no gradient: an indexer, which only chooses keys
                 module.requires_grad_(False)
         return
-    spec = _adapter_spec(config)
-    if adapter.init_from is not None:
-        load_adapter(model, adapter.init_from, dtype=spec.dtype, expected=spec)
+    spec = _adapter_spec(model, config)
+    start = start_adapter(config)
+    if start is not None:
+        load_adapter(model, start, dtype=spec.dtype, expected=spec)
     else:
         add_lora(model, spec, config.train.seed)
 

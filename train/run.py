@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -30,12 +31,15 @@ from train.loop import Loop, Progress
 from train.model import check_model, content_fingerprint, load_trainable_model, trained_tensors
 from train.optim import build_optimizer
 from train.output.metrics import MetricsLog, read_metrics
+from train.output.model_card import Trained, model_card, unserved_of, write_card
 from train.output.overview import data_text, model_text, plan_text, summary_text
 from train.output.plots import loss_curve
 from train.output.report import Report, log_path
 from train.signals import StopOnSignal
+from train.state.best import BestResult, Evaluation
+from train.state.extension import extension_of
 from train.state.fingerprint import resume_fingerprint
-from train.state.finished import finished_run, inputs_of, require_same_inputs, result_of, write_finished
+from train.state.finished import EARLY, finished_run, inputs_of, require_same_inputs, result_of, write_finished
 from train.state.optimizer_state import optimizer_state
 from train.state.resume import (
     find_checkpoint,
@@ -49,11 +53,19 @@ from train.state.run_folder import RunFolder, explained_errors, last_checkpoint,
 from train.state.saver import CheckpointSaver
 
 
-def run(config: Config, config_path: Path | None = None, world: World = ALONE, *, restart: bool = False) -> int:
+def run(
+    config: Config,
+    config_path: Path | None = None,
+    world: World = ALONE,
+    *,
+    restart: bool = False,
+    extend_to: int | None = None,
+) -> int:
     """Carry out the run of `config`; returns the exit code, 0. Raises NibbleError for what the user can fix.
 
-    `config_path` is the file that it was read from, for messages. restart: move what is in output.dir aside first. All
-    processes of `world` call this with the same config.
+    `config_path` is the file that it was read from, for messages. restart: move what is in output.dir aside first.
+    extend_to: so many steps in all for the run that has finished there. All processes of `world` call this with the
+    same arguments.
     """
     folder = RunFolder(Path(config.output.dir))
     with contextlib.ExitStack() as stack:
@@ -72,10 +84,10 @@ def run(config: Config, config_path: Path | None = None, world: World = ALONE, *
         # A single process needs no process group, unless the model is kept in host memory (by FSDP).
         if world.size > 1 or parallel.cpu_offload:
             stack.enter_context(process_group(world, device))
-            require_same_config(config, device)
+            require_same_config(config, device, extend_to)
             require_shared(folder.path, world)
             sizes, meshes = wanted, make_meshes(wanted, device)
-        return _run(config, folder, report, device, world, sizes, meshes)
+        return _run(config, folder, report, device, world, sizes, meshes, extend_to)
 
 
 def _run(
@@ -86,6 +98,7 @@ def _run(
     world: World,
     sizes: MeshSizes | None,
     meshes: Meshes | None,
+    extend_to: int | None,
 ) -> int:
     checkpoint = find_checkpoint(config, folder, report, world)
     finished = finished_run(folder, checkpoint is not None) if config.train.resume == "auto" else None
@@ -112,11 +125,13 @@ def _run(
     started = datetime.fromisoformat(earlier[0].state["started"]) if earlier else datetime.now()
     data = load_data(config, source.path, folder.skipped_rows, report.note, now=started, world=world)
     total_steps = config.train.max_steps or config.train.epochs * data.train.steps_per_epoch
+    extension = extension_of(earlier, total_steps, extend_to, folder.path)
+    total_steps = extension.end if extension is not None else total_steps
     for record in earlier:
         restore_data(record, data, total_steps)
     done = False
     if finished is not None and world.first:
-        done, text = result_of(finished, checkpoint.step if checkpoint else None, total_steps)
+        done, text = result_of(finished, checkpoint.step if checkpoint else None, total_steps, config.train)
         if done and source.manifest is not None:  # its fingerprint is the source's; a run that goes on loads the files
             check_content(source.path, source.manifest)
         if done:
@@ -138,7 +153,9 @@ def _run(
     if world.first:
         report.result(model_text(model, source.name, source.path, device, sizes, world.machines))
         report.result(data_text(data, config, folder.skipped_rows))
-        report.result(plan_text(model, data, config, total_steps, sizes))
+        report.result(plan_text(model, data, config, total_steps, sizes, extension.start if extension else 0))
+    if extension is not None:
+        report.note(extension.text(config.train))
 
     train = config.train
     optimizer = build_optimizer(
@@ -159,6 +176,24 @@ def _run(
 
     tensorboard = folder.tensorboard if train.tensorboard else None
     resume_step = checkpoint.step if checkpoint else None
+
+    def card(step: int, losses: Sequence[tuple[str, float]]) -> str:
+        vision_language = model.hub.vision_language
+        return model_card(config, Trained(source.name, step, total_steps, losses, vision_language, unserved_of(model)))
+
+    def save_best(target: Path, evaluation: Evaluation) -> None:
+        save_result(config, shards, source, target, folder, world)
+        if world.first and config.adapter.kind == "lora":
+            write_card(
+                target,
+                card(evaluation.step, [("of this adapter", evaluation.loss)]),
+                report.note,
+                before=folder.best_adapter,
+            )
+
+    best = BestResult(folder.result(config, best=True), save_best, world) if train.keep_best else None
+    if best is not None and checkpoint is not None:
+        best.resume(checkpoint.step, checkpoint.path.parent.parent, report.note)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopOnSignal(quiet=not world.first, launched=world.size > 1))
         metrics = None
@@ -179,6 +214,7 @@ def _run(
                 "base": base,
                 "batches": data.train.state(),
                 "held_out": data.held_out.fingerprint() if data.held_out is not None else None,
+                **({"extended": asdict(extension)} if extension is not None else {}),
             }
 
         def save() -> None:
@@ -201,6 +237,8 @@ def _run(
             last_checkpoint=lambda: last_checkpoint(folder),
             progress=progress,
             world=world,
+            extended_from=extension.start if extension is not None else 0,
+            best=best,
         )
         world.wait(report.note, "load the model")
         try:
@@ -213,28 +251,34 @@ def _run(
             raise
         draw()
         if not complete:
-            report.result(stopped_text(stop.name, progress, total_steps, config, folder, world))
+            report.result(stopped_text(stop.name, progress, total_steps, config, folder, world, extend_to))
             return 0
-        saved = save_result(config, shards, source, folder, world)
+        saved = save_result(config, shards, source, folder.result(config), folder, world)
         if world.first:
             folder.require_in_place()
-            written = write_finished(folder, figures(folder, progress, device), saved, state(), inputs)
+            found = figures(folder, progress, device)
+            if loop.stopped_early:
+                found["stopped_early"] = {key: getattr(train, key) for key in EARLY}
+            if config.adapter.kind == "lora":
+                write_card(saved, card(progress.step, losses_of(found)), report.note)
+            written = write_finished(folder, found, saved, state(), inputs, best)
             report.result(summary_text(written.result, config, folder.path))
     return 0
 
 
-def save_result(config: Config, shards: Shards, source: ModelFolder, folder: RunFolder, world: World) -> Path:
-    """Write the adapter in PEFT's format, or the whole model in the hub's; returns its folder."""
+def save_result(
+    config: Config, shards: Shards, source: ModelFolder, target: Path, folder: RunFolder, world: World
+) -> Path:
+    """Write the adapter in PEFT's format, or the whole model in the hub's, to `target`, which it returns."""
     folder.require_in_place()
     shards.reshard()
     model, gather, writes = shards.model, shards.whole, world.first
     if config.adapter.kind == "none":
-        saved = export_hub(model, folder.model, source.path, overwrite=True, gather=gather, writes=writes)
+        export_hub(model, target, source.path, overwrite=True, gather=gather, writes=writes)
     else:
-        save_adapter(model, folder.adapter, source.name, gather=gather, writes=writes)
-        saved = folder.adapter
+        save_adapter(model, target, source.name, gather=gather, writes=writes)
     world.wait()
-    return saved
+    return target
 
 
 def figures(folder: RunFolder, progress: Progress, device: torch.device) -> dict[str, Any]:
@@ -252,13 +296,25 @@ def figures(folder: RunFolder, progress: Progress, device: torch.device) -> dict
     }
 
 
+def losses_of(figures: dict[str, Any]) -> list[tuple[str, float]]:
+    """The held-out losses among the figures of a run, and when they were measured."""
+    losses = (("before the first step", "held_out_loss_before"), ("of this adapter", "held_out_loss_after"))
+    return [(when, figures[key]) for when, key in losses if figures[key] is not None]
+
+
 def stopped_text(
-    signal_name: str, progress: Progress, total_steps: int, config: Config, folder: RunFolder, world: World
+    signal_name: str,
+    progress: Progress,
+    total_steps: int,
+    config: Config,
+    folder: RunFolder,
+    world: World,
+    extend_to: int | None,
 ) -> str:
     resume = "" if config.train.resume == "auto" else " --set train.resume=auto"
     by = f"by {signal_name}" if signal_name else "by a signal to another process"
     command = "python -m train" if world.size == 1 else "torchrun … -m train"
     return (
         f"\nstopped   {by} after step {progress.step} of {total_steps}; saved in {folder.checkpoints}\n"
-        f"resume    {command} --config {folder.config}{resume}"
+        f"resume    {command} --config {folder.config}{resume}{f' --extend-to {extend_to}' if extend_to else ''}"
     )

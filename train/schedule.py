@@ -35,10 +35,24 @@ def learning_rate(schedule: Schedule, peak: float, step: int, total_steps: int, 
     raise ValueError(f"unknown schedule {schedule!r}: constant, linear or cosine")
 
 
-def learns(schedule: Schedule, total_steps: int, warmup_ratio: float) -> bool:
+def rate_of(
+    schedule: Schedule, peak: float, step: int, total_steps: int, warmup_ratio: float, extended_from: int = 0
+) -> float:
+    """The learning rate of `step` of a run of `total_steps`.
+
+    extended_from: the steps that the run had before it was extended, 0 where it wasn't. `constant` then stays at its
+    peak; `linear` and `cosine`, which had ended at 0, are those of a run of the added steps alone, with its warm-up.
+    """
+    if extended_from and schedule == "constant":
+        return peak
+    steps = total_steps - extended_from
+    return learning_rate(schedule, peak, step - extended_from, steps, warmup_steps(steps, warmup_ratio))
+
+
+def learns(schedule: Schedule, total_steps: int, warmup_ratio: float, extended_from: int = 0) -> bool:
     """Whether any step has a learning rate above 0. A run of one step with a warm-up has none."""
-    warmup = warmup_steps(total_steps, warmup_ratio)
-    return any(learning_rate(schedule, 1.0, step, total_steps, warmup) > 0 for step in range(total_steps))
+    steps = range(extended_from, total_steps)
+    return any(rate_of(schedule, 1.0, step, total_steps, warmup_ratio, extended_from) > 0 for step in steps)
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:

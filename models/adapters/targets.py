@@ -102,7 +102,7 @@ def resolve(key_map: KeyMap, spec: AdapterSpec, model_type: str) -> list[Target]
     layers = _checked_layers(spec.layers, key_map, model_type)
     chosen: set[str] = set()
     for target in spec.targets:
-        keys = _matches(target, adaptable(key_map))
+        keys = matches(target, adaptable(key_map))
         if not keys:
             raise _no_match(target, key_map, model_type)
         inside = [key for key in keys if layers is None or layer_of(key.native) in layers]
@@ -124,7 +124,8 @@ def _names(target: str, key: Key) -> bool:
     return any(name == wanted or name.endswith(f".{wanted}") for name in map(module_name, (key.native, key.hub)))
 
 
-def _matches(target: str, keys: Sequence[Key]) -> list[Key]:
+def matches(target: str, keys: Sequence[Key]) -> list[Key]:
+    """Those of `keys` that a target means, a group or a name."""
     if target in TARGET_GROUPS:
         return [key for key in keys if key.group == target]
     found = [key for key in keys if _names(target, key)]

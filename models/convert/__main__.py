@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.convert import convert
+from models.hub_push import add_push_options, check_push, push_and_say
 from quant.common.errors import NibbleError
 from quant.common.interrupts import INTERRUPTED, raise_on_interrupt
 from quant.common.progress import Bar
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace another conversion that is in DST")
     add("--verify", metavar="DST", help="instead: compare a converted checkpoint with its checksums")
     add("--json", action="store_true", help="print the result as one JSON object")
+    add_push_options(arguments, "the converted checkpoint")
     return arguments
 
 
@@ -76,6 +78,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from models.checkpoint.conversion import Interrupted
 
     raise_on_interrupt()
+    check_push(arguments.push, public=arguments.public)
     try:
         summary = convert(
             arguments.source,
@@ -91,6 +94,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         say(f"{error}", sys.stderr)
         return INTERRUPTED
     _print(_as_json(summary) if arguments.json else _as_text(summary), arguments)
+    push_and_say(arguments.destination, arguments.push, public=arguments.public)
     return 0
 
 
@@ -105,6 +109,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     raise_on_interrupt()
     folder = Path(arguments.verify)
+    if arguments.push or arguments.public:
+        raise NibbleError(
+            f"--verify converts nothing, and pushes nothing: python -m models.hub_push {folder} USER/NAME"
+        )
     done = 0
 
     with Bar("checking") as bar:

@@ -21,6 +21,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+# Attention of GLM-4.7-Flash is among the targets.
+UNSERVED = (
+    "warning: vLLM can't serve LoRA on kv_b_proj; llama.cpp can't serve LoRA on q_a_proj, q_b_proj, "
+    "kv_a_proj_with_mqa, kv_b_proj. Merge before serving there, or set adapter.serve_with (docs/serving.md).\n"
+)
+
+
 def test_what_is_checked_and_what_is_not(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = world.model / "model.safetensors"
     moved = weights.rename(tmp_path / "weights")  # nothing of them is needed
@@ -28,7 +35,7 @@ def test_what_is_checked_and_what_is_not(world: World, tmp_path: Path, capsys: p
     assert main(arguments) == 0
     moved.rename(weights)
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert shown.err == UNSERVED
     assert shown.out.splitlines() == [
         f"{arguments[1]}: ok",
         "  checked      the keys of the config, and that the files it names are there",
@@ -147,3 +154,24 @@ def test_a_rank_above_the_matrix(world: World, tmp_path: Path, capsys: pytest.Ca
         assert capsys.readouterr().err == (warning if rank == 5 else "")
         assert main(arguments) == 0
         assert (warning in capsys.readouterr().err) == (rank == 5)
+
+
+def test_matrices_that_a_server_cannot_serve(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the start of a run too; with adapter.serve_with they aren't trained."""
+    adapted = {}
+    for server in (None, "vllm", "llamacpp"):
+        out = tmp_path / str(server)
+        arguments = settings(world, out, adapter__serve_with=server, train__max_steps=1)
+        assert main([*arguments, "--check"]) == 0
+        assert capsys.readouterr().err == ("" if server else UNSERVED)
+        assert main(arguments) == 0
+        assert (UNSERVED in capsys.readouterr().err) == (server is None)
+        config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+        adapted[server] = set(config["target_modules"])
+    latent = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    assert adapted == {None: latent, "vllm": latent - {"kv_b_proj"}, "llamacpp": {"o_proj"}}
+    arguments = settings(world, tmp_path / "named", adapter__serve_with="vllm", adapter__targets=["kv_b_proj"])
+    assert error_of(arguments, capsys) == (
+        "error: adapter.targets: 'kv_b_proj' with adapter.serve_with: vllm: vLLM can't serve LoRA on it.\n"
+        "       Leave it out of adapter.targets, or set adapter.serve_with: null.\n"
+    )

@@ -33,8 +33,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) -> l
     """Put a run in place that returns or raises `outcome`; returns the list of the calls to it."""
     calls: list[tuple[Config, Path | None]] = []
 
-    def run(config: Config, *, config_path: Path | None, world: World, restart: bool) -> int:
-        assert world == World() and not restart
+    def run(config: Config, *, config_path: Path | None, world: World, restart: bool, extend_to: int | None) -> int:
+        assert world == World() and not restart and extend_to is None
         calls.append((config, config_path))
         if isinstance(outcome, BaseException):
             raise outcome

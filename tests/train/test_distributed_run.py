@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.run_helpers import World, curve, forked, in_processes, losses, make_world, settings
 from train.__main__ import main
+from train.state.best import read_evaluation
 
 # Extending a run leaves its checkpoints valid only where the schedule doesn't know the end.
 STEADY = {
@@ -54,15 +55,23 @@ def worst(out: Path, other: Path) -> float:
     return max(found)
 
 
+def best_is_kept(out: Path) -> None:
+    held_out, best = losses(out, "eval"), read_evaluation(out / "adapter-best")
+    assert best is not None and best.loss == min(held_out) == held_out[-1]  # the last one, so that the files are equal
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (out / "adapter-best" / name).read_bytes() == (out / "adapter" / name).read_bytes()
+
+
 @pytest.fixture(scope="module")
 def half(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The first three steps on four processes, two of which own the experts of each copy of the model."""
     out = tmp_path_factory.mktemp("half") / "out"
-    changes = {**STEADY, "train__eval_every": 3, "parallel__expert": 2, "train__save_async": True}
+    best = {"train__eval_every": 3, "train__keep_best": True, "train__patience": 5}
+    changes = {**STEADY, **best, "parallel__expert": 2, "train__save_async": True}
     done = forked(settings(world, out, **changes, train__max_steps=3), 4)
     assert [process.returncode for process in done] == [0] * 4, done
     assert "processes 4 = 1 replicate × 2 expert × 2 shard" in done[0].stdout
-    assert (out / "adapter" / "adapter_config.json").is_file()
+    best_is_kept(out)
     return out, changes
 
 
@@ -71,17 +80,18 @@ def test_a_run_goes_on_with_another_number_of_processes(
     world: World, alone: Path, half: tuple[Path, dict[str, Any]], tmp_path: Path, processes: int
 ) -> None:
     shutil.copytree(half[0], tmp_path / "out")
-    changes = {**STEADY, "train__eval_every": 3, "train__max_steps": 6}
-    arguments = settings(world, tmp_path / "out", **changes)
+    best = {"train__eval_every": 3, "train__keep_best": True, "train__patience": 5}
     if processes == 1:
-        assert main(arguments) == 0
+        assert main(settings(world, tmp_path / "out", **STEADY, **best, train__max_steps=6)) == 0
     else:
-        done = forked(arguments, processes)
+        arguments = settings(world, tmp_path / "out", **STEADY, **best, train__max_steps=3)
+        done = forked([*arguments, "--extend-to", "6"], processes)
         assert [process.returncode for process in done] == [0] * processes, done
     resumed = losses(tmp_path / "out", "train")[3:]
     undisturbed = losses(alone, "train")[3:]
     assert max(abs(a - b) / b for a, b in zip(resumed, undisturbed, strict=True)) < 1e-6
     assert worst(tmp_path / "out", alone) < 1e-5
+    best_is_kept(tmp_path / "out")
 
 
 @pytest.mark.slow

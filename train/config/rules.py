@@ -64,6 +64,18 @@ def combination_problems(
             ("train.eval_every", "data.eval_fraction"),
             "train.eval_every without held-out rows: set data.eval or data.eval_fraction, or train.eval_every: null.",
         )
+    for key, given in (("keep_best", train.keep_best), ("patience", train.patience is not None)):
+        if given and train.eval_every is None:
+            yield (
+                (f"train.{key}", "train.eval_every"),
+                f"train.{key} without train.eval_every: there are evaluations only before the first step and after the "
+                f"last one. Set train.eval_every, or leave train.{key} out.",
+            )
+    if train.patience_delta and train.patience is None:
+        yield (
+            ("train.patience_delta", "train.patience"),
+            "train.patience_delta without train.patience: nothing uses it. Set train.patience, or leave it out.",
+        )
     if data.packing and data.sequence_length < 8:
         yield (
             ("data.sequence_length", "data.packing"),

@@ -103,13 +103,19 @@ class AdapterConfig(Section):
     )
     init_from: PathText | None = Field(
         default=None,
-        description="Folder of an adapter in PEFT's format whose weights to start from; null: a fresh adapter.",
+        description="Folder of an adapter in PEFT's format whose weights to start from, or of a run that made one; "
+        "null: a fresh adapter.",
     )
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).")
     layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10**4)], ...], Tuple, Field(min_length=1)] | None = Field(
         default=None, description="Numbers of the layers that get LoRA (PEFT's layers_to_transform); null: all."
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the LoRA matrices.")
+    serve_with: Literal["vllm", "llamacpp"] | None = Field(
+        default=None,
+        description="Leave out of the groups of adapter.targets the matrices that this server can't serve LoRA on "
+        "(docs/serving.md); null: train them, after a warning.",
+    )
 
 
 class WeightedFile(Section):
@@ -240,6 +246,18 @@ class TrainConfig(Section):
     eval_every: Steps | None = Field(
         default=None,
         description="Steps between two evaluations; null: only before the first step and after the last one.",
+    )
+    keep_best: bool = Field(
+        default=False,
+        description="Keep the result of the evaluation with the lowest held-out loss in output.dir too: adapter-best, "
+        "or model-best in full fine-tuning.",
+    )
+    patience: Count | None = Field(
+        default=None,
+        description="Finish early, after so many evaluations in a row without a lower held-out loss; null: never.",
+    )
+    patience_delta: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        default=0.0, description="By how much more than this a loss must be lower to count as such for train.patience."
     )
     save_every: Steps | None = Field(
         default=None,

@@ -60,7 +60,7 @@ class MetricsLog:
     def __init__(self, path: Path, tensorboard_dir: Path | None, resume_step: int | None) -> None:
         self.path = path
         kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
-        self._evaluated = {int(record["step"]) for record in kept if record["kind"] == "eval"}
+        self._held_out = {int(r["step"]): float(r["loss"]) for r in kept if r["kind"] == "eval"}
         with disk_errors(path):
             write_atomically(path, "".join(map(_line, kept)).encode())
             self._file = path.open("a", encoding="utf-8")
@@ -76,7 +76,7 @@ class MetricsLog:
             self._file.write(_line(record))
             self._file.flush()  # to the operating system, so that a killed process loses nothing
         if record["kind"] == "eval":
-            self._evaluated.add(int(record["step"]))
+            self._held_out[int(record["step"])] = float(record["loss"])
         if self._events is not None:
             with disk_errors(self._events.folder):
                 for name, value in record.items():
@@ -86,7 +86,11 @@ class MetricsLog:
 
     def evaluated(self, step: int) -> bool:
         """Whether the file already holds the held-out loss after `step`."""
-        return step in self._evaluated
+        return step in self._held_out
+
+    def held_out(self) -> list[float]:
+        """The held-out losses in the file, in the order of their steps."""
+        return [self._held_out[step] for step in sorted(self._held_out)]
 
     def sync(self) -> None:
         """Flush to the disk. To be called before a checkpoint is written: resuming from it needs these records."""

@@ -100,22 +100,32 @@ def data_text(data: Data, config: Config, skipped_path: Path) -> str:
     )
 
 
-def plan_text(model: CausalLM, data: Data, config: Config, total_steps: int, sizes: MeshSizes | None = None) -> str:
-    """Number of steps and tokens, warnings, and the memory that can be computed; `sizes` as in `model_text`."""
+def plan_text(
+    model: CausalLM,
+    data: Data,
+    config: Config,
+    total_steps: int,
+    sizes: MeshSizes | None = None,
+    extended_from: int = 0,
+) -> str:
+    """Number of steps and tokens, warnings, and the memory that can be computed.
+
+    sizes: as in `model_text`. extended_from: as in `train.schedule.rate_of`.
+    """
     train = config.train
     per_step = round(data.examples.total_tokens / data.train.steps_per_epoch)
     epochs = total_steps / data.train.steps_per_epoch
     method = "" if model.balance is None else f"  balance   {train.balance}, rate {model.balance.rate:g}\n"
     return (
         f"  plan      {counted(total_steps, 'step')} × about {per_step:,} tokens ({counted(epochs, 'epoch')})\n"
-        f"{method}{_warnings(config, total_steps, sizes or MeshSizes())}"
+        f"{method}{_warnings(config, total_steps, sizes or MeshSizes(), extended_from)}"
         f"  memory    {_memory_text(model, config, sizes)}\n"
     )
 
 
-def _warnings(config: Config, total_steps: int, sizes: MeshSizes) -> str:
+def _warnings(config: Config, total_steps: int, sizes: MeshSizes, extended_from: int) -> str:
     train, text = config.train, ""
-    if not learns(train.schedule, total_steps, train.warmup_ratio):
+    if not learns(train.schedule, total_steps, train.warmup_ratio, extended_from):
         text += (
             f"  warning   nothing will be learnt: the first step of a warm-up has learning rate 0, and this run has no "
             f"other.\n            Set train.warmup_ratio: 0 (it is {train.warmup_ratio:g}), or train for more steps.\n"
@@ -197,6 +207,15 @@ def summary_text(result: dict[str, Any], config: Config, folder: Path) -> str:
     if after is not None:
         first = f"{before:.4f} before → " if before is not None else ""
         lines.append(f"loss      {first}{after:.4f} after, per labelled token of the held-out rows")
+    best = result.get("best")
+    if best is not None:
+        here = Path(best["saved"]).is_dir()
+        where = f" in {best['saved']}" if here else ", gone since"
+        when = f"after step {best['step']:,}" if best["step"] else "before the first step, and never lower"
+        lines.append(f"best      {best['loss']:.4f} {when}{where}")
+    early = result.get("stopped_early")
+    if early is not None:
+        lines.append(f"early     ended by train.patience: {early.get('patience')}, before the last step")
     lines += [
         f"tokens    {result['tokens']:,}, {result['labelled_tokens']:,} of them labelled",
         f"time      {format_seconds(seconds)} in steps ({result['tokens'] / seconds:,.0f} tokens/s)",
@@ -206,7 +225,7 @@ def summary_text(result: dict[str, Any], config: Config, folder: Path) -> str:
         + (f"; tensorboard --logdir {folder / 'tensorboard'}" if config.train.tensorboard else ""),
         f"log       {folder / 'run.log'}",
     ]
-    model, saved = config.model, result["saved"]
+    model, saved = config.model, best["saved"] if best is not None and here else result["saved"]
     if config.adapter.kind == "lora":
         lines += [
             "next      use it in Python:",

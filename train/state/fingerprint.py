@@ -27,6 +27,9 @@ _FREE_ON_RESUME = (
     "train.activation_checkpointing",
     "train.log_every",
     "train.eval_every",
+    "train.keep_best",
+    "train.patience",
+    "train.patience_delta",
     "train.save_every",
     "train.save_minutes",
     "train.save_async",
@@ -54,6 +57,8 @@ def resume_fingerprint(config: Config) -> dict[str, Any]:
     if train.balance == "none":
         # As in checkpoints of versions that didn't know these keys.
         dropped |= {"train.balance", "train.balance_rate"}
+    if config.adapter.serve_with is None:
+        dropped.add("adapter.serve_with")
     if not config.data.template_variables:
         dropped.add("data.template_variables")  # for the same reason
     if train.schedule == "constant" and train.warmup_ratio == 0:
@@ -68,7 +73,8 @@ class Record:
     """What a run was made of when `path` (a checkpoint, or run.json) was written, at `step`.
 
     state, JSON: "fingerprint" (`resume_fingerprint`), "started" (ISO date), "base" (name and fingerprint of the model),
-    "batches" (`StepBatches.state`), "held_out" (fingerprint of the rows, or null).
+    "batches" (`StepBatches.state`), "held_out" (fingerprint of the rows, or null); of an extended run "extended"
+    (train.state.extension).
     """
 
     path: Path

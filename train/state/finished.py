@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,29 +20,35 @@ from quant.common.files import is_file_name, sha256_file, write_atomically
 from quant.common.jsonfile import integer, mapping, read_json, text
 from quant.common.words import shown, some
 from train.config.load import Config
+from train.config.sections import TrainConfig
+from train.model import start_adapter
+from train.output.model_card import README
+from train.state.best import BestResult
 from train.state.fingerprint import START_OVER, Record, require_keys
 from train.state.run_folder import RunFolder
 
 # Of run.json. 1, without this number, compared names alone.
 FORMAT = 2
+EARLY = ("patience", "patience_delta")  # the keys of `train` that end a run before its last step
 _FIGURES = ("held_out_loss_before", "held_out_loss_after", "tokens", "labelled_tokens", "seconds", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
 class FinishedRun(Record):
     """result: the figures, as `train.output.overview.summary_text` takes them. sizes: bytes of the files of the result,
-    by their path in output.dir.
+    by their path in output.dir; best_sizes: of train.keep_best's.
     """
 
     result: dict[str, Any]
     sizes: dict[str, int]
+    best_sizes: dict[str, int]
 
-    def missing_files(self) -> list[str]:
+    def missing_files(self, best: bool = False) -> list[str]:
         """The files of the result that are gone, or have another size than when they were written."""
         folder = self.path.parent
         return [
             name
-            for name, size in self.sizes.items()
+            for name, size in (self.best_sizes if best else self.sizes).items()
             if not (folder / name).is_file() or (folder / name).stat().st_size != size
         ]
 
@@ -51,12 +58,12 @@ def inputs_of(config: Config, model: Path) -> dict[str, str | None]:
     adapter.init_from's.
     """
     names = [name for name in side_names(model) if name != CONFIG]
-    start = config.adapter.init_from if config.adapter.kind == "lora" else None
+    start = start_adapter(config)
     return {
         "tokenizer and templates": _hash(model, names),
         "adapter.init_from": None
         if start is None
-        else _hash(Path(start), ["adapter_config.json", "adapter_model.safetensors"]),
+        else _hash(start, ["adapter_config.json", "adapter_model.safetensors"]),
     }
 
 
@@ -69,20 +76,38 @@ def _hash(folder: Path, names: list[str]) -> str:
 
 
 def write_finished(
-    folder: RunFolder, figures: dict[str, Any], saved: Path, state: dict[str, Any], inputs: dict[str, str | None]
+    folder: RunFolder,
+    figures: dict[str, Any],
+    saved: Path,
+    state: dict[str, Any],
+    inputs: dict[str, str | None],
+    best: BestResult | None = None,
 ) -> FinishedRun:
-    """Write run.json. figures: "steps", _FIGURES and "memory_of". state: as of the last checkpoint."""
-    files = sorted(path for path in saved.rglob("*") if path.is_file())
+    """Write run.json. figures: "steps", _FIGURES and "memory_of", and "stopped_early" (the keys EARLY) of a run that
+    train.patience ended. state: as of the last checkpoint.
+    """
     result = {
         "format": FORMAT,
         "finished": datetime.now().isoformat(sep=" ", timespec="seconds"),
         **figures,
         "saved": str(saved.relative_to(folder.path)),
-        "files": {str(path.relative_to(folder.path)): path.stat().st_size for path in files},
+        "files": _sizes(folder, saved),
         "made_of": {**state, "inputs": inputs},
     }
+    if best is not None and best.evaluation is not None:
+        result["best"] = {
+            **asdict(best.evaluation),
+            "saved": str(best.folder.relative_to(folder.path)),
+            "files": _sizes(folder, best.folder),
+        }
     write_atomically(folder.finished, (json.dumps(result, indent=2) + "\n").encode())
     return _read(folder, result)
+
+
+def _sizes(folder: RunFolder, saved: Path) -> dict[str, int]:
+    """Bytes of the files of a result, but for its README.md, which is the user's to change."""
+    files = sorted(path for path in saved.rglob("*") if path.is_file() and path.name != README)
+    return {str(path.relative_to(folder.path)): path.stat().st_size for path in files}
 
 
 def finished_run(folder: RunFolder, has_checkpoint: bool) -> FinishedRun | None:
@@ -117,21 +142,41 @@ def _read(folder: RunFolder, result: dict[str, Any]) -> FinishedRun:
         text(result, key, "x", where)
     for key in _FIGURES:
         value = result[key]
-        usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
-        if not usable and not (value is None and key.startswith("held_out")):
+        if not _is_figure(value) and not (value is None and key.startswith("held_out")):
             raise NibbleError(f"{where}: {key} must be a number, got {shown(value)}.")
+    sizes, best = _read_saved(folder, result, where), mapping(result, "best", where)
+    shown_result = {**result, "saved": str(folder.path / result["saved"])}
+    best_sizes = {}
+    if best:
+        of = f"{where}: best"
+        require_keys(best, ("step", "loss", "saved", "files"), of)
+        integer(best, "step", 0, of, least=0, most=2**48)
+        text(best, "saved", "x", of)
+        if not _is_figure(best["loss"]):
+            raise NibbleError(f"{of}: loss must be a number, got {shown(best['loss'])}.")
+        best_sizes = _read_saved(folder, best, of)
+        shown_result["best"] = {**best, "saved": str(folder.path / best["saved"])}
+    mapping(result, "stopped_early", where)
+    steps = integer(result, "steps", 0, where, most=2**48)
+    record = FinishedRun(folder.finished, steps, mapping(result, "made_of", where), shown_result, sizes, best_sizes)
+    record.require_complete()
+    mapping(record.state, "inputs", f"{where}: made_of")
+    return record
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+
+
+def _read_saved(folder: RunFolder, result: dict[str, Any], where: str) -> dict[str, int]:
+    """The sizes of a result's files, after a look at their names."""
     sizes = mapping(result, "files", where)
     for name in sizes:
         integer(sizes, name, 0, f"{where}: files", least=0, most=2**62)
     for name in (result["saved"], *sizes):
         if not is_file_name(name):
             raise NibbleError(f"{where}: {shown(name)} can't be a file in the run's folder.")
-    shown_result = {**result, "saved": str(folder.path / result["saved"])}
-    steps = integer(result, "steps", 0, where, most=2**48)
-    record = FinishedRun(folder.finished, steps, mapping(result, "made_of", where), shown_result, sizes)
-    record.require_complete()
-    mapping(record.state, "inputs", f"{where}: made_of")
-    return record
+    return sizes
 
 
 def require_same_inputs(finished: FinishedRun, inputs: dict[str, str | None]) -> None:
@@ -145,15 +190,18 @@ def require_same_inputs(finished: FinishedRun, inputs: dict[str, str | None]) ->
         )
 
 
-def result_of(finished: FinishedRun, last_checkpoint: int | None, total_steps: int) -> tuple[bool, str]:
-    """Whether nothing is left to do, now that all that was compared is the same; and a line to say about it, if any.
+def result_of(
+    finished: FinishedRun, last_checkpoint: int | None, total_steps: int, train: TrainConfig
+) -> tuple[bool, str]:
+    """Whether nothing is left to do, now that all that was compared is the same; and what to say about it, if anything.
 
-    last_checkpoint: step of the newest one, None where there is none. Raises NibbleError where it is needed and gone.
+    A run that train.patience ended is through while patience is the same. last_checkpoint: step of the newest one, None
+    where there is none. Raises NibbleError where it is needed and gone.
     """
     folder, missing = finished.path.parent, finished.missing_files()
-    if finished.step == total_steps and not missing:
-        gone = f"Its checkpoints are gone, so that it can't be continued. To train again, {START_OVER}."
-        return True, "" if last_checkpoint is not None else gone
+    early = finished.result.get("stopped_early") == {key: getattr(train, key) for key in EARLY}
+    if (finished.step == total_steps or (early and finished.step < total_steps)) and not missing:
+        return True, "\n".join(_remarks(finished, last_checkpoint, train))
     if not missing:
         what = f"it can't go on from step {finished.step} to {total_steps}"
     else:
@@ -164,3 +212,17 @@ def result_of(finished: FinishedRun, last_checkpoint: int | None, total_steps: i
             f"or {START_OVER}."
         )
     return False, f"{some(missing, 2)} is gone or damaged: written again from the checkpoint" if missing else ""
+
+
+def _remarks(finished: FinishedRun, last_checkpoint: int | None, train: TrainConfig) -> Iterator[str]:
+    """What is no longer there of a run that is through, or never was."""
+    if last_checkpoint is None:
+        yield f"Its checkpoints are gone, so that it can't be continued. To train again, {START_OVER}."
+    missing, best = finished.missing_files(best=True), mapping(finished.result, "best", str(finished.path))
+    if missing:
+        yield (
+            f"{some(missing, 2)} is gone or damaged, and can't be written again: nothing else has the weights of step "
+            f"{best['step']}."
+        )
+    if train.keep_best and not best:
+        yield "train.keep_best wasn't set when it was trained: only the last result is there."

@@ -52,11 +52,11 @@ def find_checkpoint(config: Config, folder: RunFolder, report: Report, world: Wo
     return checkpoint
 
 
-def require_same_config(config: Config, device: torch.device) -> None:
+def require_same_config(config: Config, device: torch.device, extend_to: int | None = None) -> None:
     """Raises NibbleError where a process has another config than rank 0, or runs on another kind of device: they would
     wait for each other in different places, or train with different settings.
     """
-    values = {**flat_config(config), "train.device": device.type}
+    values = {**flat_config(config), "train.device": device.type, "--extend-to": extend_to}
     found = [json.loads(text) for text in gather_texts(json.dumps(values))]
     for rank, theirs in enumerate(found):
         different = [

@@ -10,6 +10,7 @@ output.dir/
   .rows.npz            their tokens for the other processes, while a run of several starts
   checkpoints/         what a run is resumed from
   adapter/ or model/   the result: an adapter in PEFT's format, or a checkpoint in the hub's
+  adapter-best/ or model-best/  that of the lowest held-out loss, with train.keep_best
 """
 
 from __future__ import annotations
@@ -53,11 +54,19 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
         self.model = path / "model"
+        self.best_adapter = path / "adapter-best"
+        self.best_model = path / "model-best"
+
+    def result(self, config: Config, best: bool = False) -> Path:
+        """The folder of the run's result, or of its best one."""
+        if config.adapter.kind == "lora":
+            return self.best_adapter if best else self.adapter
+        return self.best_model if best else self.model
 
     def require_usable(self, config: Config) -> None:
         """Raises NibbleError where something stands in the way of a file or folder that the run will write."""
-        result = self.adapter if config.adapter.kind == "lora" else self.model
-        folders = [self.checkpoints, result, *([self.tensorboard] if config.train.tensorboard else [])]
+        results = [self.result(config), *([self.result(config, best=True)] if config.train.keep_best else [])]
+        folders = [self.checkpoints, *results, *([self.tensorboard] if config.train.tensorboard else [])]
         for path in (self.config, self.log, self.finished, self.metrics, self.plot, self.skipped_rows):
             if path.is_dir():
                 raise NibbleError(f"output.dir: {path} is a folder, where the run writes a file. Move it elsewhere.")

@@ -66,7 +66,7 @@ def test_unknown_key_names_line_and_nearest_key() -> None:
         (
             "adapter: {zzz: 8}",
             "unknown key 'adapter.zzz'. The keys of adapter are kind, rank, alpha, targets, init_from, rslora, layers, "
-            "dtype.",
+            "dtype, serve_with.",
         ),
         ("train.seed: 3", "'train.seed' is written with a dot in --set only; here it is train: {seed: …}"),
         ("qqqq: 8", "unknown key 'qqqq'. The sections are model, adapter, data, train, parallel, output."),

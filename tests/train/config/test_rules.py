@@ -42,6 +42,20 @@ MESSAGES_ONLY = "(its fields: messages, tools, role, content, system). Rename it
             "leave it out), or data.eval: null.",
         ),
         (
+            ["train.keep_best=true"],
+            "train.keep_best without train.eval_every: there are evaluations only before the first step and after the "
+            "last one. Set train.eval_every, or leave train.keep_best out.",
+        ),
+        (
+            ["train.patience=3"],
+            "train.patience without train.eval_every: there are evaluations only before the first step and after the "
+            "last one. Set train.eval_every, or leave train.patience out.",
+        ),
+        (
+            ["train.patience_delta=0.1", "train.eval_every=5"],
+            "train.patience_delta without train.patience: nothing uses it. Set train.patience, or leave it out.",
+        ),
+        (
             ["train.eval_every=5", "data.eval_fraction=null"],
             "train.eval_every without held-out rows: set data.eval or data.eval_fraction, or train.eval_every: null.",
         ),

@@ -30,6 +30,7 @@ CHANGES = {
     "adapter.rslora": "true",
     "adapter.layers": "[1]",
     "adapter.dtype": "bfloat16",
+    "adapter.serve_with": "vllm",
     "data.eval_fraction": "0.2",
     "data.format": "text",
     "data.fields": "{messages: chat}",
@@ -61,6 +62,9 @@ FREE = {
     "train.activation_checkpointing": "false",
     "train.log_every": "7",
     "train.eval_every": "7",
+    "train.keep_best": "true",
+    "train.patience": "7",
+    "train.patience_delta": "7",
     "train.save_every": "7",
     "train.save_minutes": "7",
     "train.save_async": "true",
@@ -94,7 +98,13 @@ def test_resume_names_the_key_that_changed(key: str) -> None:
 
 @pytest.mark.parametrize("key", FREE)
 def test_keys_that_may_change_on_resume(key: str) -> None:
-    companion = ["data.eval=some.jsonl"] if key == "data.eval" else []
+    companions = {
+        "data.eval": ["data.eval=some.jsonl"],
+        "train.keep_best": ["train.eval_every=5"],
+        "train.patience": ["train.eval_every=5"],
+        "train.patience_delta": ["train.eval_every=5", "train.patience=2"],
+    }
+    companion = companions.get(key, [])
     before = parse_config(MINIMAL, companion)
     after = parse_config(MINIMAL, [*companion, f"{key}={FREE[key]}"])
     assert resume_differences(resume_fingerprint(before), resume_fingerprint(after)) == []

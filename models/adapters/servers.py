@@ -1,0 +1,124 @@
+"""What servers do with LoRA on some matrices: compute without it, or refuse it. The one table of that.
+
+Found by trial (docs/serving.md has versions and figures), but for SGLang, of which the source was read. What isn't in
+the table has its effect, or was not tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from models.adapters.targets import adaptable, matches, module_name, within_layer
+from models.blocks.groups import TARGET_GROUPS
+from models.checkpoint.keymap import Key, KeyMap
+from quant.common.errors import NibbleError
+from quant.common.words import some
+
+Server = Literal["peft", "vllm", "sglang", "llamacpp"]
+TITLES: dict[Server, str] = {"peft": "PEFT", "vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp"}
+
+# Matrices by which architectures are told apart: only latent attention, and only Qwen3.5, have them.
+_LATENT, _DELTA_NET = "self_attn.kv_b_proj", "linear_attn.in_proj_qkv"
+_ABSORBED = "its latent attention multiplies that matrix into others when it loads the model"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What `server` does with LoRA on `names` (within a layer) of the models that have a matrix called `marker`.
+
+    why: the clause that ends the sentence. way: a way out that only this case has, as an imperative; or "".
+    """
+
+    server: Server
+    marker: str
+    names: tuple[str, ...]
+    does: str
+    why: str
+    way: str = ""
+
+
+RULES = (
+    Rule(
+        "vllm",
+        _LATENT,
+        ("self_attn.kv_b_proj",),
+        "computes without LoRA on",
+        _ABSORBED,
+        "start vLLM with VLLM_MLA_DISABLE=1 and export with --keep kv_b_proj",
+    ),
+    Rule("sglang", _LATENT, ("self_attn.kv_b_proj",), "computes without LoRA on", _ABSORBED),
+    Rule("vllm", _DELTA_NET, ("mlp.gate",), "computes wrongly with LoRA on", "a part of its effect is missing"),
+    Rule(
+        "llamacpp",
+        _LATENT,
+        ("self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa"),
+        "computes without LoRA on",
+        "its latent attention never applies it",
+    ),
+    Rule(
+        "llamacpp",
+        _LATENT,
+        ("self_attn.kv_b_proj",),
+        "can't convert LoRA on",
+        "it cuts that matrix in two and turns one half over",
+    ),
+)
+
+
+def matrix_name(key: Key) -> str:
+    """The name of a matrix within its layer, in the hub's spelling: self_attn.kv_b_proj."""
+    return within_layer(module_name(key.hub))
+
+
+def short_name(key: Key) -> str:
+    """Its last part, kv_b_proj; of a router `mlp.gate`, since `gate` alone says nothing."""
+    return matrix_name(key) if key.group == "router" else matrix_name(key).rpartition(".")[2]
+
+
+def unserved(server: Server, key_map: KeyMap, keys: Sequence[Key]) -> list[tuple[Rule, list[Key]]]:
+    """The rules of `server` that `keys`, matrices with LoRA of the model of `key_map`, break, and which of them do."""
+    present = {matrix_name(key) for key in key_map.keys}
+    rules = [rule for rule in RULES if rule.server == server and rule.marker in present]
+    found = [(rule, [key for key in keys if matrix_name(key) in rule.names]) for rule in rules]
+    return [(rule, broken) for rule, broken in found if broken]
+
+
+def serving_note(key_map: KeyMap, keys: Sequence[Key]) -> str | None:
+    """One line on the servers for which LoRA on `keys` is wasted; None where there are none."""
+    clauses = []
+    for server in ("vllm", "llamacpp"):
+        names = [short_name(key) for _, broken in unserved(server, key_map, keys) for key in broken]
+        if names:
+            clauses.append(f"{TITLES[server]} can't serve LoRA on {', '.join(dict.fromkeys(names))}")
+    if not clauses:
+        return None
+    return f"{'; '.join(clauses)}. Merge before serving there, or set adapter.serve_with (docs/serving.md)."
+
+
+def served_targets(targets: Collection[str], server: Server, key_map: KeyMap) -> tuple[str, ...]:
+    """`targets`, groups and names, without those matrices of groups that `server` can't serve.
+
+    Raises NibbleError where a name that isn't a group's means such a matrix, and where nothing is left.
+    """
+    keys, setting = adaptable(key_map), f"adapter.serve_with: {server}"
+    left: list[str] = []
+    for target in targets:
+        found = matches(target, keys)
+        lost = {key.native for _, broken in unserved(server, key_map, found) for key in broken}
+        if not lost:
+            left.append(target)
+        elif target in TARGET_GROUPS:
+            left += dict.fromkeys(matrix_name(key) for key in found if key.native not in lost)
+        else:
+            raise NibbleError(
+                f"adapter.targets: {target!r} with {setting}: {TITLES[server]} can't serve LoRA on it.\n"
+                "Leave it out of adapter.targets, or set adapter.serve_with: null."
+            )
+    if targets and not left:
+        raise NibbleError(
+            f"{setting} leaves nothing of adapter.targets ({some(list(targets))}): {TITLES[server]} can't serve LoRA "
+            "on that.\nAdd other targets, or set adapter.serve_with: null."
+        )
+    return tuple(left)

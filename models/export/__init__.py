@@ -1,0 +1,1 @@
+"""Adapters in the form that a server reads: `python -m models.export ADAPTER OUT --for vllm`."""

@@ -1,0 +1,159 @@
+"""Whether what was written computes what the adapter computes: a forward pass of each, beside each other.
+
+The model with the adapter is nibble's. The other one is transformers': with PEFT where PEFT reads the layout (stacks);
+of a LoRA per expert each product is added to the weight that its name means, as a server has it. Both in float32.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from models.adapters.files import load_adapter
+from models.adapters.layouts import PREFIX, Packing
+from models.adapters.peft_config import CONFIG, WEIGHTS
+from models.checkpoint.native import is_converted
+from models.export.write import Exported
+from models.load import load_model
+from quant.common.errors import NibbleError
+
+TOLERANCE = 1e-4  # of the largest logit. Tiny models differ by 1e-6; forty layers of float32 by some 1e-5.
+_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Largest differences of logits: of the two models, and of base and adapter; `logits`, the largest of them."""
+
+    how: str
+    difference: float
+    effect: float
+    logits: float
+
+    def __str__(self) -> str:
+        return (
+            f"the largest difference of logits is {self.difference:.1e}; the adapter changes them by up to "
+            f"{self.effect:.1e}, of at most {self.logits:.1e}"
+        )
+
+
+def require_transformers() -> None:
+    missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
+    if missing:
+        raise NibbleError(
+            f"--verify loads the result with transformers and PEFT, and {' and '.join(missing)} isn't installed here.\n"
+            "pip install transformers peft, or leave --verify out."
+        )
+
+
+def verify(adapter: Path, out: Path, done: Exported, layout: Packing | None = None) -> Compared:
+    """Compare the logits of base + `adapter` with those of base + what was written to `out`.
+
+    Both models are loaded one after the other, in float32. Raises NibbleError where they differ, where the adapter
+    has no effect, by which nothing would be shown, and where the base's weights aren't there.
+    """
+    if is_converted(done.base):
+        raise NibbleError(
+            f"{out} is written, but not verified: {done.base} is a converted checkpoint, which transformers can't "
+            "load.\nName the hub's with --model."
+        )
+    if done.dropped:
+        raise NibbleError(
+            f"{out} is written, but not verified: without {', '.join(done.dropped)} it computes something else than "
+            f"{adapter}.\nCompare the losses of both with python -m train.evaluate."
+        )
+    expected, vocabulary = _native_logits(done.base, adapter, layout)
+    gc.collect()
+    reference = _reference(done)
+    tokens = _tokens(vocabulary)
+    base = _logits(reference, tokens)
+    if done.stacked:
+        how = "with PEFT on transformers"
+        found = _with_peft(reference, out, tokens)
+    else:
+        how = "added to the weights of transformers by the names in the file"
+        with torch.no_grad():
+            _add_to_weights(reference, out)
+        found = _logits(reference, tokens)
+    size = expected.abs().max().item()
+    compared = Compared(how, _largest(found, expected), _largest(expected, base), size)
+    if compared.effect <= TOLERANCE * size:
+        raise NibbleError(
+            f"{out} is written, but comparing shows nothing, as the adapter hardly has an effect: {compared}."
+        )
+    if not compared.difference <= min(TOLERANCE * size, compared.effect / 20):
+        raise NibbleError(f"{out} doesn't compute what {adapter} computes, {how}: {compared}.")
+    return compared
+
+
+def _tokens(vocabulary: int) -> Tensor:
+    return torch.randint(vocabulary, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def _native_logits(base: Path, adapter: Path, layout: Packing | None) -> tuple[Tensor, int]:
+    model = load_model(base, storage="none", dtype="float32")
+    load_adapter(model, adapter, layout=layout)
+    vocabulary = model.config.vocabulary
+    with torch.no_grad():
+        return model(_tokens(vocabulary)), vocabulary
+
+
+def _reference(done: Exported) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = AutoModelForImageTextToText if done.names == "vision-language" else AutoModelForCausalLM
+    return kind.from_pretrained(done.base, dtype=torch.float32, trust_remote_code=False).eval()
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=tokens).logits
+    return logits
+
+
+def _largest(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def _with_peft(reference: Any, out: Path, tokens: Tensor) -> Tensor:
+    from peft import PeftModel
+
+    return _logits(PeftModel.from_pretrained(reference, str(out)).eval(), tokens)
+
+
+def _add_to_weights(reference: Any, out: Path) -> None:
+    """W + alpha / r · B A for every pair in the file, which is in the layout per expert."""
+    config = json.loads((out / CONFIG).read_text())
+    scale = config["lora_alpha"] / config["r"]
+    with safe_open(out / WEIGHTS, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dict
+            if not name.endswith(".lora_A.weight"):
+                continue
+            module = name.removesuffix(".lora_A.weight")
+            a, b = (file.get_tensor(f"{module}.lora_{letter}.weight").float() for letter in "AB")
+            _weight(reference, module.removeprefix(PREFIX)).add_(b @ a, alpha=scale)
+
+
+def _weight(model: Any, name: str) -> Tensor:
+    """The matrix that a module's name means: of an expert, its part of a stack."""
+    experts, _, rest = name.partition(".experts.")
+    index, _, part = rest.partition(".")
+    if not index.isdecimal():
+        if name.endswith(".mlp.gate") and hasattr(model.get_submodule(name.removesuffix(".gate")), "router"):
+            name = name.replace(".mlp.gate", ".mlp.router.gate")  # Trinity's, as vLLM calls it
+        weight: Tensor = model.get_submodule(name).weight
+        return weight
+    stack = model.get_submodule(f"{experts}.experts")
+    if part == "down_proj":
+        down: Tensor = stack.down_proj[int(index)]
+        return down
+    gate, up = stack.gate_up_proj[int(index)].chunk(2)
+    return gate if part == "gate_proj" else up

@@ -1,0 +1,133 @@
+"""What export refuses: by name, before anything is written, with the ways out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.export.__main__ import main
+from tests.export_helpers import World
+from tests.peft_helpers import config_of
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("latent"), "glm4_moe_lite")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("qwen"), "qwen3_5_moe_text")
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.removeprefix("error: ").replace("\n       ", "\n").removesuffix("\n")
+
+
+def test_matrices_that_vllm_computes_without(latent: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert error_of([str(latent.adapter), str(out), "--for", "vllm"], capsys) == (
+        f"vLLM computes without LoRA on kv_b_proj, which {latent.adapter} has in 2 layers: its latent attention "
+        "multiplies that matrix into others when it loads the model.\n"
+        "Ways out: start vLLM with VLLM_MLA_DISABLE=1 and export with --keep kv_b_proj; or merge "
+        f"(python -m models.merge {latent.base} {latent.adapter} OUT); or leave it out with --drop kv_b_proj, and see "
+        "what that costs with python -m train.evaluate."
+    )
+    assert not out.exists()
+    assert main([str(latent.adapter), str(out), "--for", "vllm", "--drop", "kv_b_proj"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "left out  kv_b_proj: 2 matrices of the adapter"
+    assert "kv_b_proj" not in config_of(out)["target_modules"]
+
+
+def test_matrices_that_llama_cpp_computes_without_or_cannot_convert(
+    latent: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(latent.adapter), str(tmp_path / "out"), "--for", "llamacpp"]
+    message = error_of(arguments, capsys)
+    assert message.startswith("llama.cpp computes without LoRA on q_a_proj, q_b_proj, kv_a_proj_with_mqa, which ")
+    assert "--drop q_a_proj --drop q_b_proj --drop kv_a_proj_with_mqa" in message
+    assert f"merge (python -m models.merge {latent.base} {latent.adapter} OUT)" in message
+    for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"):
+        arguments += ["--drop", name]
+    assert error_of(arguments, capsys).startswith("llama.cpp can't convert LoRA on kv_b_proj, which ")
+    assert main([*arguments, "--drop", "kv_b_proj"]) == 0
+
+
+def test_qwens_router(qwen: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(qwen.adapter), str(tmp_path / "out"), "--for", "vllm"]
+    assert error_of(arguments, capsys).startswith("vLLM computes wrongly with LoRA on mlp.gate, which ")
+    assert main([*arguments, "--drop", "router"]) == 0
+
+
+def test_names_that_are_not_there(latent: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(latent.adapter), str(tmp_path / "out"), "--for", "vllm"]
+    for option in ("--drop", "--keep"):
+        message = error_of([*arguments, option, "q_proj"], capsys)
+        assert message.startswith(f"{option} q_proj: the adapter has no such matrix. It has self_attn.q_a_proj, ")
+    everything = ("attention", "experts", "shared_experts", "dense_mlp", "router")
+    message = error_of([*arguments, *(part for name in everything for part in ("--drop", name))], capsys)
+    assert message == f"--drop {' --drop '.join(everything)} leaves nothing of the adapter."
+
+
+def test_where_the_base_is_not_here(latent: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    shutil.copytree(latent.adapter, adapter)
+    config = config_of(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "nobody/nothing"}))
+    advice = (
+        "Of the base only config.json is needed: give its folder with --model "
+        "(hf download ID config.json --local-dir FOLDER fetches it)."
+    )
+    where = adapter / "adapter_config.json"
+    assert error_of([str(adapter), str(out), "--for", "peft"], capsys) == (
+        f"{where} names the base model 'nobody/nothing', which is not on this machine.\n{advice}"
+    )
+    arguments = [str(adapter), str(out), "--for", "peft", "--model"]
+    assert error_of([*arguments, "some/other"], capsys) == f"--model some/other is not on this machine.\n{advice}"
+    (tmp_path / "base").mkdir()
+    shutil.copy(latent.base / "config.json", tmp_path / "base")  # the weights aren't needed
+    assert main([*arguments, str(tmp_path / "base")]) == 0
+    assert config_of(out)["base_model_name_or_path"] == "nobody/nothing"
+    capsys.readouterr()
+    assert error_of([*arguments, str(tmp_path / "base")], capsys) == (
+        f"{out} holds adapter_config.json already. Choose another folder, or remove it."
+    )
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    shutil.rmtree(out)
+    assert error_of([str(adapter), str(out), "--for", "peft"], capsys) == (
+        f"{adapter / 'adapter_config.json'} doesn't name the base model.\n{advice}"
+    )
+
+
+def test_verify_where_nothing_can_be_compared(
+    latent: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = [str(latent.adapter), str(out), "--for", "vllm", "--verify"]
+    assert main([*arguments, "--drop", "kv_b_proj"]) == 2
+    assert (
+        f"{out} is written, but not verified: without kv_b_proj it computes something else" in capsys.readouterr().err
+    )
+    monkeypatch.setattr("models.export.verify.find_spec", lambda name: None)
+    assert error_of(arguments, capsys) == (
+        "--verify loads the result with transformers and PEFT, and transformers and peft isn't installed here.\n"
+        "pip install transformers peft, or leave --verify out."
+    )
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import runpy, sys\nsys.argv = ['x', '--help']\ntry:\n"
+        "    runpy.run_module('models.export', run_name='__main__')\n"
+        "except SystemExit:\n    pass\nprint('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
+    assert done.stdout.endswith("False\n") and "llamacpp" in done.stdout

