@@ -17,6 +17,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("quant",),
     ("models/blocks",),
     ("models/attention",),
+    ("models/generation",),
     ("models",),
     ("models/checkpoint",),
     ("models/adapters",),
