@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,8 @@ class Answerer:
                 show(piece)
             return streams[row].stopped or len(streams[row].tokens) >= most[row]
 
-        seed = None if settings.seed is None else (settings.seed + turn) % 2**63
+        # Without a seed torch draws the same in every process.
+        seed = secrets.randbits(63) if settings.seed is None else (settings.seed + turn) % 2**63
         found = generate(
             self.model,
             prompts,
