@@ -30,6 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("train/output",),
     ("train/state",),
     ("train",),
+    ("train/generate",),
     ("train/demo",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(ORDER) for name in names}
