@@ -31,6 +31,7 @@ from models.checkpoint.keymap import KeyMap
 from models.checkpoint.layout import Layout, Spelling, spellings
 from models.checkpoint.tensorfile import DTYPES, MappedFolder, TensorInfo, read_header
 from quant.common.errors import NibbleError
+from quant.common.jsonfile import flag
 from quant.common.words import shown, some
 from quant.storage import all_finite
 
@@ -82,7 +83,7 @@ class AdapterFile:
         spelt = spellings(self._header)
         if len(spelt) == 1:
             key_map = respelled(key_map, *spelt)
-        self.rslora = bool(self.config.get("use_rslora"))
+        self.rslora = flag(self.config, "use_rslora", False, self._where)
         self.stored, self.swapped = self._stored(key_map, model_type)
         _check_tensors(self.stored, self._header, key_map, self._where)
         dtypes = {DTYPES[info.dtype] for info in self._header.values()}

@@ -19,6 +19,7 @@ from models.merge.error import Row, summary
 from models.merge.folder import write_folder
 from models.merge.trained import Trained, trained_storage
 from quant.common.errors import NibbleError
+from quant.common.files import user_path
 from quant.storage import StorageSpec
 
 Progress = Callable[[int, int, str], None]
@@ -60,7 +61,7 @@ def merge(
     hub's format. progress(done, total, what): in bytes or parameters, and the file.
     """
     begun = time.monotonic()
-    folder, out = resolve_model(model), Path(destination).expanduser()
+    folder, out = resolve_model(model), user_path(destination)
     if is_converted(folder):
         raise NibbleError(
             f"{folder} is a converted checkpoint; an adapter is merged into the hub's format.\n"
