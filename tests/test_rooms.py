@@ -29,6 +29,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("train/output",),
     ("train/state",),
     ("train",),
+    ("train/evaluate",),
     ("train/demo",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(ORDER) for name in names}

@@ -47,7 +47,7 @@ def check_model(config: Config, source: ModelFolder, device: torch.device, sizes
     where = str(source.path / "config.json")
     architecture = architecture_for(source.config, where)
     parsed = architecture.parse_config(source.config, where)
-    _check_length(config, source, where)
+    check_length(config.data.sequence_length, source)
     _check_stored(source, spec, dtype)
     model = architecture.build(parsed, spec, dtype, "meta")
     warnings = _oversized_ranks(model, config) if config.adapter.kind == "lora" else []
@@ -82,9 +82,10 @@ def _adapter_spec(config: Config) -> AdapterSpec:
     )
 
 
-def _check_length(config: Config, source: ModelFolder, where: str) -> None:
-    text = text_section(source.config)
-    length, limit = config.data.sequence_length, text.get("max_position_embeddings")
+def check_length(length: int, source: ModelFolder) -> None:
+    """Raises NibbleError for more tokens in a row than the model is made for."""
+    text, where = text_section(source.config), source.path / "config.json"
+    limit = text.get("max_position_embeddings")
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings")
     if not isinstance(limit, int) or length <= limit:
