@@ -24,7 +24,8 @@ from benchmarks.gpu_compare import (
     without_flash_linear_attention,
 )
 from models.attention.causal import causal_attention
-from models.attention.delta_rule import chunked_gated_delta_rule, gated_delta_rule, stepwise_gated_delta_rule
+from models.attention.delta_rule import chunked_gated_delta_rule, gated_delta_rule
+from models.attention.delta_step import stepwise_gated_delta_rule
 from models.attention.indexer import Indexer, IndexerConfig, parts_by_length, selected_attention
 from models.attention.short_conv import short_convolution
 from models.blocks.documents import Documents

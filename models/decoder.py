@@ -6,7 +6,7 @@ Shapes: N tokens of a flat batch, B batch, T sequence, H hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -20,6 +20,8 @@ from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
+from models.generation.engine import Generated, generate
+from models.generation.sampling import GREEDY, Sampling
 from quant.common.errors import FLOAT16, NibbleError
 from quant.products import without_autocast
 from quant.storage import DenseStorage, Storage
@@ -173,6 +175,10 @@ class CausalLM(nn.Module):
         return super()._apply(fn, recurse)
 
     @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
     def head(self) -> Head:
         return self.lm_head
 
@@ -197,6 +203,19 @@ class CausalLM(nn.Module):
         batch, length = tokens.shape
         documents = Documents.from_lengths([length] * batch, tokens.device)
         return self.lm_head(self.hidden(tokens.flatten(), documents)).unflatten(0, (batch, length))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        stop: Collection[int] = (),
+        seed: int | None = None,
+        on_token: Callable[[int, int], bool] | None = None,
+    ) -> list[Generated]:
+        """Continues prompts of any lengths, together and without padding: see models/generation/engine.py."""
+        return generate(self, prompts, max_new_tokens, sampling=sampling, stop=stop, seed=seed, on_token=on_token)
 
     def _run(self, layer: Callable[..., Any], *inputs: Any) -> Any:
         if not (self.activation_checkpointing and torch.is_grad_enabled()):

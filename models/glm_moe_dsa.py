@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from models.attention.cache import Continued
+from models.attention.continued import selected_latent_attention
 from models.attention.indexer import Indexer, IndexerConfig, Part, parts_by_length, selected_attention
 from models.attention.mla import LatentAttention, LatentAttentionConfig
 from models.attention.rope import RopeConfig, parse_rope
@@ -125,15 +128,39 @@ class SelectingAttention(LatentAttention):
             self.indexer = Indexer(config.indexer, factory)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, parts: tuple[Part, ...], tables: tuple[Tensor, Tensor], selected: Tensor | None
+        self,
+        x: Tensor,
+        documents: Documents,
+        parts: tuple[Part, ...],
+        tables: tuple[Tensor, Tensor],
+        selected: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [N, H]; selected int32 [M, topk], of the layer to share with: [N, H], and the selection used."""
-        query, latent = self.query(x, tables)
-        key, value = self.key_value(x, tables)
-        if self.indexer is not None:
-            selected = self.indexer(x, latent, parts, tables)
-        out = selected_attention(query, key, value, parts, selected, self.config.scale)
+        """x [N, H]; selected int32 [M, topk], of the layer to share with: [N, H], and the selection used.
+
+        parts: of the documents; none where they are continued ones.
+        """
+        query, compressed = self.query(x, tables)
+        latent, rotated = self.kept(x, tables)
+        if isinstance(documents, Continued):
+            if self.indexer is not None:
+                selected = self.indexer.continued(x, compressed, documents, tables)
+            out = self.continued(query, torch.cat((latent[:, None], rotated), dim=-1), documents, selected)
+        else:
+            if self.indexer is not None:
+                selected = self.indexer(x, compressed, parts, tables)
+            out = selected_attention(query, *self.expanded(latent, rotated), parts, selected, self.config.scale)
         return self.o_proj(out.flatten(1)), selected
+
+    def continued(
+        self, query: Tensor, kept: Tensor, documents: Continued, selected: Tensor | None = None
+    ) -> Tensor:
+        """As LatentAttention's; selected int32 [N, K]: what each token sees, None where it sees everything."""
+        if selected is None:
+            return super().continued(query, kept, documents)
+        history = documents.cache.history(self, "latent", kept)
+        documents.store(history, kept)
+        scale = self.config.scale
+        return self.absorbed(query, lambda q: selected_latent_attention(q, history, selected, documents, scale))
 
 
 class DecoderLayer(nn.Module):
@@ -146,9 +173,14 @@ class DecoderLayer(nn.Module):
         self.mlp = glm_mlp(c, index, factory)
 
     def forward(
-        self, x: Tensor, parts: tuple[Part, ...], tables: tuple[Tensor, Tensor], selected: Tensor | None
+        self,
+        x: Tensor,
+        documents: Documents,
+        parts: tuple[Part, ...],
+        tables: tuple[Tensor, Tensor],
+        selected: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        attended, selected = self.self_attn(self.input_layernorm(x), parts, tables, selected)
+        attended, selected = self.self_attn(self.input_layernorm(x), documents, parts, tables, selected)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), selected
 
@@ -163,11 +195,11 @@ class SelectingDecoder(Decoder):
     def forward(self, tokens: Tensor, documents: Documents, run: Run) -> Tensor:
         x = self.embed_tokens(tokens)
         tables = self.rope.tables(documents.positions)
-        parts = parts_by_length(documents, self.topk)
+        parts = () if isinstance(documents, Continued) else parts_by_length(documents, self.topk)
         selected: Tensor | None = None
         for layer, selects in zip(self.layers, self.selects, strict=True):
             # Inputs of a layer are kept for its gradients: a selection that it doesn't use would be kept too.
-            x, selected = run(layer, x, parts, tables, None if selects else selected)
+            x, selected = run(layer, x, documents, parts, tables, None if selects else selected)
         return self.norm(x)
 
 

@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention.cache import Continued
 from models.attention.delta_rule import gated_delta_rule
+from models.attention.delta_step import continued_gated_delta_rule
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
-from models.attention.short_conv import short_convolution
+from models.attention.short_conv import continued_convolution, short_convolution
 from models.blocks.configjson import MAX_LAYERS, choices, refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.experts import Experts
@@ -174,7 +176,10 @@ class Filters(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """x [N, C]: [N, C]."""
-        return short_convolution(x, self.weight.squeeze(1), documents)
+        weight = self.weight.squeeze(1)
+        if isinstance(documents, Continued):
+            return continued_convolution(x, weight, documents, self)
+        return short_convolution(x, weight, documents)
 
 
 class GatedDeltaNet(nn.Module):
@@ -204,7 +209,11 @@ class GatedDeltaNet(nn.Module):
         value = value.unflatten(-1, (c.value_heads, c.value_dim))
         beta = self.in_proj_b(x).to(torch.float32).sigmoid()
         step = F.softplus(self.in_proj_a(x).to(torch.float32) + self.dt_bias)
-        out = gated_delta_rule(query, key, value, -self.A_log.exp() * step, beta, documents)
+        inputs = (query, key, value, -self.A_log.exp() * step, beta)
+        if isinstance(documents, Continued):
+            out = continued_gated_delta_rule(*inputs, documents, self)
+        else:
+            out = gated_delta_rule(*inputs, documents)
         gate = self.in_proj_z(x).unflatten(-1, (c.value_heads, c.value_dim))
         return self.out_proj((self.norm(out) * F.silu(gate)).flatten(1))
 

@@ -17,6 +17,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("quant",),
     ("models/blocks",),
     ("models/attention",),
+    ("models/generation",),
     ("models",),
     ("models/checkpoint",),
     ("models/adapters",),
@@ -30,6 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("train/state",),
     ("train",),
     ("train/evaluate",),
+    ("train/generate",),
     ("train/demo",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(ORDER) for name in names}

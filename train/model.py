@@ -82,20 +82,27 @@ def _adapter_spec(config: Config) -> AdapterSpec:
     )
 
 
-def check_length(length: int, source: ModelFolder) -> None:
-    """Raises NibbleError for more tokens in a row than the model is made for."""
-    text, where = text_section(source.config), source.path / "config.json"
+def longest_context(config: dict[str, Any]) -> int | None:
+    """The positions that a model is made for, out of its config.json; None where that doesn't say."""
+    text = text_section(config)
     limit = text.get("max_position_embeddings")
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings")
-    if not isinstance(limit, int) or length <= limit:
-        return
-    if isinstance(factor, int | float) and isinstance(trained, int) and factor * trained >= length:
-        return  # yarn switched on by hand: max_position_embeddings is often left as it was
-    raise NibbleError(
-        f"data.sequence_length: {length} is more than the model is made for: max_position_embeddings is {limit} in "
-        f"{where}.\nSet data.sequence_length to {limit} or less."
-    )
+    if not isinstance(limit, int):
+        return None
+    if isinstance(factor, int | float) and isinstance(trained, int):
+        return max(limit, int(factor * trained))  # yarn switched on by hand: the limit is often left as it was
+    return limit
+
+
+def check_length(length: int, source: ModelFolder) -> None:
+    """Raises NibbleError for more tokens in a row than the model is made for."""
+    limit = longest_context(source.config)
+    if limit is not None and length > limit:
+        raise NibbleError(
+            f"data.sequence_length: {length} is more than the model is made for: max_position_embeddings is {limit} in "
+            f"{source.path / 'config.json'}.\nSet data.sequence_length to {limit} or less."
+        )
 
 
 def _check_stored(source: ModelFolder, spec: StorageSpec, dtype: torch.dtype) -> None:

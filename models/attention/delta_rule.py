@@ -7,7 +7,7 @@ token's key towards the token's value, and reads it with the query:
 
 with k and q scaled to unit length, q by dk**-0.5 too, and S zero at the start of every document.
 
-Token by token (`stepwise_gated_delta_rule`) that is N small steps in a row. The chunked form cuts the flat batch into
+Token by token (models/attention/delta_step.py) that is N small steps in a row. The chunked form cuts the flat batch into
 chunks of C tokens; inside a chunk a unit lower triangular system stands for the C corrections that see one another
 (the WY form of DeltaNet, arXiv:2406.06484 §3), and only the N / C states follow one another. With e_ij = e^(g_j+1 + … +
 g_i) for tokens i ≥ j of one document and zero for all others, and γ_i the decay from the chunk's start to token i, zero
@@ -59,31 +59,6 @@ def gated_delta_rule(
     return chunked_gated_delta_rule(query, key, value, decay, beta, documents)
 
 
-def stepwise_gated_delta_rule(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, documents: Documents
-) -> Tensor:
-    """The definition, token by token: slow, for comparisons. Arguments and result as of `gated_delta_rule`."""
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    groups = value.shape[1] // key.shape[1]
-
-    def unit(x: Tensor) -> Tensor:
-        x = x.to(dtype)
-        return (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS)).repeat_interleave(groups, 1)
-
-    q, k = unit(query) * query.shape[-1] ** -0.5, unit(key)
-    v, factor, b = value.to(dtype), decay.to(dtype).exp(), beta.to(dtype)
-    outputs, token = [], 0
-    for length in documents.lengths:
-        state = v.new_zeros(v.shape[1], k.shape[2], v.shape[2])
-        for _ in range(length):
-            state = factor[token, :, None, None] * state
-            missing = v[token] - torch.einsum("hk,hkv->hv", k[token], state)
-            state = state + torch.einsum("hk,hv->hkv", b[token, :, None] * k[token], missing)
-            outputs.append(torch.einsum("hk,hkv->hv", q[token], state))
-            token += 1
-    return torch.stack(outputs).to(value.dtype)
-
-
 @dataclass(frozen=True)
 class Blocking:
     """How the work is cut: tokens in a chunk; chunks and value heads that are computed at a time.
@@ -117,23 +92,27 @@ def chunked_gated_delta_rule(
     return result
 
 
+@torch.no_grad()
+def chunks_from_state(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, positions: Tensor, state: Tensor
+) -> Tensor:
+    """The chunked form for one document, from the state [hv, dk, dv] after the tokens before these.
+
+    The state, in the dtype of the computation, is overwritten with that after the last token. positions: int64 [N].
+    Arguments and result otherwise as of `gated_delta_rule`.
+    """
+    blocking = ON_CPU if value.device.type == "cpu" else ON_CUDA
+    return _outputs(_Inputs((query, key, value, decay, beta, positions), blocking), state=state)
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, blocking: Blocking, *tensors: Tensor) -> Tensor:
         inputs = _Inputs(tensors, blocking)
-        out = torch.empty_like(inputs.value)
         # The state at the start of every block of chunks.
         kept = inputs.empty_states(inputs.steps) if any(ctx.needs_input_grad) else None
-        scratch = _Scratch(inputs.value, inputs.dtype)
-        for heads in inputs.head_blocks():
-            state = inputs.zero_state(heads)
-            for step, chunks in enumerate(inputs.chunk_blocks()):
-                if kept is not None:
-                    kept[step, heads.values] = state
-                block = _Block(inputs, heads, chunks, state, scratch)
-                block.store(out, block.output())
-                state = block.states[-1]
+        out = _outputs(inputs, kept)
         ctx.save_for_backward(*tensors, kept)
         ctx.blocking = blocking
         return out
@@ -152,6 +131,23 @@ class _Chunked(torch.autograd.Function):
                 block = _Block(inputs, heads, chunks, kept[step, heads.values], scratch)
                 d_state = gradients.add(block, block.load("d_out", grads[0]), d_state)
         return (None, *gradients.result(), None)
+
+
+def _outputs(inputs: _Inputs, kept: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+    """All of o. kept: gets the state at the start of every block of chunks. state: see `chunks_from_state`."""
+    out = torch.empty_like(inputs.value)
+    scratch = _Scratch(inputs.value, inputs.dtype)
+    for heads in inputs.head_blocks():
+        current = inputs.zero_state(heads) if state is None else state[heads.values]
+        for step, chunks in enumerate(inputs.chunk_blocks()):
+            if kept is not None:
+                kept[step, heads.values] = current
+            block = _Block(inputs, heads, chunks, current, scratch)
+            block.store(out, block.output())
+            current = block.states[-1]
+        if state is not None:
+            state[heads.values] = current
+    return out
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from models.attention.cache import Continued
 from models.attention.causal import causal_attention
+from models.attention.continued import continued_attention
 from models.attention.rope import rotate_first
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
@@ -106,7 +108,11 @@ class GroupedQueryAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if tables is not None:
             query, key = rotate_first(query, tables), rotate_first(key, tables)
-        out = causal_attention(query, key, value, documents, c.head_dim**-0.5, self.window).flatten(1)
+        scale = c.head_dim**-0.5
+        if isinstance(documents, Continued):
+            out = continued_attention(self, query, key, value, documents, scale, self.window).flatten(1)
+        else:
+            out = causal_attention(query, key, value, documents, scale, self.window).flatten(1)
         if gate is not None:
             out = out * gate.sigmoid()
         return self.o_proj(out)

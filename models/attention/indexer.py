@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.attention.cache import Continued
 from models.attention.causal import causal_attention
 from models.attention.rope import rotate
 from models.blocks.documents import Documents
@@ -60,11 +61,11 @@ def parts_by_length(documents: Documents, longest: int) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _blocks(length: int, heads: int) -> Iterator[tuple[int, int]]:
+def _blocks(queries: int, keys: int, heads: int) -> Iterator[tuple[int, int]]:
     """Where blocks of queries of one document begin and end."""
-    rows = max(1, min(QUERIES_IN_BLOCK, SCORES_IN_MEMORY // (heads * length)))
-    for start in range(0, length, rows):
-        yield start, min(start + rows, length)
+    rows = max(1, min(QUERIES_IN_BLOCK, SCORES_IN_MEMORY // (heads * keys)))
+    for start in range(0, queries, rows):
+        yield start, min(start + rows, queries)
 
 
 def _is_later(start: int, stop: int, device: torch.device) -> Tensor:
@@ -126,23 +127,54 @@ class Indexer(nn.Module):
         """
         chosen = []
         for rows in (part.rows for part in parts if part.documents is None):
-            cos, sin = tables
-            chosen.append(self._select(x[rows], latent[rows], (cos[rows], sin[rows])))
+            own, length = (tables[0][rows], tables[1][rows]), rows.stop - rows.start
+            chosen.append(self._select(x[rows], latent[rows], self._keys(x[rows], own), own, 0, length))
         return torch.cat(chosen) if chosen else None
 
-    def _select(self, x: Tensor, latent: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """One document: Σ over heads of weight · relu(q · k), and where it is highest."""
-        c, length = self.config, len(x)
+    @torch.no_grad()
+    def continued(
+        self, x: Tensor, latent: Tensor, documents: Continued, tables: tuple[Tensor, Tensor]
+    ) -> Tensor | None:
+        """`forward` for documents with a cache, which keeps the keys.
+
+        Returns int32 [N, K] for all tokens, K at most topk; None where nothing has more than topk tokens.
+        """
+        c = self.config
+        keys = self._keys(x, tables)[:, None]
+        history = documents.cache.history(self, "key", keys)
+        longest = max(piece.total for piece in documents.pieces)
+        # What a token sees that has too few others to choose from.
+        selected = torch.arange(min(c.topk, longest), dtype=torch.int32, device=x.device).repeat(len(x), 1)
+        for piece, seen in documents.keep(history, keys):
+            if piece.total > c.topk:
+                tokens = piece.tokens
+                own = (tables[0][tokens], tables[1][tokens])
+                selected[tokens] = self._select(x[tokens], latent[tokens], seen[0], own, piece.before, piece.total)
+        return selected if longest > c.topk else None
+
+    def _keys(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """[N, dim], in the dtype of x."""
+        return self._rotate(self.k_norm(self.wk(x))[:, None], tables)[:, 0]
+
+    def _select(
+        self, x: Tensor, latent: Tensor, keys: Tensor, tables: tuple[Tensor, Tensor], before: int, width: int
+    ) -> Tensor:
+        """Tokens of one document: Σ over heads of weight · relu(q · k), and where it is highest.
+
+        keys [before + T, dim], of all tokens so far; before: how many come before the T of x. width: tokens of the
+        whole document, more than have keys where it is computed by pieces.
+        """
+        c = self.config
         query = self._rotate(self.wq_b(latent).unflatten(-1, (c.heads, c.dim)), tables).to(torch.float32)
-        key = self._rotate(self.k_norm(self.wk(x))[:, None], tables)[:, 0].to(torch.float32)
-        weights = self.weights_proj(x) * c.heads**-0.5
-        chosen = torch.empty(length, c.topk, dtype=torch.int32, device=x.device)
-        for start, stop in _blocks(length, c.heads):
-            by_head = torch.relu(torch.matmul(query[start:stop], key[:stop].t()) * c.dim**-0.5)
+        weights, key = self.weights_proj(x) * c.heads**-0.5, keys.to(torch.float32)
+        chosen = torch.empty(len(x), c.topk, dtype=torch.int32, device=x.device)
+        for start, stop in _blocks(len(x), width, c.heads):
+            seen = before + stop
+            by_head = torch.relu(torch.matmul(query[start:stop], key[:seen].t()) * c.dim**-0.5)
             scores = torch.matmul(weights[start:stop, None], by_head)[:, 0]
-            scores = scores.masked_fill(_is_later(start, stop, x.device), float("-inf"))
+            scores = scores.masked_fill(_is_later(before + start, seen, x.device), float("-inf"))
             # Rows as long as the document: among equal scores (zero, often), topk's choice depends on the length.
-            scores = F.pad(scores, (0, length - stop), value=float("-inf"))
+            scores = F.pad(scores, (0, width - seen), value=float("-inf"))
             chosen[start:stop] = scores.topk(c.topk, dim=-1).indices
         return chosen
 
@@ -183,7 +215,7 @@ class _SelectedAttention(torch.autograd.Function):
         ctx.scale = scale
         q, k, v = _heads_first(query, key, value)
         out = query.new_empty(*query.shape[:2], value.shape[-1])
-        for start, stop in _blocks(len(query), query.shape[1]):
+        for start, stop in _blocks(len(query), len(query), query.shape[1]):
             chances = _probabilities(q, k, selected, start, stop, scale)
             out[start:stop] = torch.matmul(chances.to(v.dtype), v[:, :stop]).transpose(0, 1)
         return out
@@ -196,7 +228,7 @@ class _SelectedAttention(torch.autograd.Function):
         q, k, v, dy = _heads_first(query, key, value, grad)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))  # sums over blocks
-        for start, stop in _blocks(len(query), query.shape[1]):
+        for start, stop in _blocks(len(query), len(query), query.shape[1]):
             block, seen = slice(start, stop), slice(0, stop)
             chances = _probabilities(q, k, selected, start, stop, ctx.scale)
             dv[:, seen] += torch.matmul(chances.to(v.dtype).transpose(1, 2), dy[:, block])

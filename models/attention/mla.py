@@ -1,19 +1,24 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434 §2.1), as GLM-4.7-Flash and GLM-5 use it.
 
-Keys and values of all heads are expanded from one narrow latent per token; one rotary key is shared by all heads.
+Keys and values of all heads are expanded from one narrow latent per token; one rotary key is shared by all heads. In
+generation only these two are kept, and nothing is expanded: with the expansion multiplied into the queries and into the
+output (the paper calls it absorbed), the latent is what all heads attend to.
 
 Shapes: N tokens, H hidden, h heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from models.attention.cache import Continued
 from models.attention.causal import causal_attention
+from models.attention.continued import latent_attention
 from models.attention.rope import RopeConfig, partial_rotary_factor, rotate
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
@@ -95,8 +100,12 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, H] and the rotary tables float32 [N, rope_dim/2] of its positions: [N, H]."""
         query, _ = self.query(x, tables)
-        key, value = self.key_value(x, tables)
-        return self.o_proj(causal_attention(query, key, value, documents, self.config.scale).flatten(1))
+        latent, rotated = self.kept(x, tables)
+        if isinstance(documents, Continued):
+            out = self.continued(query, torch.cat((latent[:, None], rotated), dim=-1), documents)
+        else:
+            out = causal_attention(query, *self.expanded(latent, rotated), documents, self.config.scale)
+        return self.o_proj(out.flatten(1))
 
     def query(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries [N, h, key_dim], and what they are expanded from: [N, query_rank], or x."""
@@ -109,11 +118,44 @@ class LatentAttention(nn.Module):
         nope, rope = query.unflatten(-1, (c.heads, c.key_dim)).split((c.nope_dim, c.rope_dim), dim=-1)
         return torch.cat((nope, rotate(rope, tables, interleaved=c.interleaved)), dim=-1), latent
 
-    def key_value(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys [N, h, key_dim] and values [N, h, value_dim]."""
+    def kept(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What keys and values are made of: the latent [N, latent_rank], normed, and the rotated key [N, 1, rope_dim]."""
         c = self.config
         latent, shared_key = self.kv_a_proj_with_mqa(x).split((c.latent_rank, c.rope_dim), dim=-1)
-        expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (c.heads, c.nope_dim + c.value_dim))
+        return self.kv_a_layernorm(latent), rotate(shared_key[:, None], tables, interleaved=c.interleaved)
+
+    def expanded(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [N, h, key_dim] and values [N, h, value_dim]."""
+        c = self.config
+        expanded = self.kv_b_proj(latent).unflatten(-1, (c.heads, c.nope_dim + c.value_dim))
         key, value = expanded.split((c.nope_dim, c.value_dim), dim=-1)
-        rotated = rotate(shared_key[:, None], tables, interleaved=c.interleaved).expand(-1, c.heads, -1)
-        return torch.cat((key, rotated), dim=-1), value
+        return torch.cat((key, rotated.expand(-1, c.heads, -1)), dim=-1), value
+
+    def continued(self, query: Tensor, kept: Tensor, documents: Continued) -> Tensor:
+        """Attention of queries [N, h, key_dim] to what the cache has and gets, `kept` [N, 1, latent_rank + rope_dim].
+
+        Returns [N, h, value_dim].
+        """
+        history, scale = documents.cache.history(self, "latent", kept), self.config.scale
+        if not documents.are_new:
+            return self.absorbed(query, lambda q: latent_attention(q, history, kept, documents, scale))
+        documents.store(history, kept)
+        latent, rotated = kept.split((self.config.latent_rank, self.config.rope_dim), dim=-1)
+        return causal_attention(query, *self.expanded(latent[:, 0], rotated), documents, scale)
+
+    def absorbed(self, query: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """[N, h, value_dim] for queries [N, h, key_dim].
+
+        attend: of queries [N, h, latent_rank + rope_dim] to what is kept: [N, h, latent_rank + rope_dim].
+        """
+        c = self.config
+        matrices = self.kv_b_proj.adapted().unflatten(0, (c.heads, c.nope_dim + c.value_dim))
+        to_key, to_value = matrices.split((c.nope_dim, c.value_dim), dim=1)  # [h, nope_dim or value_dim, latent_rank]
+        nope, rope = query.split((c.nope_dim, c.rope_dim), dim=-1)
+        out = attend(torch.cat((_by_head(nope, to_key), rope), dim=-1))[..., : c.latent_rank]
+        return _by_head(out, to_value.transpose(1, 2))
+
+
+def _by_head(x: Tensor, matrices: Tensor) -> Tensor:
+    """x [N, h, a] times a matrix [a, b] of each head, in its dtype: [N, h, b] in that of x."""
+    return torch.bmm(x.transpose(0, 1).to(matrices.dtype), matrices).transpose(0, 1).to(x.dtype)

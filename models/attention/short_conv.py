@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.attention.cache import Continued
 from models.blocks.documents import Documents
 
 # Scratch in float32 is a few times this many rows of C channels.
@@ -25,6 +26,30 @@ def short_convolution(x: Tensor, weight: Tensor, documents: Documents) -> Tensor
     """
     result: Tensor = _ShortConvolution.apply(x, weight, documents.positions)
     return result
+
+
+def continued_convolution(x: Tensor, weight: Tensor, documents: Continued, owner: nn.Module) -> Tensor:
+    """`short_convolution` where the cache keeps for `owner` the last width - 1 tokens of every row. Without gradients."""
+    width = weight.shape[1]
+    tails = documents.cache.state(owner, "tail", (width - 1, x.shape[1]), x)
+    source = torch.cat((tails.flatten(0, 1), x))
+    first = tails.shape[0] * (width - 1)  # row of `source` where x begins
+    starts = documents.offsets[:-1].repeat_interleave(documents.offsets.diff(), output_size=len(x))
+
+    def earlier(token: Tensor, distance: int) -> Tensor:
+        """Where in `source` the token so far before `token` of x is: in x, or in its row's tail."""
+        back = token - distance
+        tail = documents.rows[token] * (width - 1) + back - starts[token] + width - 1
+        return torch.where(back >= starts[token], first + back, tail)
+
+    dtype, token = torch.promote_types(x.dtype, torch.float32), torch.arange(len(x), device=x.device)
+    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    for distance in range(width):
+        y.addcmul_(source[earlier(token, distance)].to(dtype), weight[:, width - 1 - distance].to(dtype))
+    last = documents.offsets[1:].long() - 1
+    for distance in range(width - 1):
+        tails[documents.rows[last], width - 2 - distance] = source[earlier(last, distance)]
+    return torch.nn.functional.silu(y, inplace=True).to(x.dtype)
 
 
 class _ShortConvolution(torch.autograd.Function):

@@ -17,6 +17,7 @@ c experts at a time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -79,19 +80,17 @@ class Routing:
         return Routing(slots, counts.cumsum(0, dtype=torch.int32), rows)
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """The experts that have rows, up to `size` consecutive ones at a time."""
-        start = 0
-        for first in range(0, len(self.rows), size):
-            counts = self.rows[first : first + size]
-            ends, total = [], 0
-            for count in counts:
-                total += count
-                ends.append(total)
-            if total:
+        """The experts that have rows, and no others, up to `size` consecutive ones at a time."""
+        start = first = 0
+        while first < len(self.rows):
+            counts = tuple(itertools.takewhile(bool, self.rows[first : first + size]))
+            if counts:
+                ends = tuple(itertools.accumulate(counts))
                 experts = slice(first, first + len(counts))
                 offsets = self.ends[experts] - start if len(counts) > 1 else None
-                yield Chunk(experts, Groups(tuple(ends), offsets), start, start + total)
-            start += total
+                yield Chunk(experts, Groups(ends, offsets), start, start + ends[-1])
+                start += ends[-1]
+            first += max(len(counts), 1)
 
 
 def count_choices(flat: Tensor, experts: int) -> Tensor:

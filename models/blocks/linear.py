@@ -78,6 +78,17 @@ class Linear(nn.Module):
         a, b = (lora.A, lora.B) if lora is not None else (None, None)
         return _LoRALinear.apply(x, trained(self.weight), self.bias, a, b, self)
 
+    def adapted(self) -> Tensor:
+        """The matrix [out, in] that x is multiplied by, without gradients: W + s · B A in float32, or W without LoRA.
+
+        For products that are no `forward`, of narrow matrices: this is a copy.
+        """
+        lora, dtype = self.lora, product_dtype(self.weight.device, self.weight.dtype)
+        if lora is None:
+            return self.weight.dense(dtype=dtype)
+        a, b = lora.A.detach().to(torch.float32), lora.B.detach().to(torch.float32)
+        return torch.addmm(self.weight.dense(dtype=torch.float32), b, a, alpha=lora.scaling)
+
 
 class ExpertWeights(nn.Module):
     """The weights of one projection of all experts, a stack [E, out, in], and their LoRA. Computes nothing itself.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -29,12 +30,22 @@ def say(text: str, stream: TextIO) -> None:
     write(legible(text), stream)
 
 
-def write(text: str, stream: TextIO) -> None:
+def write(text: str, stream: TextIO, end: str = "\n") -> None:
     """Print a line as it is, for what other programs read (JSON, YAML), and flush. Dropped as by `say`."""
     try:
-        print(text, file=stream, flush=True)
+        print(text, file=stream, end=end, flush=True)
     except OSError:
         silence(stream)
+
+
+def show_text(text: str, stream: TextIO) -> None:
+    """A piece of a model's answer, without a line's end. A terminal gets no control characters but tab and the joiners
+    of scripts and emoji, and nothing is cut; a file or pipe gets the text as it is.
+    """
+    if stream.isatty():
+        parts = re.split("([\t\u200c\u200d])", text)
+        text = "".join(part if index % 2 else printable(part) for index, part in enumerate(parts))
+    write(text, stream, end="")
 
 
 def silence(stream: TextIO) -> None:

@@ -55,12 +55,14 @@ def load_chat_template(
     )
 
 
-def missing_template(folder: str | Path) -> NibbleError:
-    """The error for rows of messages and a checkpoint that can't render them."""
+def missing_template(
+    folder: str | Path, what: str = "data.format messages", instead: str = "data.format prompt_completion or text"
+) -> NibbleError:
+    """The error for messages and a checkpoint that can't render them. what: needs it; instead: what doesn't."""
     return NibbleError(
         f"{folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
-        "which data.format messages needs.\nPut the template of the instruction-tuned model there as "
-        "chat_template.jinja, or use data.format prompt_completion or text."
+        f"which {what} needs.\nPut the template of the instruction-tuned model there as "
+        f"chat_template.jinja, or use {instead}."
     )
 
 

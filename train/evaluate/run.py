@@ -15,7 +15,6 @@ import torch
 
 from models.adapters.files import load_adapter, read_adapter_weights
 from models.adapters.lora import without_adapter
-from models.blocks.configjson import text_section
 from models.checkpoint.native import describe
 from models.decoder import CausalLM
 from models.load import ModelFolder, load_model, open_folder, prepare_model
@@ -38,7 +37,7 @@ from train.evaluate.choices import Questions
 from train.evaluate.request import Request
 from train.evaluate.rows import HeldOutRows
 from train.evaluate.scores import Documents, Scores, score
-from train.model import check_length
+from train.model import check_length, longest_context
 
 Figures = dict[str, Any]
 
@@ -103,10 +102,10 @@ def _completed(request: Request, source: ModelFolder) -> Request:
         if "dtype" not in given:
             changes["dtype"] = dtype
     settings = request.config.data
-    limit = text_section(source.config).get("max_position_embeddings")
+    limit = longest_context(source.config)
     if request.length_given:
         check_length(settings.sequence_length, source)
-    elif isinstance(limit, int) and 2 <= limit < settings.sequence_length:
+    elif limit is not None and limit < settings.sequence_length:
         settings = settings.model_copy(update={"sequence_length": limit})
     config = request.config.model_copy(update={"data": settings})
     return replace(request, model=request.model.model_copy(update=changes), config=config)

@@ -93,6 +93,17 @@ def parse_row(
     return Completion(*checked) if form == "prompt_completion" else Text(*checked)
 
 
+def parse_question(values: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """The messages of a row that are to be answered, and its tools. Raises BadRow naming the field."""
+    name = _own_name("messages", values)
+    messages, _ = _parse_messages(_listed(values, name), name, {})
+    if messages[-1]["role"] == "assistant":
+        raise BadRow(
+            "nothing_to_answer", f"{name} ends with the assistant's turn; leave out what is to be answered anew"
+        )
+    return messages, parse_tools(values.get("tools"), "tools")
+
+
 def missing(name: str, present: Iterable[str], owner: str, form: Format | None = None) -> str:
     """What to say where a column isn't there: the nearest name, or the keys to set for such rows."""
     names = [str(key) for key in present]
@@ -149,6 +160,14 @@ def _joined_text(values: dict[str, Any], parts: tuple[tuple[str, str], ...]) -> 
 
 def _parse_chat(values: dict[str, Any], fields: Mapping[str, str]) -> Chat:
     name = fields.get("messages") or _own_name("messages", values)
+    messages, trained = _parse_messages(_listed(values, name), name, fields)
+    if "system" in fields:
+        _put_system_first(messages, trained, values, fields["system"], name)
+    return _chat(messages, trained, values, fields, name, 0)
+
+
+def _listed(values: dict[str, Any], name: str) -> list[Any]:
+    """The column of messages, not empty."""
     if name not in values:
         raise BadRow("missing_field", missing(name, values, "the row", "messages"))
     raw = values[name]
@@ -158,10 +177,7 @@ def _parse_chat(values: dict[str, Any], fields: Mapping[str, str]) -> Chat:
         raise BadRow("null" if raw is None else "wrong_type", f"{name} is {kind_of(raw)}, expected a list of messages")
     if not raw:
         raise BadRow("empty", f"{name} is empty")
-    messages, trained = _parse_messages(raw, name, fields)
-    if "system" in fields:
-        _put_system_first(messages, trained, values, fields["system"], name)
-    return _chat(messages, trained, values, fields, name, 0)
+    return raw
 
 
 def _parse_turns(values: dict[str, Any], turns: list[Any], fields: Mapping[str, str]) -> Chat:

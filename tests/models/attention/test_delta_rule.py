@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.delta_rule import check_equal_results, report
 from models.attention import delta_rule, fla
-from models.attention.delta_rule import Blocking, chunked_gated_delta_rule, gated_delta_rule, stepwise_gated_delta_rule
+from models.attention.delta_rule import Blocking, chunked_gated_delta_rule, gated_delta_rule
+from models.attention.delta_step import stepwise_gated_delta_rule
 from models.blocks.documents import Documents
 from models.registry import architecture_for
 from quant.common.errors import NibbleError

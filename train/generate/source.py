@@ -1,0 +1,115 @@
+"""Which model is asked: a folder or hub id with an adapter, or what a run's config names; and loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.checkpoint.native import dtype_name
+from models.load import ModelFolder, load_model, open_folder
+from parallel.device import choose_device
+from quant.common.errors import NibbleError
+from train.config.load import load_config
+from train.config.sections import FOUR_BIT
+from train.data.template_files import load_chat_template
+from train.data.tokenizer import load_tokenizer
+from train.generate.answers import Answerer
+from train.generate.settings import read_settings
+from train.model import longest_context
+from train.state.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and an adapter for it; storage, double_quant, dtype and device where a config says them, else None.
+
+    plain, variables: of a run whose rows are no conversations, and of its chat template.
+    """
+
+    model: str
+    adapter: str | None = None
+    storage: str | None = None
+    double_quant: bool | None = None
+    dtype: str | None = None
+    device: str | None = None
+    plain: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+def source_of(model: str | None, adapter: str | None, config_file: str | None) -> Source:
+    """Of MODEL and --adapter, or of --config. Raises NibbleError, e.g. where the run has no result yet."""
+    if config_file is None:
+        assert model is not None
+        return Source(model, adapter)
+    config = load_config(config_file)
+    folder = RunFolder(Path(config.output.dir))
+    lora = config.adapter.kind == "lora"
+    result = folder.adapter if lora else folder.model
+    if adapter is None and not result.is_dir():
+        raise NibbleError(
+            f"{config_file}: the run has no result yet: there is no {result}.\nFinish it: python -m train --config "
+            f"{config_file}"
+        )
+    return Source(
+        config.model.path if lora else str(folder.model),
+        adapter or (str(folder.adapter) if lora else None),
+        config.model.storage,
+        config.model.double_quant,
+        config.model.dtype,
+        config.train.device,
+        plain=config.data.format == "text",
+        variables=config.data.template_variables,
+    )
+
+
+def load_source(
+    source: Source,
+    *,
+    storage: str | None,
+    dtype: str | None,
+    device: str | None,
+    given: Mapping[str, Any],
+    stop_texts: Sequence[str],
+    seed: int | None,
+    plain: bool,
+    variables: Mapping[str, Any],
+    note: Callable[[str], None],
+) -> Answerer:
+    """The model with its tokenizer, template and settings; what is None is as the source has it. note: gets a line
+    with the settings, and warnings. Raises NibbleError, as far as possible before the weights are read.
+    """
+    where = choose_device(device or source.device)
+    folder = open_folder(source.model)
+    if source.adapter is not None and not Path(source.adapter).is_dir():
+        raise NibbleError(f"--adapter: {source.adapter} is no folder. Wanted: one with adapter_config.json.")
+    tokenizer = load_tokenizer(folder.path)
+    plain = plain or source.plain
+    template = None
+    if not plain:
+        try:
+            template = load_chat_template(
+                folder.path, tokenizer.special_tokens, variables={**source.variables, **variables}
+            )
+        except NibbleError as error:
+            raise NibbleError(str(error).replace("data.template_variables:", "--template-variable:", 1)) from error
+    settings, warnings = read_settings(given, folder.path, tokenizer, stop_texts=stop_texts, seed=seed)
+    for warning in warnings:
+        note(f"warning: {warning}")
+    note(settings.said)
+    kind, double, kept = _stored(source, folder, storage, dtype)
+    model = load_model(folder.path, kind, kept, where, source.adapter, double_quant=double, progress=True)
+    return Answerer(model, tokenizer, template, settings, folder.path, plain, longest_context(folder.config))
+
+
+def _stored(source: Source, folder: ModelFolder, storage: str | None, dtype: str | None) -> tuple[str, bool, str]:
+    """Storage, double_quant and dtype: as given, else as the config says, else as a converted folder has them."""
+    made = folder.manifest
+    kind = storage or source.storage or (made.spec.kind if made else "nf4")
+    double = kind in FOUR_BIT
+    if source.double_quant is not None and kind == source.storage:
+        double = source.double_quant
+    elif made is not None and kind == made.spec.kind:
+        double = made.spec.double_quant
+    return kind, double, dtype or source.dtype or (dtype_name(made.dtype) if made else "bfloat16")
