@@ -118,9 +118,7 @@ class NibbleLM(TemplateLM):
             documents.append((ids, [index >= len(ids) - len(continuation) for index in range(len(ids))]))
         cut = sum(len(context) + len(more) > self.max_length + 1 for _, context, more in requests)
         if cut:
-            log.warning(
-                f"{cut:,} texts are longer than max_length {self.max_length:,}: their beginning is left out."
-            )
+            log.warning(f"{cut:,} texts are longer than max_length {self.max_length:,}: their beginning is left out.")
         with Bar("log-likelihoods") as bar:
             scores = score(self.model, documents, self._device, batch_tokens=self._batch_tokens, progress=bar.update)
         if not np.isfinite(scores.losses).all():
