@@ -23,6 +23,7 @@ from quant.common.terminal import exit_code, run_command
 def register() -> None:
     """Make `nibble` a model of lm-eval. Raises NibbleError where lm-eval isn't installed."""
     try:
+        import lm_eval.models  # noqa: F401  lm-eval's own, which it registers only while there are none
         from lm_eval.api.registry import model_registry
     except ImportError as error:
         raise NibbleError(f"lm-eval can't be imported ({error}).\nInstall it: pip install 'nibble[eval]'") from error
