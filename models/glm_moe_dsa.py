@@ -151,9 +151,7 @@ class SelectingAttention(LatentAttention):
             out = selected_attention(query, *self.expanded(latent, rotated), parts, selected, self.config.scale)
         return self.o_proj(out.flatten(1)), selected
 
-    def continued(
-        self, query: Tensor, kept: Tensor, documents: Continued, selected: Tensor | None = None
-    ) -> Tensor:
+    def continued(self, query: Tensor, kept: Tensor, documents: Continued, selected: Tensor | None = None) -> Tensor:
         """As LatentAttention's; selected int32 [N, K]: what each token sees, None where it sees everything."""
         if selected is None:
             return super().continued(query, kept, documents)

@@ -145,7 +145,9 @@ class Continued(Documents):
 
         def by_token(values: Sequence[int]) -> Tensor:
             values_ = torch.tensor(values, device=device)
-            return values_ if len(values) == sum(lengths) else values_.repeat_interleave(counts, output_size=sum(lengths))
+            return (
+                values_ if len(values) == sum(lengths) else values_.repeat_interleave(counts, output_size=sum(lengths))
+            )
 
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
         slices = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
