@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import kind_of
-from quant.common.words import counted, shown
+from quant.common.words import counted, printable, shown
 from train.config.row_paths import row_files
 from train.data.chat import RenderError, Rendering
 from train.data.labels import Labels, Plain
@@ -27,7 +27,6 @@ from train.evaluate.request import CHOICES, Request
 from train.evaluate.scores import Scores
 from train.rows.bad_rows import BadRow, RowLog
 from train.rows.files import Row, read_rows
-from train.rows.parse import missing
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _Document = tuple[list[int], list[bool]]
@@ -48,7 +47,8 @@ def parse_question(values: Mapping[str, Any], file: str = "", line: int = 0) -> 
     """Check one row. answer: the number of the choice (from 0), its text, or its letter. Raises BadRow."""
     for name in CHOICES:
         if name not in values:
-            raise BadRow("missing_field", missing(name, values, "the row"))
+            has = printable(", ".join(values), 200) or "nothing"
+            raise BadRow("missing_field", f"no field '{name}'; the row has {has}")
     text, choices, answer = (values[name] for name in CHOICES)
     if not isinstance(text, str) or not text:
         raise BadRow("wrong_type", f"question must be text, got {kind_of(text)}")

@@ -32,9 +32,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A world, and the folder of a finished run whose config lies beside it."""
     world = make_world(tmp_path_factory.mktemp("world"))
     out = world.model.parent / "out"
-    assert (
-        training.main(settings(world, out, train__max_steps=3, train__learning_rate=3e-2, model__storage="none")) == 0
-    )
+    changes = {"train__max_steps": 3, "train__learning_rate": 3e-2, "model__storage": "none"}
+    assert training.main(settings(world, out, **changes)) == 0
     return world, out
 
 
@@ -120,18 +119,8 @@ def test_a_converted_folder_is_read_as_it_is(run: Run, tmp_path: Path) -> None:
 
 def test_two_processes_give_what_one_gives(run: Run, tmp_path: Path) -> None:
     world, out = run
-    options = [
-        world.model,
-        "--adapter",
-        out / "adapter",
-        "--data",
-        world.rows,
-        "--storage",
-        "nf4",
-        "--dtype",
-        "float32",
-    ]
-    options += ["--batch-tokens", "300"]
+    options = [world.model, "--adapter", out / "adapter", "--data", world.rows]
+    options += ["--storage", "nf4", "--dtype", "float32", "--batch-tokens", 300]
     alone, rows = evaluated(tmp_path, *options)
     written = [str(tmp_path / "two.json"), str(tmp_path / "two.jsonl")]
     arguments = [*map(str, options), "--device", "cpu", "--json", written[0], "--by-row", written[1]]
@@ -205,9 +194,8 @@ def test_a_run_that_has_no_result_or_no_rows(run: Run, tmp_path: Path, capsys: p
     path.write_text(yaml.safe_dump(values))
     assert "has no held-out rows" in error_of(capsys, "--config", path)
     # With the files given it is what data.* says of them that is meant.
-    found, _ = evaluated(
-        tmp_path, run[0].model, "--config", path, "--adapter", run[1] / "adapter", "--data", run[0].rows
-    )
+    options = ["--adapter", run[1] / "adapter", "--data", run[0].rows]
+    found, _ = evaluated(tmp_path, run[0].model, "--config", path, *options)
     assert found["rows"] == 96
 
 
