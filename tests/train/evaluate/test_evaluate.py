@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +18,13 @@ import yaml
 from models import convert
 from tests.peft_helpers import peft_load
 from tests.processes import run_commands
-from tests.run_helpers import World, make_world, messages, questions, settings
+from tests.run_helpers import ROOT, World, make_world, messages, questions, settings
 from train import __main__ as training
 from train.config.sections import DataConfig
 from train.data.load import Texts
 from train.data.template_files import load_chat_template
 from train.data.tokenizer import load_tokenizer
-from train.evaluate.__main__ import main
+from train.evaluate.__main__ import main, parser
 
 Run = tuple[World, Path]
 
@@ -208,3 +210,17 @@ def test_weights_that_are_not_finite(run: Run, tmp_path: Path, capsys: pytest.Ca
     save_file({name: torch.full_like(tensor, 1e30) for name, tensor in tensors.items()}, file)
     options = [run[0].model, "--adapter", tmp_path / "adapter", "--data", run[0].rows, "--storage", "none"]
     assert "rows.jsonl:1 is nan, and that of 96 documents of 96" in error_of(capsys, *options)
+
+
+def test_the_commands_of_the_documentation_are_commands(run: Run, tmp_path: Path) -> None:
+    """And what its JSON has is what is written."""
+    text = (ROOT / "docs" / "evaluate.md").read_text()
+    commands = re.findall(r"-m train\.evaluate (.*)", text.replace("\\\n", " "))
+    assert len(commands) == 4
+    for command in commands:
+        parser().parse_args(shlex.split(command))
+    shown = json.loads(text[text.index("    {\n") : text.index("    }\n") + 6])
+    found, rows = evaluated(tmp_path, "--config", run[1] / "config.yaml")
+    assert list(shown) == list(found) and list(shown["base"]) == list(found["base"])
+    row = json.loads(next(line for line in text.splitlines() if line.startswith('    {"file"')))
+    assert list(row) == list(rows[0])
