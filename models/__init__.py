@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # `as`: public, for type checkers
     from models.blocks.router import Router as Router
     from models.checkpoint.export import export_hub as export_hub
     from models.decoder import CausalLM as CausalLM
+    from models.generation.sampling import Sampling as Sampling
     from models.load import load_model as load_model
     from models.registry import ARCHITECTURES as ARCHITECTURES
 
@@ -34,6 +35,7 @@ _HOMES = {
     "Documents": "models.blocks.documents",
     "Experts": "models.blocks.experts",
     "Router": "models.blocks.router",
+    "Sampling": "models.generation.sampling",
     "add_lora": "models.adapters.lora",
     "export_hub": "models.checkpoint.export",
     "load_adapter": "models.adapters.files",

@@ -63,12 +63,17 @@ def test_every_public_name_is_shown() -> None:
 def test_logits_and_tokens(after: dict[str, Any], reference: nn.Module) -> None:
     prompt = after["Logits"]["prompt"]
     assert_close(after["Logits"]["logits"], reference(prompt).logits)
-    tokens = prompt
-    for _ in range(8):
-        tokens = torch.cat((tokens, reference(tokens).logits[:, -1:].argmax(-1)), dim=1)
-    names = after["A few tokens by hand"]
-    assert torch.equal(names["continued"], tokens)
-    assert names["text"].startswith("Ben finds 6 buttons in the morning")
+    names = after["Generating"]
+    assert names["texts"][0].startswith("Ben finds 6 buttons in the morning")
+    for row, ids in enumerate(names["prompts"]):
+        tokens = torch.tensor([ids])
+        for step in range(8):
+            logits = reference(tokens).logits[:, -1:]
+            if step < 4:
+                assert_close(names["steps"][step][row], logits[0, 0])
+            tokens = torch.cat((tokens, logits.argmax(-1)), dim=1)
+        assert names["greedy"][row].tokens == tokens[0, len(ids) :].tolist()
+    assert names["kept"] > 0
 
 
 @torch.no_grad()

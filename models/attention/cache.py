@@ -1,9 +1,9 @@
 """What generation keeps of the tokens so far, so that the next ones needn't compute them again.
 
-A cache has a row for each document. A forward pass takes `Continued` documents: the next tokens of some rows, any number
-of them each. Every module that mixes tokens keeps its own: attention what keys and values are made of, token by token
-(`Cache.history`), linear attention a state of fixed size (`Cache.state`). There is no padding: a row takes as many slots
-as it has tokens, and what lies behind them is never attended to.
+A cache has a row for each document. A forward pass takes `Continued` documents: the next tokens of some rows, any
+number of them each. Every module that mixes tokens keeps its own: attention what keys and values are made of, token by
+token (`Cache.history`), linear attention a state of fixed size (`Cache.state`). No token is padding; the slots behind a
+row's last token are never attended to.
 
 Shapes: B rows, N tokens of a pass, T tokens of one document of it, S tokens that these can see, C channels.
 """
@@ -11,6 +11,7 @@ Shapes: B rows, N tokens of a pass, T tokens of one document of it, S tokens tha
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,19 +37,23 @@ class History:
     def extend(self, row: int, before: int, new: Tensor) -> Tensor:
         """Keeps `new` [T, heads, width], the tokens of a row from position `before` on.
 
-        Returns [heads, S, width], in the order of positions: the tokens that at least one of the new ones can see, which
-        are the last T of them.
+        Returns [heads, S, width], in the order of positions: the tokens that at least one of the new ones can see, the
+        new ones last.
         """
-        end, new = before + len(new), new.transpose(0, 1)
-        if self.window is None:
+        end, new, window = before + len(new), new.transpose(0, 1), self.window
+        if window is None:
             self._reserve(end)
             self.buffer[row, :, before:end] = new
             return self.buffer[row, :, :end]
-        self._reserve(min(end, self.window))
+        self._reserve(min(end, window))
         kept = self.buffer[row]
-        seen = torch.cat((kept.index_select(1, self._slots(max(0, before - self.window + 1), before)), new), dim=1)
-        first = max(before, end - self.window)
-        kept.index_copy_(1, self._slots(first, end), new[:, first - before :])
+
+        def slots(start: int, stop: int) -> Tensor:
+            return torch.arange(start, stop, device=new.device) % window
+
+        seen = torch.cat((kept.index_select(1, slots(max(0, before - window + 1), before)), new), dim=1)
+        first = max(before, end - window)
+        kept.index_copy_(1, slots(first, end), new[:, first - before :])
         return seen
 
     def step(self, positions: Tensor, longest: int, new: Tensor) -> Tensor:
@@ -61,9 +66,6 @@ class History:
         slots = positions if self.window is None else positions % self.window
         self.buffer[torch.arange(len(new), device=slots.device), :, slots] = new
         return self.buffer[:, :, :size]
-
-    def _slots(self, start: int, stop: int) -> Tensor:
-        return torch.arange(start, stop, device=self.buffer.device) % self.window
 
     def _reserve(self, slots: int) -> None:
         """Makes room by a quarter at a time, so that a token's share of all the copying stays the same."""
@@ -141,16 +143,13 @@ class Continued(Documents):
         """pieces: row, tokens, tokens before, and tokens in total as in `Piece`, of every document."""
         rows, lengths, before, totals = zip(*pieces, strict=True)
         plain = Documents.from_lengths(lengths, device)
-        counts = torch.tensor(lengths, device=device)
+        ends = list(itertools.accumulate(lengths))
+        slices = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
         def by_token(values: Sequence[int]) -> Tensor:
-            values_ = torch.tensor(values, device=device)
-            return (
-                values_ if len(values) == sum(lengths) else values_.repeat_interleave(counts, output_size=sum(lengths))
-            )
+            """A number of each document, for each of its tokens."""
+            return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
 
-        starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        slices = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         return Continued(
             plain.lengths,
             plain.offsets,

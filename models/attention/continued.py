@@ -39,8 +39,8 @@ def continued_attention(
         documents.store(values, value)
         return causal_attention(query, key, value, documents, scale, window)
     if documents.is_step:
-        seen = tuple(h.step(documents.positions, documents.reach, x) for h, x in ((keys, key), (values, value)))
-        return _step(query, *seen, documents.positions, scale)
+        key, value = (h.step(documents.positions, documents.reach, x) for h, x in ((keys, key), (values, value)))
+        return _step(query, key, value, documents.positions, scale)
     pieces = zip(documents.keep(keys, key), documents.keep(values, value), strict=True)
     return torch.cat([_piece(query[piece.tokens], k, v, scale, window) for (piece, k), (_, v) in pieces])
 
@@ -59,9 +59,9 @@ def latent_attention(query: Tensor, history: History, new: Tensor, documents: Co
 def selected_latent_attention(
     query: Tensor, history: History, selected: Tensor, documents: Continued, scale: float
 ) -> Tensor:
-    """`latent_attention` of each token to its selected ones only, `selected` int32 [N, K], which the history has already.
+    """`latent_attention` of each token to the positions `selected` int32 [N, K] only, which the history has already.
 
-    Selected positions after the token's own are left out. Each token's keys are gathered, some tokens at a time.
+    Those after the token's own are left out. Each token's keys are gathered, some tokens at a time.
     """
     out = torch.empty_like(query)
     size = max(1, NUMBERS_AT_A_TIME // (selected.shape[1] * query.shape[2]))

@@ -7,8 +7,8 @@ token's key towards the token's value, and reads it with the query:
 
 with k and q scaled to unit length, q by dk**-0.5 too, and S zero at the start of every document.
 
-Token by token (models/attention/delta_step.py) that is N small steps in a row. The chunked form cuts the flat batch into
-chunks of C tokens; inside a chunk a unit lower triangular system stands for the C corrections that see one another
+Token by token (models/attention/delta_step.py) that is N small steps in a row. The chunked form cuts the flat batch
+into chunks of C tokens; inside a chunk a unit lower triangular system stands for the C corrections that see one another
 (the WY form of DeltaNet, arXiv:2406.06484 §3), and only the N / C states follow one another. With e_ij = e^(g_j+1 + … +
 g_i) for tokens i ≥ j of one document and zero for all others, and γ_i the decay from the chunk's start to token i, zero
 when the token's document starts inside the chunk:

@@ -16,7 +16,7 @@ from models.blocks.documents import Documents
 def continued_gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, documents: Continued, owner: nn.Module
 ) -> Tensor:
-    """`gated_delta_rule` from the states that the cache keeps for `owner`, in torch on any device, without gradients."""
+    """`gated_delta_rule` from the states that the cache keeps for `owner`: in torch everywhere, without gradients."""
     shape = (value.shape[1], key.shape[2], value.shape[2])
     like = value.new_empty(0, dtype=torch.promote_types(value.dtype, torch.float32))
     states = documents.cache.state(owner, "state", shape, like)
@@ -27,8 +27,9 @@ def continued_gated_delta_rule(
         return out.to(value.dtype)
     by_document = []
     for piece in documents.pieces:
-        own = (x[piece.tokens] for x in (*inputs, documents.positions))
-        by_document.append(chunks_from_state(*own, states[piece.row]))
+        q, k, v, g, b = (x[piece.tokens] for x in inputs)
+        positions, state = documents.positions[piece.tokens], states[piece.row]
+        by_document.append(chunks_from_state(q, k, v, g, b, positions, state))
     return torch.cat(by_document)
 
 
@@ -48,7 +49,7 @@ def stepwise_gated_delta_rule(
 
 
 def _prepared(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-    """q and k of unit length [N, hv, dk], q scaled too; v [N, hv, dv]; e^g and β [N, hv]; in the computation's dtype."""
+    """q (scaled too) and k of unit length [N, hv, dk], v [N, hv, dv], e^g and β [N, hv]; float32 or float64."""
     dtype = torch.promote_types(value.dtype, torch.float32)
     groups = value.shape[1] // key.shape[1]
 

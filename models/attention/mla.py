@@ -119,7 +119,7 @@ class LatentAttention(nn.Module):
         return torch.cat((nope, rotate(rope, tables, interleaved=c.interleaved)), dim=-1), latent
 
     def kept(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What keys and values are made of: the latent [N, latent_rank], normed, and the rotated key [N, 1, rope_dim]."""
+        """What keys and values are made of: the normed latent [N, latent_rank], the rotated key [N, 1, rope_dim]."""
         c = self.config
         latent, shared_key = self.kv_a_proj_with_mqa(x).split((c.latent_rank, c.rope_dim), dim=-1)
         return self.kv_a_layernorm(latent), rotate(shared_key[:, None], tables, interleaved=c.interleaved)

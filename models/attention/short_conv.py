@@ -29,7 +29,10 @@ def short_convolution(x: Tensor, weight: Tensor, documents: Documents) -> Tensor
 
 
 def continued_convolution(x: Tensor, weight: Tensor, documents: Continued, owner: nn.Module) -> Tensor:
-    """`short_convolution` where the cache keeps for `owner` the last width - 1 tokens of every row. Without gradients."""
+    """`short_convolution` after the last width - 1 tokens of every row, which the cache keeps for `owner`.
+
+    Without gradients.
+    """
     width = weight.shape[1]
     tails = documents.cache.state(owner, "tail", (width - 1, x.shape[1]), x)
     source = torch.cat((tails.flatten(0, 1), x))

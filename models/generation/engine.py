@@ -162,6 +162,7 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= model.vocabulary:
             raise NibbleError(
-                f"prompt {row} has tokens from {low} to {high}; the model's vocabulary has 0 to {model.vocabulary - 1}.\n"
+                f"prompt {row} has tokens from {low} to {high}; "
+                f"the model's vocabulary has 0 to {model.vocabulary - 1}.\n"
                 "Do tokenizer and model belong together?"
             )

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import (
     checkpoint,
+    generate,
     gpu,
     gpu_timings,
     gpu_train,
@@ -362,3 +363,23 @@ def test_models_have_published_sizes(model: str, parameters: int):
     """With all their layers."""
     config = {key: value for key, value in MODELS[model].items() if key != "num_hidden_layers"}
     assert parameters_of(config) == parameters
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+
+def test_generation_is_measured_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    """All sides in this process; the checkpoint too."""
+    monkeypatch.setattr(checkpoint.subprocess, "run", lambda command, check: checkpoint.write(Path(command[-1])))
+
+    def here(side: str, arguments: Any, folder: Path) -> Any:
+        arguments.folder = folder
+        return generate.measure_here(side, arguments)
+
+    monkeypatch.setattr(generate, "worker", here)
+    options = ["--tiny", "--prompt", "24", "--new", "3", "--batch", "2", "--repetitions", "1", "--threads", "1"]
+    assert generate.main([*options, "--work", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[-3:]] == ["nibble none", "nibble nf4", "transformers"]
+    with pytest.raises(NibbleError, match="do not generate the same tokens"):
+        generate.check_equal_tokens({"tokens": [[1]]}, {"tokens": [[2]]})
