@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("--storage", choices=("none", "nf4", "fp4", "int8"), help="of frozen matrices (default: nf4, or as converted)")
     add("--dtype", choices=("bfloat16", "float32"), help="of everything else (default: bfloat16, or as converted)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--batch-tokens", type=_positive, default=8192, metavar="N", help="tokens computed at a time (default: 8192)")
+    add("--batch-tokens", type=positive, default=8192, metavar="N", help="tokens computed at a time (default: 8192)")
     add("--json", metavar="FILE", help="write the figures to FILE, as one JSON object")
     add("--by-row", metavar="FILE", help="write a line of JSON for each row to FILE, the worst first")
     add(
@@ -65,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's value; argparse says its name where it isn't one."""
     value = int(text)
     if value < 1:
         raise ValueError

@@ -73,7 +73,8 @@ class Questions:
         self.questions, self.documents = questions, documents
         self.starts = np.cumsum([0, *(len(question.choices) for question in questions)])
         self._tokens = np.array([sum(mask[1:]) for _, mask in documents])
-        self.about = {"skipped_rows": dict(skipped), "sequence_length": length}
+        files = list(dict.fromkeys(question.file for question in questions))
+        self.about = {"data": files, "skipped_rows": dict(skipped), "sequence_length": length}
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
         self.unused = f"{counted(skipped.total(), 'row')} of {rows:,} not used: {reasons}" if skipped else ""
 

@@ -43,6 +43,7 @@ class HeldOutRows:
         self._ends = list(accumulate(report.file_rows))
         skipped = Counter(row.reason for row in report.skipped_rows)
         self.about: dict[str, Any] = {
+            "data": files,
             "skipped_rows": dict(skipped),
             "cut": report.cut,
             "split": report.split,
