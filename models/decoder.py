@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from quant.storage import DenseStorage, Storage
 
 # run(layer, *inputs): the output of a layer, or of a part of one, perhaps to be computed again for its gradients.
 Run = Callable[..., Any]
+
+_Reduced = TypeVar("_Reduced")  # one tensor, or several
 
 
 class DecoderConfig(Protocol):
@@ -122,7 +124,7 @@ class Head(Linear):
 
     group: ClassVar[Group] = "head"
 
-    def reduce(self, hidden: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def reduce(self, hidden: Tensor, function: Callable[[Tensor, Tensor], _Reduced]) -> _Reduced:
         """function(hidden, weight): for what is computed of the logits without their ever being there all at once.
 
         Where the weight is cut into parts on several processes, it is whole inside `function`, and only there.

@@ -31,6 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("train/output",),
     ("train/state",),
     ("train",),
+    ("train/evaluate",),
     ("train/generate",),
     ("train/demo",),
 )

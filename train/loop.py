@@ -18,7 +18,7 @@ from quant.common.errors import NibbleError
 from quant.common.words import counted, format_bytes, format_seconds
 from train.config.sections import TrainConfig
 from train.data.batches import Batch, EvalBatches, StepBatches
-from train.evaluate import batch_loss, held_out_loss
+from train.held_out import batch_loss, held_out_loss
 from train.optim import NonFiniteError, check_loss, clip_gradients
 from train.output.metrics import MetricsLog
 from train.output.report import Report

@@ -54,8 +54,7 @@ def linear_cross_entropy(
         raise ValueError(f"hidden [N, H] and head [V, H] don't fit: {tuple(hidden.shape)}, {tuple(head_weight.shape)}")
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels must be [N] = [{hidden.shape[0]}], not {tuple(labels.shape)}")
-    if chunk_bytes is None:
-        chunk_bytes = CUDA_CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES
+    chunk_bytes = chunk_bytes or _chunk_bytes(hidden)
     rows = _labelled_rows(labels, labelled)
     targets = labels.index_select(0, rows)
     _check_targets(targets, rows, head_weight.shape[0])
@@ -63,6 +62,52 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, head_weight, rows, targets, denominator, chunk_bytes)
     loss, _, _ = _loss_and_gradients(hidden, head_weight, rows, targets, denominator, chunk_bytes, False, False)
     return loss
+
+
+@torch.no_grad()
+@without_autocast
+def label_losses(
+    hidden: Tensor, head_weight: Tensor, labels: Tensor, *, labelled: int | None = None, chunk_bytes: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of each labelled row, float32 [n], and whether its label has the largest logit, bool [n].
+
+    Arguments and errors as for `linear_cross_entropy`, whose result is the sum of these losses; chunks as there. Of
+    equal logits the first is the largest, as for torch.argmax on a CPU.
+    """
+    chunk_bytes = chunk_bytes or _chunk_bytes(hidden)
+    rows = _labelled_rows(labels, labelled)
+    targets = labels.index_select(0, rows)
+    _check_targets(targets, rows, head_weight.shape[0])
+    n, vocabulary = len(rows), head_weight.shape[0]
+    losses = hidden.new_empty(n, dtype=torch.float32)
+    correct = torch.empty(n, dtype=torch.bool, device=hidden.device)
+    dtype = product_dtype(hidden.device, head_weight.dtype)
+    width = head_weight.shape[1] if dtype != head_weight.dtype else 0
+    block, columns = _chunk_shape(max(n, 1), vocabulary, width, chunk_bytes)
+    buffer = hidden.new_empty(block * columns, dtype=torch.float32)
+    for start in range(0, n, block):
+        x = hidden.index_select(0, rows[start : start + block]).to(dtype)
+        target = targets[start : start + block, None]
+        top = torch.full_like(target, float("-inf"), dtype=torch.float32)
+        total, picked, best = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(target)
+        for first in range(0, vocabulary, columns):
+            part = slice(first, min(first + columns, vocabulary))
+            w = head_weight[part].to(dtype)
+            logits = _product(x, w.T, buffer[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0]))
+            column, inside = _columns_of(target, part)
+            picked = torch.where(inside, logits.gather(1, column), picked)
+            highest, where = logits.max(1, keepdim=True)
+            best = torch.where(highest > top, where + first, best)
+            higher = torch.maximum(top, highest)
+            total.mul_((top - higher).exp_()).add_(logits.sub_(higher).exp_().sum(1, keepdim=True))
+            top = higher
+        losses[start : start + block] = (top - picked).add_(total.log()).squeeze(1)
+        correct[start : start + block] = (best == target).squeeze(1)
+    return losses, correct
+
+
+def _chunk_bytes(hidden: Tensor) -> int:
+    return CUDA_CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES
 
 
 def _labelled_rows(labels: Tensor, labelled: int | None) -> Tensor:

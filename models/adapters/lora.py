@@ -5,9 +5,10 @@ Shapes: E experts, R rank, `in` and `out` features of a weight.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,23 @@ def adapted(model: CausalLM, key_map: KeyMap | None = None) -> list[tuple[Key, L
         if lora is not None:
             found.append((key, lora))
     return found
+
+
+@contextlib.contextmanager
+def without_adapter(model: CausalLM) -> Iterator[None]:
+    """While this is open `model` computes what its base computes, bit for bit; its adapter keeps its values.
+
+    Not for a model that is being trained: what is computed meanwhile has no gradient for the adapter.
+    """
+    owners = [module for module in model.modules() if isinstance(module, Linear | ExpertWeights)]
+    loras = [owner.lora for owner in owners]
+    try:
+        for owner in owners:
+            owner.lora = None
+        yield
+    finally:
+        for owner, lora in zip(owners, loras, strict=True):
+            owner.lora = lora
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -19,7 +19,7 @@ from quant.common.errors import NibbleError
 from train.config.load import Config, parse_config
 from train.data.batches import IGNORED, Batch
 from train.data.load import Data, load_data
-from train.evaluate import batch_loss, held_out_loss
+from train.held_out import batch_loss, held_out_loss
 from train.output.report import Report
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from tests.helpers import assert_close
 from tests.processes import run_processes
 from tests.run_helpers import messages, questions, write_tokenizer
 from tests.tiny import save_tiny
-from train.evaluate import held_out_loss
+from train.held_out import held_out_loss
 from train.loop import training_step
 
 SIGMOID, SOFTMAX = "glm4_moe_lite", "qwen3_5_moe_text"

@@ -24,7 +24,7 @@ from tests.helpers import assert_close, save_tiny_glm
 from tests.processes import run_processes
 from train import loop
 from train.data.batches import IGNORED, Batch, empty_batch
-from train.evaluate import batch_loss, held_out_loss
+from train.held_out import batch_loss, held_out_loss
 from train.loop import StepResult, training_step
 from train.optim import NonFiniteError, build_optimizer
 

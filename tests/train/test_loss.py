@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.common.errors import NibbleError
-from train.loss import _chunk_shape, linear_cross_entropy
+from train.loss import _chunk_shape, label_losses, linear_cross_entropy
 
 
 def make(
@@ -200,3 +200,33 @@ def test_no_tensor_of_all_logits_exists() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, env=environment, check=True)
     assert int(result.stdout) / 1024 < 24
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_hits_of_single_labels(chunk_bytes: int, dtype: torch.dtype) -> None:
+    hidden, head, labels = make(83, 24, 1111, dtype)
+    logits = hidden.float() @ head.float().T
+    labels[:40] = torch.where(labels[:40] == -100, -100, logits.argmax(1)[:40])
+    here = labels != -100
+    losses, correct = label_losses(hidden, head, labels, chunk_bytes=chunk_bytes)
+    expected = F.cross_entropy(logits, labels, reduction="none")[here]
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # a CPU without bfloat16 units computes in float32, others not
+    assert relative(losses, expected) < tolerance
+    assert correct.dtype == torch.bool and 0 < int(correct.sum()) < len(correct)
+    if dtype == torch.float32:
+        assert correct.tolist() == (logits.argmax(1) == labels)[here].tolist()
+
+
+def test_of_equal_logits_the_first_is_the_largest_over_all_chunks() -> None:
+    hidden, head = torch.ones(5, 4), torch.zeros(200, 4)
+    head[[70, 130, 199]] = 1.0
+    labels = torch.tensor([70, 130, -100, 199, 70])
+    for chunk_bytes in (1 << 20, 16 * 64 * 4):
+        _, correct = label_losses(hidden, head, labels, chunk_bytes=chunk_bytes)
+        assert correct.tolist() == [True, False, False, True]
+
+
+def test_no_label_has_no_loss() -> None:
+    losses, correct = label_losses(torch.ones(3, 4), torch.ones(7, 4), torch.full((3,), -100))
+    assert len(losses) == len(correct) == 0

@@ -8,6 +8,7 @@ the last token of the one before, which is learnt there and here is what the nex
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,8 +85,8 @@ class Examples:
     def fingerprint(self) -> str:
         """Changes when any token, mask or the choice of examples does; a resumed run compares it."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.mask, self.starts, self.lengths):
-            digest.update(np.ascontiguousarray(array).data)
+        for values in (self.tokens, self.mask, self.starts, self.lengths):
+            digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
 
@@ -95,7 +96,7 @@ class DataReport:
 
     rows: read, usable or not. cut: examples cut to sequence_length. split: texts longer than sequence_length, made into
     several examples. lost: examples of usable rows dropped because nothing to learn was left after cutting. file_rows:
-    rows read of each file.
+    rows read of each file. lines: of each row read, its line in its file.
     """
 
     rows: int
@@ -104,6 +105,7 @@ class DataReport:
     lost: int
     skipped_rows: list[SkippedRow]
     file_rows: list[int]
+    lines: Sequence[int]
 
 
 def build_examples(
@@ -231,6 +233,7 @@ class _Builder:
         self.form, self.fields, self.splits = form, fields, form == "text"
         self.rows = self.cut = self.split = self.lost = 0
         self.file_rows: list[int] = []
+        self.lines = array("q")
         self._ids: list[NDArray[np.int32]] = []
         self._masks: list[NDArray[np.bool_]] = []
         self._rows: list[int] = []
@@ -243,6 +246,7 @@ class _Builder:
         pieces = []
         for row, one in zip(rows, parsed, strict=True):
             self.rows += 1
+            self.lines.append(row.line)
             try:
                 pieces.append(_Piece(row, self.rows - 1, _texts(next(rendered) if isinstance(one, Chat) else one)))
             except BadRow as problem:
@@ -321,4 +325,4 @@ class _Builder:
             rows=np.array(self._rows, np.int64),
             labelled=np.array([mask.sum() for mask in self._masks], np.int32),
         )
-        return examples, DataReport(self.rows, self.cut, self.split, self.lost, skipped, self.file_rows)
+        return examples, DataReport(self.rows, self.cut, self.split, self.lost, skipped, self.file_rows, self.lines)

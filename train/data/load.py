@@ -15,13 +15,14 @@ from quant.common.files import disk_errors
 from quant.common.progress import Bar
 from train.config.load import Config
 from train.config.row_paths import row_files
-from train.config.sections import RowFiles
+from train.config.sections import DataConfig, RowFiles
 from train.data.batches import EvalBatches, StepBatches
 from train.data.examples import DataReport, Examples, build_examples, split_examples
 from train.data.mixture import copies_of_rows, repeated
 from train.data.packing import Packing, pack
 from train.data.template_files import load_chat_template
-from train.data.tokenizer import load_tokenizer
+from train.data.template_process import TemplateProcess
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.rows.bad_rows import write_skipped_rows
 
 _ARRAYS = [field.name for field in fields(Examples)]
@@ -87,13 +88,12 @@ def load_data(
     finally:
         if world.first:
             shared.unlink(missing_ok=True)
-    (examples, copies), *others = read
+    first, *others = read
     held_out = repeated(*others[0]) if others else None
     if held_out is None and settings.eval_fraction is not None:
-        # Of the rows that are learnt at all, and before they are repeated: none is on both sides.
-        examples = repeated(examples, None if copies is None else np.minimum(copies, 1))
-        examples, held_out = split_examples(examples, settings.eval_fraction, train.seed)
-    examples = repeated(examples, copies)
+        examples, held_out = held_out_part(first, settings.eval_fraction, train.seed)
+    else:
+        examples = repeated(*first)
 
     packing = pack(examples.lengths, settings.sequence_length, train.seed, settings.packing)
     batches = StepBatches(
@@ -125,19 +125,37 @@ def _read(
     config: Config, folder: Path, note: Callable[[str], None], now: datetime
 ) -> tuple[list[_Read], list[DataReport]]:
     """The rows of data.train and, where it is given, of data.eval."""
-    settings = config.data
+    settings, seed = config.data, config.train.seed
     tokenizer = load_tokenizer(folder)
     template = load_chat_template(folder, tokenizer.special_tokens, now=now, variables=settings.template_variables)
+    texts = Texts(settings, tokenizer, template, seed)
+    made = [texts.read(settings.train, "data.train", note)]
+    if settings.eval is not None:
+        made.append(texts.read(settings.eval, "data.eval", note))
+    return [examples for examples, _ in made], [rows for _, rows in made]
 
-    def read(value: RowFiles, key: str) -> tuple[_Read, DataReport]:
-        files = row_files(value, key)
+
+@dataclass(frozen=True)
+class Texts:
+    """How rows become examples: `settings`, of which files and packing aren't read, with a checkpoint's tokenizer and
+    template. seed: draws the rows of files with a weight.
+    """
+
+    settings: DataConfig
+    tokenizer: Tokenizer
+    template: TemplateProcess | None
+    seed: int
+
+    def read(self, value: RowFiles, key: str, note: Callable[[str], None]) -> tuple[_Read, DataReport]:
+        """The rows of the files `value`, which `key` names in messages; note: as for `load_data`."""
+        files, settings = row_files(value, key), self.settings
         what = Path(files[0].path).name if len(files) == 1 else f"{len(files)} files"
         with Bar(f"reading {what}") as bar:
             examples, report = build_examples(
                 [file.path for file in files],
                 form=settings.format,
-                tokenizer=tokenizer,
-                template=template,
+                tokenizer=self.tokenizer,
+                template=self.template,
                 sequence_length=settings.sequence_length,
                 fields=settings.fields,
                 key=key,
@@ -145,9 +163,13 @@ def _read(
                 warn=note,
                 progress=lambda share: bar.update(round(1000 * share), 1000),
             )
-        return (examples, copies_of_rows(examples, files, report.file_rows, config.train.seed)), report
+        return (examples, copies_of_rows(examples, files, report.file_rows, self.seed)), report
 
-    made = [read(settings.train, "data.train")]
-    if settings.eval is not None:
-        made.append(read(settings.eval, "data.eval"))
-    return [examples for examples, _ in made], [rows for _, rows in made]
+
+def held_out_part(read: _Read, share: float, seed: int) -> tuple[Examples, Examples]:
+    """The examples to learn from, as often as they are learnt, and those of the share of the rows that is held out."""
+    examples, copies = read
+    # Of the rows that are learnt at all, and before they are repeated: none is on both sides.
+    examples = repeated(examples, None if copies is None else np.minimum(copies, 1))
+    examples, held_out = split_examples(examples, share, seed)
+    return repeated(examples, copies), held_out

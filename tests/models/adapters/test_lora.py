@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.adapters.lora import add_lora, initial_a, trainable_parameters
+from models.adapters.lora import adapted, add_lora, initial_a, trainable_parameters, without_adapter
 from models.adapters.targets import AdapterSpec, Target, resolve
 from models.blocks.linear import LoRA
 from models.checkpoint.keymap import key_map_of
@@ -294,16 +294,31 @@ def test_zero_b_changes_no_bit(storage: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         base = model(tokens)
         for lora_dtype in (torch.float32, torch.bfloat16):
-            adapted = tiny(storage, dtype)
-            add_lora(adapted, spec("attention", "experts", "shared_experts", "dense_mlp", "router", dtype=lora_dtype))
-            assert torch.equal(adapted(tokens), base)
-        for name, parameter in adapted.named_parameters():
+            with_lora = tiny(storage, dtype)
+            add_lora(with_lora, spec("attention", "experts", "shared_experts", "dense_mlp", "router", dtype=lora_dtype))
+            assert torch.equal(with_lora(tokens), base)
+        for name, parameter in with_lora.named_parameters():
             if name.endswith("lora.B"):
                 parameter.fill_(0.05)
-        assert not torch.equal(adapted(tokens), base), "the comparison sees an adapter"
+        assert not torch.equal(with_lora(tokens), base), "the comparison sees an adapter"
 
 
 # --- the table
+
+
+def test_without_its_adapter_a_model_is_its_base_bit_for_bit() -> None:
+    tokens = random_tokens((2, 9))
+    with torch.no_grad():
+        base = tiny("nf4")(tokens)
+        model = tiny("nf4")
+        add_lora(model, spec("attention", "experts", "router"))
+        for _, lora in adapted(model):
+            torch.nn.init.normal_(lora.B, generator=torch.Generator().manual_seed(1))
+        changed = model(tokens)
+        with without_adapter(model):
+            assert torch.equal(model(tokens), base)
+        assert torch.equal(model(tokens), changed)
+        assert not torch.equal(changed, base)
 
 
 def test_table_counts_the_published_model() -> None:

@@ -32,7 +32,7 @@ from tests.balance_helpers import (
 from tests.helpers import assert_close
 from tests.tiny import save_tiny
 from train.data.batches import IGNORED, Batch, empty_batch
-from train.evaluate import batch_loss, held_out_loss
+from train.held_out import batch_loss, held_out_loss
 from train.loop import StepResult, training_step
 from train.model import attach_balance
 from train.optim import clip_gradients

@@ -146,15 +146,15 @@ def test_a_signal_during_the_first_evaluation_loses_nothing(
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert main(settings(world, whole, train__max_steps=2)) == 0
-    import train.evaluate
+    import train.held_out
 
-    original = train.evaluate.batch_loss
+    original = train.held_out.batch_loss
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr("train.evaluate.batch_loss", stopping)
+    monkeypatch.setattr("train.held_out.batch_loss", stopping)
     arguments = settings(world, out, train__max_steps=2, train__micro_batch_size=1, train__gradient_accumulation=2)
     assert main(arguments) == 0
     assert read_metrics(out / "metrics.jsonl") == []

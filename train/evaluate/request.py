@@ -1,0 +1,109 @@
+"""What is to be evaluated, from the command's options and a run's config. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from quant.common.errors import NibbleError
+from train.config.load import Config, load_config, parse_config
+from train.config.row_paths import row_files
+from train.config.sections import FOUR_BIT, REQUIRED, ModelConfig, RowFiles
+from train.rows.files import read_rows
+from train.rows.parse import columns_read
+
+CHOICES = ("question", "choices", "answer")  # the columns of a file of multiple-choice questions
+
+Task = Literal["rows", "choices"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """config: of a run, or filled up with defaults; `model`, `adapter` and `rows` are in place of what it says.
+
+    model: its storage and dtype are meant only where they were given (`model.model_fields_set`): a converted folder
+    has its own. adapter: folder of an adapter, or None. rows, key: the files, and what names them in messages; None:
+    the rows that the run of the config holds out of data.train. length_given: whether data.sequence_length is wanted
+    rather than a default. task: what the rows are.
+    """
+
+    config: Config
+    model: ModelConfig
+    adapter: Path | None
+    device: str | None
+    rows: RowFiles | None
+    key: str
+    length_given: bool
+    task: Task
+
+
+def request_of(arguments: argparse.Namespace) -> Request:
+    """Raises NibbleError for what is missing or doesn't fit together."""
+    config = _config(arguments)
+    settings = config.data
+    rows, key = (arguments.data, "--data") if arguments.data else (settings.eval, "data.eval")
+    if rows is None and settings.eval_fraction is None:
+        raise NibbleError(f"{arguments.config} has no held-out rows (data.eval, data.eval_fraction): give --data FILE.")
+    model, adapter = _model(arguments, config)
+    return Request(
+        config=config,
+        model=model,
+        adapter=adapter,
+        device=arguments.device or config.train.device,
+        rows=rows,
+        key=key,
+        length_given=arguments.config is not None or "sequence_length" in settings.model_fields_set,
+        task=_task(arguments, config, rows, key),
+    )
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    overrides = list(arguments.overrides)
+    if arguments.format in REQUIRED:
+        overrides.append(f"data.format={arguments.format}")
+    if arguments.config is not None:
+        return load_config(arguments.config, overrides)
+    if arguments.model is None or arguments.data is None:
+        raise NibbleError("MODEL and --data FILE are needed, or --config of a run (see --help).")
+    # What isn't evaluated has to be there all the same. JSON is YAML.
+    values = {"model": {"path": arguments.model}, "data": {"train": arguments.data}, "output": {"dir": "."}}
+    return parse_config(json.dumps(values, ensure_ascii=False), overrides, "the command")
+
+
+def _model(arguments: argparse.Namespace, config: Config) -> tuple[ModelConfig, Path | None]:
+    """The model, and the adapter to put on it."""
+    changes: dict[str, object] = {}
+    adapter = Path(arguments.adapter) if arguments.adapter else None
+    if arguments.model is not None:
+        changes["path"] = arguments.model
+    if arguments.config is not None:
+        output = Path(config.output.dir)
+        result = output / ("adapter" if config.adapter.kind == "lora" else "model")
+        if config.adapter.kind == "lora" and adapter is None:
+            adapter = result
+        elif config.adapter.kind == "none" and arguments.model is None:
+            changes["path"] = str(result)
+        if result in (adapter, Path(str(changes.get("path")))) and not result.is_dir():
+            raise NibbleError(f"{result} isn't there: the run of {arguments.config} has not finished.")
+    if adapter is not None and not adapter.is_dir():
+        raise NibbleError(f"--adapter: {adapter}: no such folder. Paths start at the current directory ({Path.cwd()}).")
+    if arguments.storage is not None:
+        changes |= {"storage": arguments.storage, "double_quant": arguments.storage in FOUR_BIT}
+    if arguments.dtype is not None:
+        changes["dtype"] = arguments.dtype
+    return config.model.model_copy(update=changes), adapter
+
+
+def _task(arguments: argparse.Namespace, config: Config, rows: RowFiles | None, key: str) -> Task:
+    """--format, or what the columns of the first row say."""
+    if arguments.format is not None or rows is None:
+        return "choices" if arguments.format == "choices" else "rows"
+    settings, file = config.data, row_files(rows, key)[0].path
+    if not file.lower().removesuffix(".gz").endswith((".json", ".jsonl")):
+        return "rows"
+    first = next((row.values for row in read_rows(file, form=settings.format, key=key) if row.values is not None), {})
+    needed = [name for name, must in columns_read(settings.format, settings.fields, first).items() if must]
+    return "choices" if set(CHOICES) <= first.keys() and not set(needed) <= first.keys() else "rows"
