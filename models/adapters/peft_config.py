@@ -250,7 +250,7 @@ def config_targets(
     modules = _module_filter(config, tensors, where)
     names: dict[str, str] = {}
     for key in keys:
-        if any(_ends_with(key.hub, target) for target in stacks_and_routers):
+        if any(ends_with(key.hub, target) for target in stacks_and_routers):
             names[key.native] = key.hub
         module = module_name(key.hub)
         if not _is_stack(key) and modules(module):
@@ -267,11 +267,16 @@ def config_targets(
     targets = []
     for key in keys:
         if key.native in names:
-            rank, alpha = (_number(config, *fields, names[key.native], where) for fields in _NUMBERS)
-            if rank != int(rank):
-                raise NibbleError(f"{where}: {names[key.native]} has rank {rank!r}, which is no whole number.")
-            targets.append(Target(key, int(rank), float(alpha)))
+            targets.append(Target(key, *rank_and_alpha(config, names[key.native], where)))
     return targets
+
+
+def rank_and_alpha(config: Mapping[str, Any], name: str, where: str) -> tuple[int, float]:
+    """Those that a config gives to the module or parameter called `name`."""
+    rank, alpha = (_number(config, *fields, name, where) for fields in _NUMBERS)
+    if rank != int(rank):
+        raise NibbleError(f"{where}: {name} has rank {rank!r}, which is no whole number.")
+    return int(rank), float(alpha)
 
 
 def _module_filter(config: Mapping[str, Any], tensors: Collection[str], where: str) -> Callable[[str], bool]:
@@ -301,12 +306,12 @@ def _name_filter(config: Mapping[str, Any], field: str, layers: Collection[int],
 
     def fits(name: str) -> bool:
         inside = not layers or layer_of(name) in layers
-        return name in names or (inside and any(_ends_with(name, end) for end in names))
+        return name in names or (inside and any(ends_with(name, end) for end in names))
 
     return fits
 
 
-def _ends_with(name: str, end: str) -> bool:
+def ends_with(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 

@@ -67,6 +67,11 @@ class HubCheckpoint:
     def __len__(self) -> int:
         return len(self._infos)
 
+    @property
+    def places(self) -> dict[str, tuple[str, TensorInfo]]:
+        """By key: the file that holds the tensor, and where."""
+        return {key: (self._files[key], info) for key, info in self._infos.items()}
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self._infos[key].shape
 
@@ -102,7 +107,7 @@ class HubCheckpoint:
 
     def fingerprint(self) -> str:
         """What identifies the content, whatever its files are called: models/checkpoint/fingerprint.py."""
-        return full_fingerprint(self.path, self.config_bytes, self._tensors())
+        return full_fingerprint(self.path, self.config_bytes, self.places)
 
     def has_fingerprint(self, recorded: str, renew: str) -> bool:
         """Whether `recorded` is this content's fingerprint.
@@ -111,7 +116,7 @@ class HubCheckpoint:
         """
         if not is_sampled(recorded):
             return recorded == self.fingerprint()
-        same = recorded == sampled_fingerprint(self.path, self.config_bytes, self._tensors())
+        same = recorded == sampled_fingerprint(self.path, self.config_bytes, self.places)
         if same:
             log.warning(
                 "%s: taken for the same by samples of its data, all that an earlier version of nibble recorded; a "
@@ -120,9 +125,6 @@ class HubCheckpoint:
                 renew,
             )
         return same
-
-    def _tensors(self) -> dict[str, tuple[str, TensorInfo]]:
-        return {key: (self._files[key], info) for key, info in self._infos.items()}
 
     def _read_headers(self, shards: dict[str, list[str]]) -> None:
         for shard, indexed in shards.items():
