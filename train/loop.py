@@ -22,6 +22,7 @@ from train.evaluate import batch_loss, held_out_loss
 from train.optim import NonFiniteError, check_loss, clip_gradients
 from train.output.metrics import MetricsLog
 from train.output.report import Report
+from train.output.usage import HELD_OUT, TRAINING, usage_record
 from train.schedule import learning_rate, set_learning_rate, warmup_steps
 from train.signals import StopOnSignal
 
@@ -66,7 +67,8 @@ def training_step(
     """One optimiser step over all its micro-batches; `step` is for messages. The learning rate is the optimiser's.
 
     On several processes each has its own micro-batches, equally many; the result is that of all of them. A single
-    process skips a micro-batch without a label, which has no gradient, unless `model.balance` counts its tokens.
+    process skips a micro-batch without a label, which has no gradient, unless `model.balance` or `model.usage` counts
+    its tokens.
 
     Raises NonFiniteError for a loss or gradient that is infinite or not a number, before any weight has changed.
     """
@@ -76,12 +78,13 @@ def training_step(
     if labelled == 0:
         raise NibbleError(f"step {step} has no token to learn; such rows should have been skipped. See data.train.")
     balance = model.balance
+    counted = balance is not None or (model.usage is not None and model.usage.counting)
     loss = torch.zeros((), device=device)
     if balance is not None:
         balance.begin_step()
     for number, batch in enumerate(batches, start=1):
         # Gathering a sharded model is collective, so every process runs every pass.
-        if balance is None and batch.labelled == 0 and shards.meshes is None:
+        if not counted and batch.labelled == 0 and shards.meshes is None:
             continue
         # One denominator for the whole step, so that every labelled token has the same weight.
         part = batch_loss(model, batch.to(device), denominator=labelled)
@@ -119,6 +122,7 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     world: World = ALONE
     clock: Callable[[], float] = time.monotonic  # seconds, for train.save_minutes
+    usage_every: int | None = None  # output.expert_usage
 
     def run(self) -> bool:
         """Train to the last step and evaluate; False when stopped by a signal. Either way a checkpoint is written."""
@@ -155,6 +159,9 @@ class Loop:
         warmup = warmup_steps(self.total_steps, settings.warmup_ratio)
         rate = learning_rate(settings.schedule, settings.learning_rate, progress.step, self.total_steps, warmup)
         set_learning_rate(self.optimizer, rate)
+        counted = self.usage_every is not None and (progress.step + 1) % self.usage_every == 0
+        if counted:
+            self._count_usage()
         try:
             result = training_step(
                 self.shards,
@@ -178,7 +185,20 @@ class Loop:
         peak, late = self.world.max(torch.tensor([peak_memory_bytes(self.device), late])).tolist()
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)
         window.add(result, seconds)
+        if counted:
+            self._write_usage(TRAINING)
         return rate, bool(late)
+
+    def _count_usage(self) -> None:
+        if self.shards.model.usage is not None:
+            self.shards.model.usage.start()
+
+    def _write_usage(self, kind: str) -> None:
+        """What was counted since `_count_usage`, on all processes."""
+        usage = self.shards.model.usage
+        found = usage.stop(self.world.sum) if usage is not None else None
+        if found is not None and self.metrics is not None:
+            self.metrics.write(usage_record(found, kind, self.progress.step))
 
     def _log(self, rate: float, window: _Window) -> None:
         progress, result = self.progress, window.mean()
@@ -237,6 +257,7 @@ class Loop:
             return
         self.report.end_progress()
         count, started = len(self.held_out), time.perf_counter()
+        self._count_usage()
         loss = held_out_loss(
             self.shards.model,
             self.held_out,
@@ -248,6 +269,7 @@ class Loop:
         self.shards.reshard()
         if loss is not None:
             seconds = round(time.perf_counter() - started, 3)
+            self._write_usage(HELD_OUT)
             if self.metrics is not None:
                 self.metrics.write({"kind": "eval", "step": step, "loss": loss, "seconds": seconds})
             self.report.progress(f"held-out loss {loss:.4f} after step {step}", keep=True)

@@ -32,6 +32,7 @@ from train.output.metrics import MetricsLog, read_metrics
 from train.output.overview import data_text, model_text, plan_text, summary_text
 from train.output.plots import loss_curve
 from train.output.report import Report, log_path
+from train.output.usage import usage_map
 from train.signals import StopOnSignal
 from train.state.fingerprint import resume_fingerprint
 from train.state.finished import finished_run, inputs_of, require_same_inputs, result_of, write_finished
@@ -152,7 +153,9 @@ def _run(
     def draw() -> None:
         folder.require_in_place()
         if world.first:
-            loss_curve(read_metrics(folder.metrics), folder.plot, folder.path.name)
+            records = read_metrics(folder.metrics)
+            loss_curve(records, folder.plot, folder.path.name)
+            usage_map(records, folder.usage_plot, folder.path.name)
 
     tensorboard = folder.tensorboard if train.tensorboard else None
     resume_step = checkpoint.step if checkpoint else None
@@ -198,6 +201,7 @@ def _run(
             last_checkpoint=lambda: last_checkpoint(folder),
             progress=progress,
             world=world,
+            usage_every=config.output.expert_usage,
         )
         world.wait(report.note, "load the model")
         try:

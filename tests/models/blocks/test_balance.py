@@ -297,8 +297,8 @@ def test_an_even_load_costs_as_much_as_experts_are_chosen(checkpoints: dict[str,
     balance = AuxiliaryLoss(model, 1.0)
     balance.begin(Documents.from_lengths([8]))
     for router in balance.routers.values():
-        assert router.observer is not None
-        router.observer(torch.arange(24).view(8, 3) % 8, torch.full((8, 8), 1 / 8))
+        (observe,) = router.observers
+        observe(torch.arange(24).view(8, 3) % 8, torch.full((8, 8), 1 / 8))
     assert balance.collect(1.0).item() == pytest.approx(3)
     assert balance.end_step() == {"aux_loss": pytest.approx(3), "load_imbalance": 1.0}
 
@@ -329,8 +329,8 @@ def test_an_expert_at_the_mean_keeps_its_bias(checkpoints: dict[str, tuple[Path,
         bias.zero_()
     balance.begin(Documents.from_lengths([8]))
     for router in balance.routers.values():
-        assert router.observer is not None
-        router.observer(torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6]]), torch.zeros(1, 8))
+        (observe,) = router.observers
+        observe(torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6]]), torch.zeros(1, 8))
     assert balance.collect(1.0) is None
     assert balance.end_step() == {"load_imbalance": 2.0}
     for bias in balance.buffers().values():
@@ -367,7 +367,7 @@ def test_without_balance_a_step_is_what_it_was(checkpoints: dict[str, tuple[Path
     assert config.train.balance == "none"
     attach_balance(model, config, open_folder(checkpoints[SIGMOID][0]))
     assert model.balance is None
-    assert all(module.observer is None for module in model.modules() if isinstance(module, Router))
+    assert all(not module.observers for module in model.modules() if isinstance(module, Router))
     assert step(model, rate=0.5).balance == {}
     parameters = trainable_parameters(by_hand)
     for batch in BATCHES:
