@@ -6,6 +6,7 @@ parameters (target_parameters, in all layers). A rank or alpha is the default or
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from quant.common.words import shown, some
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 FIRST_VERSION = "0.19.1"  # of PEFT, with today's layout of expert tensors
+PACKING = "lora_B_layout"  # how unsloth says, since September 2026, in which order a stack's lora_B is
 
 Adapted = Sequence[tuple[Key, LoRA]]  # the adapted matrices of a model, in its order
 
@@ -198,6 +200,8 @@ def _collapse(numbers: Sequence[tuple[Key, Any]], layout: _Layout) -> Any:
 # --- reading
 
 
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
+
 # Entries of a config that say nothing about the computation, or whose effect is over once an adapter is trained.
 # fmt: off
 _IGNORED = {
@@ -206,7 +210,7 @@ _IGNORED = {
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
     "init_lora_weights",
     "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "ensure_weight_tying", "runtime_config",
+    "ensure_weight_tying", "runtime_config", PACKING,
 }
 # fmt: on
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base weights
@@ -238,45 +242,79 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+@dataclass(frozen=True)
+class Named:
+    """What a config adapts: a matrix, a stack, or, with `parts` of its key, the experts of a stack one by one."""
+
+    target: Target
+    parts: tuple[str, ...] = ()
+
+
 def config_targets(
     config: Mapping[str, Any], key_map: KeyMap, tensors: Collection[str], where: str, model_type: str
-) -> list[Target]:
+) -> list[Named]:
     """The matrices that an adapter has, found as PEFT finds them; a name that matches nothing doesn't matter.
 
-    tensors: the names in the adapter's file. They settle what `all-linear` means.
+    tensors: the names in the adapter's file. They settle what `all-linear` means, and whether a stack's experts are
+    there one by one.
     """
     keys = adaptable(key_map)
     stacks_and_routers = texts(config, "target_parameters", where)
     modules = _module_filter(config, tensors, where)
+    one_by_one = any(_EXPERT.search(name) for name in tensors)
     names: dict[str, str] = {}
+    experts: dict[str, Named] = {}
     for key in keys:
         if any(ends_with(key.hub, target) for target in stacks_and_routers):
             names[key.native] = key.hub
+        elif _is_stack(key) and one_by_one and (found := _experts(config, key, modules, where)):
+            experts[key.native] = found
         module = module_name(key.hub)
         if not _is_stack(key) and modules(module):
             if key.native in names:
                 raise NibbleError(f"{where}: target_modules and target_parameters both name {module}.")
             names[key.native] = module
-    if not names:
+    if not names and not experts:
         modules_given = config.get("target_modules") or []
         given = [modules_given] if isinstance(modules_given, str) else [*modules_given, *stacks_and_routers]
         raise NibbleError(
             f"{where}: target_modules and target_parameters ({some([shown(name) for name in given]) or 'empty'}) match "
             f"nothing that LoRA can adapt in this {model_type} model: {', '.join(groups_of(keys))}."
         )
-    targets = []
-    for key in keys:
-        if key.native in names:
-            targets.append(Target(key, *rank_and_alpha(config, names[key.native], where)))
-    return targets
+    return [
+        Named(Target(key, *rank_and_alpha(config, names[key.native], where)))
+        if key.native in names
+        else experts[key.native]
+        for key in keys
+        if key.native in names or key.native in experts
+    ]
 
 
-def rank_and_alpha(config: Mapping[str, Any], name: str, where: str) -> tuple[int, float]:
-    """Those that a config gives to the module or parameter called `name`."""
-    rank, alpha = (_number(config, *fields, name, where) for fields in _NUMBERS)
-    if rank != int(rank):
-        raise NibbleError(f"{where}: {name} has rank {rank!r}, which is no whole number.")
-    return int(rank), float(alpha)
+def _experts(config: Mapping[str, Any], key: Key, modules: Callable[[str], bool], where: str) -> Named | None:
+    """The experts of a stack where target_modules names them one by one: one LoRA of all that is adapted of each."""
+    parts, numbers = [], set()
+    for part in key.parts:
+        every = [module_name(part.format(e=expert)) for expert in range(key.shape[0])]
+        named = [name for name in every if modules(name)]
+        if named and named != every:
+            lacking = next(name for name in every if name not in set(named))
+            raise NibbleError(
+                f"{where}: target_modules names {named[0]}, not {lacking}.\n"
+                "Of a layer's experts, either all are adapted or none."
+            )
+        if named:
+            parts.append(part)
+            numbers |= {rank_and_alpha(config, name, where) for name in named}
+    if not parts:
+        return None
+    if len(numbers) > 1:
+        raise NibbleError(
+            f"{where}: the experts of {key.hub} have several ranks or alphas; those of a layer must have one."
+        )
+    rank, alpha = numbers.pop()
+    # Of the sum of the ranks, with the scaling that each part has.
+    more = math.sqrt(len(parts)) if config.get("use_rslora") else len(parts)
+    return Named(Target(key, rank * len(parts), alpha * more), tuple(parts))
 
 
 def _module_filter(config: Mapping[str, Any], tensors: Collection[str], where: str) -> Callable[[str], bool]:
@@ -315,7 +353,12 @@ def ends_with(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-_NUMBERS = (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+def rank_and_alpha(config: Mapping[str, Any], name: str, where: str) -> tuple[int, float]:
+    """Rank and alpha of the matrix of this name."""
+    rank = _number(config, "r", "rank_pattern", name, where)
+    if rank != int(rank):
+        raise NibbleError(f"{where}: {name} has rank {rank!r}, which is no whole number.")
+    return int(rank), float(_number(config, "lora_alpha", "alpha_pattern", name, where))
 
 
 def _number(config: Mapping[str, Any], field: str, patterns: str, name: str, where: str) -> float:

@@ -47,7 +47,12 @@ class LoRA(nn.Module):
         self.rank = rank
         self.alpha = alpha
         self.rslora = rslora
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.scaling = scaling(rank, alpha, rslora)
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """The s of s · B A."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 class Linear(nn.Module):

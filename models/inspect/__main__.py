@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--diff", metavar="OTHER", help="instead: name what differs between PATH and OTHER, tensors included")
     add("--quick", action="store_true", help="read headers and adapters only: no checksums, no base model")
     add("--model", metavar="MODEL", help="of an adapter: its base (default: the one it names, where that is here)")
-    add("--layout", choices=("peft", "expert-major"), default="peft", help="of an adapter's expert B (see docs)")
+    add("--layout", choices=("peft", "expert-major"), help="of an adapter's expert B: docs/inspect.md")
     add("--png", metavar="FILE", help="of an adapter: write the norms as a heat map")
     add("--experts", action="store_true", help="of an adapter: a column for every expert, also of more than 16")
     return arguments
@@ -66,8 +66,7 @@ def _body(arguments: argparse.Namespace) -> int:
 
     raise_on_interrupt()
     adapter = is_adapter(Path(arguments.path))
-    given = [f"--{name}" for name in ("model", "png", "experts") if getattr(arguments, name)]
-    given += ["--layout"] * (arguments.layout != "peft")
+    given = [f"--{name}" for name in ("model", "layout", "png", "experts") if getattr(arguments, name)]
     if given and (not adapter or arguments.diff):
         what = "is for looking at one adapter" if arguments.diff else f"is about an adapter; {arguments.path} is none"
         raise NibbleError(f"{', '.join(given)} {what}.")
@@ -98,7 +97,7 @@ def _adapter(arguments: argparse.Namespace) -> dict[str, Any]:
     path = Path(arguments.path)
     with Bar("reading the base") as bar:
         report = inspect_adapter(
-            path, base=arguments.model, packing=arguments.layout, quick=arguments.quick, progress=bar.update
+            path, base=arguments.model, layout=arguments.layout, quick=arguments.quick, progress=bar.update
         )
     if not arguments.json:
         say(adapter_text(report, experts=arguments.experts), sys.stdout)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from models.adapters.adapter_file import packing_of
+from models.adapters.layouts import Packing
 from models.adapters.peft_config import CONFIG, WEIGHTS, read_config
 from models.adapters.targets import module_name
 from models.checkpoint.hub_id import local_folder
@@ -19,7 +21,7 @@ from models.checkpoint.stream import HubReader
 from models.checkpoint.tensorfile import DTYPES, read_header
 from models.inspect.checkpoint import open_checkpoint
 from models.inspect.diff import Compared
-from models.inspect.pairs import Adapted, Packing, read_pairs
+from models.inspect.pairs import Adapted, read_pairs
 from models.inspect.settings import flat
 from models.load import ModelFolder, open_folder
 from quant.common.errors import NibbleError
@@ -37,7 +39,7 @@ def inspect_adapter(
     path: Path,
     *,
     base: str | Path | None = None,
-    packing: Packing = "peft",
+    layout: Packing | None = None,
     quick: bool = False,
     progress: Progress = lambda done, total, what: None,
 ) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def inspect_adapter(
     from safetensors import safe_open
 
     config = read_config(path)
+    packing = packing_of(config, layout, str(path))
     adapted, others = read_pairs(path, config)
     header = read_header(path / WEIGHTS)
     named = str(config.get("base_model_name_or_path") or "")
@@ -70,7 +73,7 @@ def inspect_adapter(
         "rslora": bool(config.get("use_rslora")),
         "target_modules": config.get("target_modules"),
         "target_parameters": config.get("target_parameters"),
-        "packing": packing,
+        "layout": packing,
         "dtype": " + ".join(sorted(dtype_name(DTYPES[name]) if name in DTYPES else name for name in dtypes)),
         "parameters": sum(math.prod(info.shape) for info in header.values()),
         "bytes": (path / WEIGHTS).stat().st_size,

@@ -7,23 +7,22 @@ What is of one matrix of the base belongs together, however a file divides it: a
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from models.adapters.layouts import Packing
 from models.adapters.peft_config import CONFIG, WEIGHTS, ends_with, rank_and_alpha
 from models.adapters.targets import layer_of, within_layer
+from models.blocks.linear import scaling
 from models.checkpoint.tensorfile import TensorInfo, read_header
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import texts
 from quant.common.words import some
-
-Packing = Literal["peft", "expert-major"]
 
 _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d{1,6})\.(\w+)")
@@ -57,7 +56,7 @@ class Adapted:
 
     @property
     def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return scaling(self.rank, self.alpha, self.rslora)
 
     @property
     def experts(self) -> int | None:
