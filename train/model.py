@@ -225,7 +225,7 @@ def attach_usage(model: CausalLM, config: Config) -> None:
         return
     if not any(isinstance(module, Router) for module in model.modules()):
         raise NibbleError(
-            f"output.expert_usage is {config.output.expert_usage}, but no layer of this {model.model_type} has experts.\n"
+            f"output.expert_usage is set, but no layer of this {model.model_type} has experts.\n"
             "Set output.expert_usage: null."
         )
     model.usage = ExpertUsage(model)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.run_helpers import World, curve, forked, in_processes, losses, make_world, settings
 from train.__main__ import main
+from train.output.metrics import read_metrics
 
 # Extending a run leaves its checkpoints valid only where the schedule doesn't know the end.
 STEADY = {
@@ -23,6 +24,7 @@ STEADY = {
     "train__warmup_ratio": 0,
     "train__gradient_accumulation": 2,
     "train__eps": 1e-3,
+    "output__expert_usage": 2,
 }
 
 
@@ -54,6 +56,17 @@ def worst(out: Path, other: Path) -> float:
     return max(found)
 
 
+def same_usage(out: Path, other: Path) -> None:
+    """Rounding may send a token or two to another expert."""
+    ours, theirs = ([r for r in read_metrics(run / "metrics.jsonl") if "counts" in r] for run in (out, other))
+    assert [record["kind"] for record in ours] == ["eval_usage", *["train_usage", "eval_usage", "train_usage"] * 2][:6]
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert all(mine[key] == yours[key] for key in ("kind", "step", "tokens", "layers"))
+        assert mine["entropy"] == pytest.approx(yours["entropy"], rel=1e-5)
+        assert (torch.tensor(mine["counts"]) - torch.tensor(yours["counts"])).abs().max() <= 2
+        assert sum(map(sum, mine["counts"])) == 2 * mine["tokens"] * len(mine["layers"])
+
+
 @pytest.fixture(scope="module")
 def half(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The first three steps on four processes, two of which own the experts of each copy of the model."""
@@ -82,6 +95,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     undisturbed = losses(alone, "train")[3:]
     assert max(abs(a - b) / b for a, b in zip(resumed, undisturbed, strict=True)) < 1e-6
     assert worst(tmp_path / "out", alone) < 1e-5
+    same_usage(tmp_path / "out", alone)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from models.blocks.router import Router, SigmoidRouter
 from models.checkpoint.export import export_hub
 from models.decoder import CausalLM
 from models.load import open_folder
-from parallel.shards import Shards
 from tests.balance_helpers import (
+    BATCHES,
     COEFFICIENT,
     CPU,
     NOT_NORMALISED,
@@ -26,14 +25,16 @@ from tests.balance_helpers import (
     SOFTMAX,
     biases,
     config_of,
+    micro_batch,
+    real_documents,
     save_routed,
+    step,
     trainable,
 )
 from tests.helpers import assert_close
 from tests.tiny import save_tiny
 from train.data.batches import IGNORED, Batch, empty_batch
 from train.evaluate import batch_loss, held_out_loss
-from train.loop import StepResult, training_step
 from train.model import attach_balance
 from train.optim import clip_gradients
 
@@ -41,40 +42,6 @@ from train.optim import clip_gradients
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
     return save_routed(tmp_path_factory)
-
-
-def micro_batch(lengths: Sequence[int], seed: int, multiple: int = 64) -> Batch:
-    """Documents of random tokens, about half of them labelled, padded to `multiple`."""
-    generator = torch.Generator().manual_seed(seed)
-    count = sum(lengths)
-    padding = -count % multiple
-    tokens = torch.randint(0, 128, (count,), generator=generator)
-    labels = torch.randint(0, 128, (count,), generator=generator)
-    labels[torch.rand(count, generator=generator) < 0.5] = IGNORED
-    return Batch(
-        torch.cat((tokens, tokens.new_zeros(padding))),
-        torch.cat((labels, labels.new_full((padding,), IGNORED))),
-        Documents.from_lengths([*lengths, *([padding] if padding else [])], padding=padding),
-        count,
-        int((labels != IGNORED).sum()),
-    )
-
-
-BATCHES = (micro_batch((20, 9, 41), seed=1), micro_batch((33,), seed=2))
-
-
-def real_documents(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and labels of each document that isn't padding."""
-    lengths, real = list(batch.documents.lengths), batch.real_tokens
-    if batch.documents.padding:
-        lengths.pop()
-    return list(zip(batch.tokens[:real].split(lengths), batch.labels[:real].split(lengths), strict=True))
-
-
-def step(model: CausalLM, batches: Sequence[Batch] = BATCHES, rate: float = 0.0) -> StepResult:
-    parameters = trainable_parameters(model)
-    optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=rate)
-    return training_step(Shards(model), optimizer, batches, step=1, max_grad_norm=None, device=CPU)
 
 
 def gradients(model: CausalLM, batch: Batch) -> tuple[float, dict[str, Tensor]]:
