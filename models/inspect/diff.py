@@ -25,8 +25,14 @@ class Difference:
     there: Any
 
     def __str__(self) -> str:
-        here, there = ("absent" if value is None else shown(value, 60) for value in (self.here, self.there))
+        here, there = map(_text, (self.here, self.there))
         return f"{self.what:<8} {self.name}: {here} | {there}"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "absent"
+    return f"{value:.9g}" if isinstance(value, float) else shown(value, 60)
 
 
 @dataclass(frozen=True)
