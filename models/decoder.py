@@ -6,7 +6,7 @@ Shapes: N tokens of a flat batch, B batch, T sequence, H hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -20,6 +20,7 @@ from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
+from models.blocks.usage import ExpertUsage, RouterWatch
 from models.generation.engine import Generated, generate
 from models.generation.sampling import GREEDY, Sampling
 from quant.common.errors import FLOAT16, NibbleError
@@ -140,7 +141,8 @@ class CausalLM(nn.Module):
     matrices are stored, and the dtype of everything else and of activations, which follows a cast (`to`, `float` …).
     NibbleError for float16, and, naming the matrix, where `spec` can't keep its shape. hub: see HubForm.
     activation_checkpointing: in training, keep only every layer's input and compute the layer again for its gradients.
-    balance: what watches how evenly the experts are chosen (models/blocks/balance.py); None: nothing does.
+    balance: what watches how evenly the experts are chosen (models/blocks/balance.py); None: nothing does. usage:
+    likewise what counts their tokens (models/blocks/usage.py).
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class CausalLM(nn.Module):
         self.config, self.model_type, self.spec, self.hub = config, model_type, factory.spec, hub or HubForm()
         self.activation_checkpointing = False
         self.balance: Balance | None = None
+        self.usage: ExpertUsage | None = None
         self.model = decoder
         self.lm_head = Head(config.hidden, config.vocabulary, factory.dense)
         if config.tied:
@@ -186,11 +189,16 @@ class CausalLM(nn.Module):
     def vocabulary(self) -> int:
         return self.lm_head.out_features
 
+    @property
+    def watches(self) -> list[RouterWatch]:
+        """What is told of every forward pass."""
+        return [watch for watch in (self.balance, self.usage) if watch is not None]
+
     @without_autocast
     def hidden(self, tokens: Tensor, documents: Documents) -> Tensor:
         """tokens int64 [N] of packed documents: the hidden states [N, H] after the final norm."""
-        if self.balance is not None:
-            self.balance.begin(documents)
+        for watch in self.watches:
+            watch.begin(documents)
         return self.model(tokens, documents, self._run)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -225,8 +233,14 @@ class CausalLM(nn.Module):
 
     def _contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         """Around a layer's computation and its recomputation, which must not count the experts' choices again."""
-        again = self.balance.paused() if self.balance is not None else contextlib.nullcontext()
-        return contextlib.nullcontext(), again
+        return contextlib.nullcontext(), self._again()
+
+    @contextlib.contextmanager
+    def _again(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for watch in self.watches:
+                stack.enter_context(watch.paused())
+            yield
 
 
 def _check_tokens(tokens: Tensor, vocabulary: int) -> None:

@@ -113,7 +113,8 @@ def settings(world: World, out: Path, **changes: Any) -> list[str]:
 
 def curve(out: Path) -> list[tuple[str, int, float, float | None]]:
     """What must not depend on how often a run was interrupted."""
-    return [(r["kind"], r["step"], r["loss"], r.get("grad_norm")) for r in read_metrics(out / "metrics.jsonl")]
+    records = [r for r in read_metrics(out / "metrics.jsonl") if r["kind"] in ("train", "eval")]
+    return [(r["kind"], r["step"], r["loss"], r.get("grad_norm")) for r in records]
 
 
 def losses(out: Path, kind: str) -> list[float]:

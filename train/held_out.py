@@ -52,7 +52,8 @@ def held_out_loss(
                 if world.max(torch.tensor(int(stop()))):
                     return None
                 progress(done)
-                if batch.labelled or world.size > 1:  # the others may wait for this process's part of the weights
+                # The others may wait for this process's part of the weights.
+                if batch.labelled or world.size > 1 or (model.usage is not None and model.usage.counting):
                     total += batch_loss(model, batch.to(device), denominator=1.0)
                     labelled += batch.labelled
     finally:

@@ -22,6 +22,7 @@ from train.held_out import batch_loss, held_out_loss
 from train.optim import NonFiniteError, check_loss, clip_gradients
 from train.output.metrics import MetricsLog
 from train.output.report import Report
+from train.output.usage import HELD_OUT, TRAINING, usage_record
 from train.schedule import rate_of, set_learning_rate
 from train.signals import StopOnSignal
 from train.state.best import BestResult, Evaluation, evaluations_without_improvement
@@ -67,7 +68,8 @@ def training_step(
     """One optimiser step over all its micro-batches; `step` is for messages. The learning rate is the optimiser's.
 
     On several processes each has its own micro-batches, equally many; the result is that of all of them. A single
-    process skips a micro-batch without a label, which has no gradient, unless `model.balance` counts its tokens.
+    process skips a micro-batch without a label, which has no gradient, unless `model.balance` or `model.usage` counts
+    its tokens.
 
     Raises NonFiniteError for a loss or gradient that is infinite or not a number, before any weight has changed.
     """
@@ -77,12 +79,13 @@ def training_step(
     if labelled == 0:
         raise NibbleError(f"step {step} has no token to learn; such rows should have been skipped. See data.train.")
     balance = model.balance
+    counted = balance is not None or (model.usage is not None and model.usage.counting)
     loss = torch.zeros((), device=device)
     if balance is not None:
         balance.begin_step()
     for number, batch in enumerate(batches, start=1):
         # Gathering a sharded model is collective, so every process runs every pass.
-        if balance is None and batch.labelled == 0 and shards.meshes is None:
+        if not counted and batch.labelled == 0 and shards.meshes is None:
             continue
         # One denominator for the whole step, so that every labelled token has the same weight.
         part = batch_loss(model, batch.to(device), denominator=labelled)
@@ -127,6 +130,7 @@ class Loop:
     extended_from: int = 0
     best: BestResult | None = None
     stopped_early: bool = False
+    usage_every: int | None = None  # output.expert_usage
 
     def run(self) -> bool:
         """Train to the last step, or until train.patience ends it, and evaluate; False when stopped by a signal.
@@ -175,6 +179,9 @@ class Loop:
             self.extended_from,
         )
         set_learning_rate(self.optimizer, rate)
+        counted = self.usage_every is not None and (progress.step + 1) % self.usage_every == 0
+        if counted:
+            self._count_usage()
         try:
             result = training_step(
                 self.shards,
@@ -198,7 +205,20 @@ class Loop:
         peak, late = self.world.max(torch.tensor([peak_memory_bytes(self.device), late])).tolist()
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak)
         window.add(result, seconds)
+        if counted:
+            self._write_usage(TRAINING)
         return rate, bool(late)
+
+    def _count_usage(self) -> None:
+        if self.shards.model.usage is not None:
+            self.shards.model.usage.start()
+
+    def _write_usage(self, kind: str) -> None:
+        """What was counted since `_count_usage`, on all processes."""
+        usage = self.shards.model.usage
+        found = usage.stop(self.world.sum) if usage is not None else None
+        if found is not None and self.metrics is not None:
+            self.metrics.write(usage_record(found, kind, self.progress.step))
 
     def _log(self, rate: float, window: _Window) -> None:
         progress, result = self.progress, window.mean()
@@ -257,6 +277,7 @@ class Loop:
             return
         self.report.end_progress()
         count, started = len(self.held_out), time.perf_counter()
+        self._count_usage()
         loss = held_out_loss(
             self.shards.model,
             self.held_out,
@@ -269,6 +290,7 @@ class Loop:
         if loss is not None:
             seconds = round(time.perf_counter() - started, 3)
             lowest = self.best is not None and self.best.offer(Evaluation(step, loss))
+            self._write_usage(HELD_OUT)
             if self.metrics is not None:
                 self.metrics.write({"kind": "eval", "step": step, "loss": loss, "seconds": seconds})
             kept = f"; the lowest so far, kept in {self.best.folder}" if self.best is not None and lowest else ""

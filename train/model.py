@@ -17,6 +17,7 @@ from models.adapters.targets import AdapterSpec, Target, resolve, within_layer
 from models.blocks.balance import AuxiliaryLoss, BiasUpdate
 from models.blocks.configjson import text_section
 from models.blocks.router import Router, SigmoidRouter
+from models.blocks.usage import ExpertUsage
 from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.keymap import key_map_of
 from models.checkpoint.native import NativeCheckpoint, describe, dtype_name
@@ -57,6 +58,7 @@ def check_model(config: Config, source: ModelFolder, device: torch.device, sizes
     warnings = _adapter_warnings(model, config) if config.adapter.kind == "lora" else []
     make_trainable(model, config)
     attach_balance(model, config, source)
+    attach_usage(model, config)
     if sizes is not None:
         cuts(model, sizes)
     return warnings
@@ -160,6 +162,7 @@ def load_trainable_model(
         elif config.adapter.kind == "lora":
             initialise_lora(model, config.train.seed, shards.put)
     attach_balance(model, config, source)
+    attach_usage(model, config)
     return shards
 
 
@@ -225,6 +228,18 @@ def attach_balance(model: CausalLM, config: Config, source: ModelFolder) -> None
         )
     kind = AuxiliaryLoss if method == "aux_loss" else BiasUpdate
     model.balance = kind(model, _balance_rate(config, source))
+
+
+def attach_usage(model: CausalLM, config: Config) -> None:
+    """Let `model` count its experts' tokens where output.expert_usage asks. Raises NibbleError where it has none."""
+    if config.output.expert_usage is None:
+        return
+    if not any(isinstance(module, Router) for module in model.modules()):
+        raise NibbleError(
+            f"output.expert_usage is set, but no layer of this {model.model_type} has experts.\n"
+            "Set output.expert_usage: null."
+        )
+    model.usage = ExpertUsage(model)
 
 
 def _balance_rate(config: Config, source: ModelFolder) -> float:

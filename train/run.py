@@ -35,6 +35,7 @@ from train.output.model_card import Trained, model_card, unserved_of, write_card
 from train.output.overview import data_text, model_text, plan_text, summary_text
 from train.output.plots import loss_curve
 from train.output.report import Report, log_path
+from train.output.usage import usage_map
 from train.signals import StopOnSignal
 from train.state.best import BestResult, Evaluation
 from train.state.extension import extension_of
@@ -172,7 +173,9 @@ def _run(
     def draw() -> None:
         folder.require_in_place()
         if world.first:
-            loss_curve(read_metrics(folder.metrics), folder.plot, folder.path.name)
+            records = read_metrics(folder.metrics)
+            loss_curve(records, folder.plot, folder.path.name)
+            usage_map(records, folder.usage_plot, folder.path.name)
 
     tensorboard = folder.tensorboard if train.tensorboard else None
     resume_step = checkpoint.step if checkpoint else None
@@ -239,6 +242,7 @@ def _run(
             world=world,
             extended_from=extension.start if extension is not None else 0,
             best=best,
+            usage_every=config.output.expert_usage,
         )
         world.wait(report.note, "load the model")
         try:

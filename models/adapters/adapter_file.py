@@ -77,7 +77,7 @@ class AdapterFile:
         """
         self.directory, self._where = Path(directory), str(directory)
         self.config = read_config(self.directory)
-        self.packing = _packing(self.config, layout, self._where)
+        self.packing = packing_of(self.config, layout, self._where)
         self._header = read_header(self.directory / WEIGHTS)
         self._mapped = MappedFolder(self.directory)
         spelt = spellings(self._header)
@@ -162,7 +162,8 @@ class AdapterFile:
         return bool(version) and version < (0, 19, 1)
 
 
-def _packing(config: Mapping[str, Any], asked: Packing | None, where: str) -> Packing:
+def packing_of(config: Mapping[str, Any], asked: Packing | None, where: str) -> Packing:
+    """How an adapter keeps the lora_B of stacks: what was asked for, or what its config says."""
     said = config.get(PACKING)
     if said is None:
         return asked or "peft"

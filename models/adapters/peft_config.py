@@ -266,12 +266,12 @@ def config_targets(
     """
     keys, budget = adaptable(key_map), Budget()
     stacks_and_routers = texts(config, "target_parameters", where)
-    modules, numbers = _module_filter(config, tensors, where, budget), _numbers(config, where, budget)
+    modules, numbers = _module_filter(config, tensors, where, budget), ranks_and_alphas(config, where, budget)
     one_by_one = any(_EXPERT.search(name) for name in tensors)
     names: dict[str, str] = {}
     experts: dict[str, Named] = {}
     for key in keys:
-        if any(_ends_with(key.hub, target) for target in stacks_and_routers):
+        if any(ends_with(key.hub, target) for target in stacks_and_routers):
             names[key.native] = key.hub
         elif _is_stack(key) and one_by_one and (found := _experts(config, key, modules, numbers, where)):
             experts[key.native] = found
@@ -358,16 +358,16 @@ def _name_filter(
 
     def fits(name: str) -> bool:
         inside = not layers or layer_of(name) in layers
-        return name in names or (inside and any(_ends_with(name, end) for end in names))
+        return name in names or (inside and any(ends_with(name, end) for end in names))
 
     return fits
 
 
-def _ends_with(name: str, end: str) -> bool:
+def ends_with(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _numbers(config: Mapping[str, Any], where: str, budget: Budget) -> Callable[[str], tuple[int, float]]:
+def ranks_and_alphas(config: Mapping[str, Any], where: str, budget: Budget) -> Callable[[str], tuple[int, float]]:
     """Rank and alpha by a matrix's name: those of the first pattern to fit its end, or the defaults, as
     peft.utils.other.get_pattern_key has it.
     """

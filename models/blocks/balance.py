@@ -12,25 +12,22 @@ Shapes: N tokens, E experts, K chosen per token, L layers with experts.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor, nn
 
 from models.blocks.documents import Documents
-from models.blocks.router import Router, SigmoidRouter
+from models.blocks.router import SigmoidRouter
+from models.blocks.usage import RouterWatch, Sum, count_choices, of_one_process
 
 
-class Balance:
+class Balance(RouterWatch):
     """Counts how often each expert is chosen in an optimiser step, over the tokens that are no padding.
 
     As `CausalLM.balance` it is called at every forward pass. A step is `begin_step`, then for each micro-batch a
     forward pass and `collect`, and after the optimiser `end_step`. Passes without gradients and the recomputations of
     activation checkpointing count nothing. This class only counts; the other two below also act.
 
-    routers: the L routers of the model by name. counts: int64 [L, E], of the step so far and of this process; after
+    counts: int64 [L, E], of the step so far and of this process; after
     `end_step` of all.
     reduce: makes a tensor the sum of all processes' tensors, in place, and returns it. Every process must then call
     `end_step`.
@@ -38,22 +35,16 @@ class Balance:
 
     def __init__(self, model: nn.Module, rate: float = 0.0) -> None:
         """rate: how strongly a method acts. Raises ValueError where `model` has no router."""
-        self.routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-        if not self.routers:
-            raise ValueError("the model has no router whose load could be balanced")
+        super().__init__(model)
         self.rate = rate
-        self.reduce: Callable[[Tensor], Tensor] = _of_one_process
-        self._tokens, self._recomputing = 0, False
-        for layer, router in enumerate(self.routers.values()):
-            router.observer = functools.partial(self._observe, layer)
+        self.reduce: Sum = of_one_process
         self.begin_step()
 
     def begin_step(self) -> None:
         self.counts = self._zeros()
 
     def begin(self, documents: Documents) -> None:
-        """Called before every forward pass: which of its tokens, the first ones, are real."""
-        self._tokens = documents.real_tokens
+        super().begin(documents)
         # Where it is computed; weights may be kept on the host meanwhile.
         self._passed = self._zeros().to(documents.offsets.device)
 
@@ -80,35 +71,12 @@ class Balance:
         """What changes from step to step and is no parameter, by its name in the model: a part of every checkpoint."""
         return {}
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """While a layer is computed a second time, nothing is counted."""
-        self._recomputing = True
-        try:
-            yield
-        finally:
-            self._recomputing = False
-
-    def _observe(self, layer: int, chosen: Tensor, probabilities: Tensor) -> None:
-        if not self._recomputing:
-            self._count(layer, chosen[: self._tokens], probabilities[: self._tokens])
+    def _see(self, layer: int, chosen: Tensor, scores: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self._count(layer, chosen, scores)
 
     def _count(self, layer: int, chosen: Tensor, probabilities: Tensor) -> None:
-        """Of real tokens only. May save nothing for the backward pass: a recomputation, which doesn't call this, must
-        save the same tensors as the first computation.
-        """
-        flat = chosen.flatten()
-        # Not bincount, for which the host would wait for the device.
-        self._passed[layer].scatter_add_(0, flat, torch.ones_like(flat))
-
-    def _zeros(self) -> Tensor:
-        router = next(iter(self.routers.values()))
-        device = next(router.parameters()).device
-        return torch.zeros(len(self.routers), router.out_features, dtype=torch.int64, device=device)
-
-
-def _of_one_process(tensor: Tensor) -> Tensor:
-    return tensor
+        count_choices(self._passed[layer], chosen)
 
 
 class AuxiliaryLoss(Balance):

@@ -53,21 +53,21 @@ class Router(KeptInFloat32, Linear):
     """A matrix [E, H] that scores every expert, in float32 whatever the model's dtype.
 
     A router's forward takes x [N, H] and returns the chosen experts int64 [N, K] and their weights float32 [N, K],
-    differentiable in x. `observer` is called with every choice that is made with gradients (models/blocks/balance.py).
+    differentiable in x. `observers` are called with every choice (models/blocks/usage.py).
     """
 
     group: ClassVar[Group] = "router"
 
     def __init__(self, hidden: int, experts: int, factory: Factory) -> None:
         super().__init__(hidden, experts, factory.float32)
-        self.observer: Observer | None = None
+        self.observers: list[Observer] = []
 
     def logits(self, x: Tensor) -> Tensor:
         return super().forward(x.to(torch.float32))
 
     def observe(self, chosen: Tensor, probabilities: Tensor) -> None:
-        if self.observer is not None and torch.is_grad_enabled():
-            self.observer(chosen, probabilities)
+        for observer in self.observers:
+            observer(chosen, probabilities)
 
 
 class SigmoidRouter(Router):

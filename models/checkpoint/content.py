@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,33 +26,37 @@ _SAMPLE_EVERY = 16 * 2**20  # bytes
 
 
 def check_content(folder: Path, manifest: Manifest) -> None:
-    """Raises NibbleError where a file of weights isn't what was written.
+    """Raises NibbleError where a file of weights isn't what was written (`differing`)."""
+    if differ := differing(folder, {name: record.sha256 for name, record in manifest.files.items() if record.tensors}):
+        raise _damaged(folder, manifest, differ)
+
+
+def differing(folder: Path, sums: Mapping[str, str]) -> list[str]:
+    """The files of a folder whose SHA-256 is another than `sums` has by their names.
 
     A folder whose files have the sizes, dates and inodes of the time when they were last compared with their checksums
     is only sampled; another one is read whole. A small one always is.
     """
-    sums = {name: record.sha256 for name, record in manifest.files.items() if record.tensors}
-    total = sum(manifest.files[name].size for name in sums)
+    sizes = {name: (folder / name).stat().st_size for name in sums}
+    total = sum(sizes.values())
     state = state_of(folder, sums)
     found = (recall(_VERIFIED, folder, state) if total > _SMALL else None) or {}
     samples = found.get("samples")
     if found.get("sums") == sums and isinstance(samples, dict):
-        differ = [name for name in sums if samples.get(name) != _sample(folder / name)]
-    else:
-        if total > _SMALL:
-            log.info("%s: checking %s once, as it is new here or has changed", folder, format_bytes(total))
-        with Bar("checking the checkpoint", show=total > _SMALL) as bar, ThreadPoolExecutor(_THREADS) as pool:
-            done, differ = 0, []
-            for name, value in zip(sums, pool.map(lambda name: sha256_file(folder / name), sums), strict=True):
-                done += manifest.files[name].size
-                bar.update(done, total, name)
-                if value != sums[name]:
-                    differ.append(name)
-        if not differ and total > _SMALL:
-            samples = {name: _sample(folder / name) for name in sums}
-            remember(_VERIFIED, folder, state, {"sums": sums, "samples": samples})
-    if differ:
-        raise _damaged(folder, manifest, differ)
+        return [name for name in sums if samples.get(name) != _sample(folder / name)]
+    if total > _SMALL:
+        log.info("%s: checking %s once, as it is new here or has changed", folder, format_bytes(total))
+    with Bar("checking the checkpoint", show=total > _SMALL) as bar, ThreadPoolExecutor(_THREADS) as pool:
+        done, differ = 0, []
+        for name, value in zip(sums, pool.map(lambda name: sha256_file(folder / name), sums), strict=True):
+            done += sizes[name]
+            bar.update(done, total, name)
+            if value != sums[name]:
+                differ.append(name)
+    if not differ and total > _SMALL:
+        samples = {name: _sample(folder / name) for name in sums}
+        remember(_VERIFIED, folder, state, {"sums": dict(sums), "samples": samples})
+    return differ
 
 
 def _sample(path: Path) -> str:

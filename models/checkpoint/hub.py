@@ -73,6 +73,11 @@ class HubCheckpoint:
     def __len__(self) -> int:
         return len(self._infos)
 
+    @property
+    def places(self) -> dict[str, tuple[str, TensorInfo]]:
+        """By key: the file that holds the tensor, and where."""
+        return {key: (self._files[key], info) for key, info in self._infos.items()}
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self._infos[key].shape
 
@@ -108,7 +113,7 @@ class HubCheckpoint:
 
     def fingerprint(self) -> str:
         """What identifies the content, whatever its files are called: models/checkpoint/fingerprint.py."""
-        return full_fingerprint(self.path, self.config_bytes, self.tensors())
+        return full_fingerprint(self.path, self.config_bytes, self.places)
 
     def has_fingerprint(self, recorded: str, renew: str) -> bool:
         """Whether `recorded` is this content's fingerprint.
@@ -117,7 +122,7 @@ class HubCheckpoint:
         """
         if not is_sampled(recorded):
             return recorded == self.fingerprint()
-        same = recorded == sampled_fingerprint(self.path, self.config_bytes, self.tensors())
+        same = recorded == sampled_fingerprint(self.path, self.config_bytes, self.places)
         if same:
             log.warning(
                 "%s: taken for the same by samples of its data, all that an earlier version of nibble recorded; a "
@@ -126,10 +131,6 @@ class HubCheckpoint:
                 renew,
             )
         return same
-
-    def tensors(self) -> dict[str, tuple[str, TensorInfo]]:
-        """By key: the shard that counts for it, and where it is there."""
-        return {key: (self._files[key], info) for key, info in self._infos.items()}
 
     def _read_headers(self, shards: dict[str, list[str]]) -> None:
         for shard, indexed in shards.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from models.checkpoint.side_files import CONFIG
@@ -33,6 +34,25 @@ def _likely_hub_id(folder: Path) -> str:
         if folder.name.startswith(prefix):
             return f"{organisation}/{folder.name}"
     return f"ORGANISATION/{folder.name}"
+
+
+def downloaded_sums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """By name, the SHA-256 that the hub gave for files of a folder, in hexadecimal; files without one are left out.
+
+    Of large files the hub's cache has it as the name of the file that a link leads to, and a folder that was downloaded
+    with --local-dir in a line of `.cache/huggingface/download/NAME.metadata`. Small ones have another kind of hash.
+    """
+    found = {}
+    for name in names:
+        path, given = folder / name, ""
+        metadata = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+        if path.is_symlink():
+            given = path.resolve().name
+        elif metadata.is_file():
+            given = "".join(metadata.read_text(errors="replace")[:1000].splitlines()[1:2])
+        if re.fullmatch("[0-9a-f]{64}", given):
+            found[name] = given
+    return found
 
 
 def download_command(folder: Path, file: str = "") -> str:

@@ -192,6 +192,11 @@ class NativeCheckpoint:
         self._mapped = MappedFolder(self.path)
 
     @property
+    def places(self) -> dict[str, tuple[str, TensorInfo]]:
+        """By native name, once `bind` has read the headers: the file that holds the tensor, and where."""
+        return {name: (self._files[name], info) for name, info in self._infos.items()}
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The names of the tensors, as nibble.json has them, with () for the shapes that it doesn't tell."""
         return {name: () for record in self.manifest.files.values() for name in record.tensors}

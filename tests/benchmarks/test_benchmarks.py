@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from benchmarks import (
     peer_env,
     report,
     step,
+    usage,
 )
 from benchmarks.checkpoint import ensure_checkpoint, parameters_of
 from benchmarks.gpu_cases import CASES, MODELS, Case
@@ -93,6 +95,15 @@ def test_checkpoint_is_written_once_and_loads(arch: str, tmp_path: Path, monkeyp
     assert model.spec == StorageSpec("nf4", True)
 
 
+def test_counting_is_a_part_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(checkpoint.subprocess, "run", lambda command, check: checkpoint.write(Path(command[-1])))
+    assert usage.main(["--tiny", "--tokens", "32", "--pairs", "1", "--folder", str(tmp_path)]) == 0
+    found = re.search(r"with, of which counting is ([\d.]+) ms, ([\d.]+)%\n$", capsys.readouterr().out)
+    assert found is not None and float(found[1]) > 0 and float(found[2]) < 50
+
+
 def test_tokens_differ_in_each_step_and_repeat_in_each_process():
     request = Request("", tokens=32)
     assert torch.equal(batch(request, 100, 3), batch(request, 100, 3))
@@ -108,7 +119,7 @@ def test_request_passes_through_json():
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("module", ["benchmarks.step", "benchmarks.gpu"])
+@pytest.mark.parametrize("module", ["benchmarks.step", "benchmarks.gpu", "benchmarks.usage"])
 def test_arguments_are_read_without_torch(module: str):
     code = f"import sys, {module} as m; m.parser().parse_args([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=step.ROOT)

@@ -101,7 +101,7 @@ def test_a_model_without_experts(checkpoints: dict[str, tuple[Path, Any]], tmp_p
     with pytest.raises(NibbleError, match="bias_update, but no layer of this glm4_moe_lite has experts") as error:
         check_model(config_of(tmp_path, "train.balance=bias_update"), source, CPU)
     assert str(error.value).endswith("Set train.balance: none.")
-    with pytest.raises(ValueError, match="no router whose load could be balanced"):
+    with pytest.raises(ValueError, match="no router"):
         Balance(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="only sigmoid routers have a bias"):
         BiasUpdate(trainable(checkpoints[SOFTMAX][0]), 0.1)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.run_helpers import World, curve, forked, in_processes, losses, make_world, settings
 from train.__main__ import main
+from train.output.metrics import read_metrics
 from train.state.best import read_evaluation
 
 # Extending a run leaves its checkpoints valid only where the schedule doesn't know the end.
@@ -24,6 +25,7 @@ STEADY = {
     "train__warmup_ratio": 0,
     "train__gradient_accumulation": 2,
     "train__eps": 1e-3,
+    "output__expert_usage": 2,
 }
 
 
@@ -62,6 +64,18 @@ def best_is_kept(out: Path) -> None:
         assert (out / "adapter-best" / name).read_bytes() == (out / "adapter" / name).read_bytes()
 
 
+def same_usage(out: Path, other: Path) -> None:
+    """Rounding may send a token or two to another expert."""
+    ours, theirs = ([r for r in read_metrics(run / "metrics.jsonl") if "counts" in r] for run in (out, other))
+    kinds = ["eval_usage", "train_usage", "eval_usage", "train_usage", "train_usage", "eval_usage"]
+    assert [record["kind"] for record in ours] == kinds
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert all(mine[key] == yours[key] for key in ("kind", "step", "tokens", "layers"))
+        assert mine["entropy"] == pytest.approx(yours["entropy"], rel=1e-5)
+        assert (torch.tensor(mine["counts"]) - torch.tensor(yours["counts"])).abs().max() <= 2
+        assert sum(map(sum, mine["counts"])) == 2 * mine["tokens"] * len(mine["layers"])
+
+
 @pytest.fixture(scope="module")
 def half(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The first three steps on four processes, two of which own the experts of each copy of the model."""
@@ -92,6 +106,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert max(abs(a - b) / b for a, b in zip(resumed, undisturbed, strict=True)) < 1e-6
     assert worst(tmp_path / "out", alone) < 1e-5
     best_is_kept(tmp_path / "out")
+    same_usage(tmp_path / "out", alone)
 
 
 @pytest.mark.slow

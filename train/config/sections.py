@@ -347,3 +347,8 @@ class OutputConfig(Section):
         description="Folder for the adapter, checkpoints, metrics, plots and the resolved config. A relative path "
         "starts at the current directory."
     )
+    expert_usage: Steps | None = Field(
+        default=None,
+        description="Steps between two training steps in which the tokens of each expert are counted; those of every "
+        "evaluation then are too. In metrics.jsonl, and as expert_usage.png. null: not at all.",
+    )

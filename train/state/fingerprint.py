@@ -38,6 +38,7 @@ _FREE_ON_RESUME = (
     "train.device",
     "train.tensorboard",
     "output.dir",
+    "output.expert_usage",
 )
 # A run may go on with any number of processes.
 _FREE_SECTION = "parallel."

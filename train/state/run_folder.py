@@ -6,6 +6,7 @@ output.dir/
   run.json             written when the run has finished: its figures, and what it was made of
   metrics.jsonl        a line per logged step and per evaluation; tensorboard/ shows the same
   loss.png             the same as a picture
+  expert_usage.png     how often each expert was chosen, with output.expert_usage
   skipped_rows.jsonl   rows that could not be used, if there are any
   .rows.npz            their tokens for the other processes, while a run of several starts
   checkpoints/         what a run is resumed from
@@ -50,6 +51,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.plot = path / "loss.png"
+        self.usage_plot = path / "expert_usage.png"
         self.skipped_rows = path / "skipped_rows.jsonl"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
@@ -67,7 +69,7 @@ class RunFolder:
         """Raises NibbleError where something stands in the way of a file or folder that the run will write."""
         results = [self.result(config), *([self.result(config, best=True)] if config.train.keep_best else [])]
         folders = [self.checkpoints, *results, *([self.tensorboard] if config.train.tensorboard else [])]
-        for path in (self.config, self.log, self.finished, self.metrics, self.plot, self.skipped_rows):
+        for path in (self.config, self.log, self.finished, self.metrics, self.plot, self.usage_plot, self.skipped_rows):
             if path.is_dir():
                 raise NibbleError(f"output.dir: {path} is a folder, where the run writes a file. Move it elsewhere.")
         for path in folders:

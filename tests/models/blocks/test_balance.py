@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from models.blocks.router import Router, SigmoidRouter
 from models.checkpoint.export import export_hub
 from models.decoder import CausalLM
 from models.load import open_folder
-from parallel.shards import Shards
 from tests.balance_helpers import (
+    BATCHES,
     COEFFICIENT,
     CPU,
     NOT_NORMALISED,
@@ -26,14 +25,16 @@ from tests.balance_helpers import (
     SOFTMAX,
     biases,
     config_of,
+    micro_batch,
+    real_documents,
     save_routed,
+    step,
     trainable,
 )
 from tests.helpers import assert_close
 from tests.tiny import save_tiny
 from train.data.batches import IGNORED, Batch, empty_batch
 from train.held_out import batch_loss, held_out_loss
-from train.loop import StepResult, training_step
 from train.model import attach_balance
 from train.optim import clip_gradients
 
@@ -41,40 +42,6 @@ from train.optim import clip_gradients
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
     return save_routed(tmp_path_factory)
-
-
-def micro_batch(lengths: Sequence[int], seed: int, multiple: int = 64) -> Batch:
-    """Documents of random tokens, about half of them labelled, padded to `multiple`."""
-    generator = torch.Generator().manual_seed(seed)
-    count = sum(lengths)
-    padding = -count % multiple
-    tokens = torch.randint(0, 128, (count,), generator=generator)
-    labels = torch.randint(0, 128, (count,), generator=generator)
-    labels[torch.rand(count, generator=generator) < 0.5] = IGNORED
-    return Batch(
-        torch.cat((tokens, tokens.new_zeros(padding))),
-        torch.cat((labels, labels.new_full((padding,), IGNORED))),
-        Documents.from_lengths([*lengths, *([padding] if padding else [])], padding=padding),
-        count,
-        int((labels != IGNORED).sum()),
-    )
-
-
-BATCHES = (micro_batch((20, 9, 41), seed=1), micro_batch((33,), seed=2))
-
-
-def real_documents(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and labels of each document that isn't padding."""
-    lengths, real = list(batch.documents.lengths), batch.real_tokens
-    if batch.documents.padding:
-        lengths.pop()
-    return list(zip(batch.tokens[:real].split(lengths), batch.labels[:real].split(lengths), strict=True))
-
-
-def step(model: CausalLM, batches: Sequence[Batch] = BATCHES, rate: float = 0.0) -> StepResult:
-    parameters = trainable_parameters(model)
-    optimizer = torch.optim.SGD([parameter for _, parameter in parameters], lr=rate)
-    return training_step(Shards(model), optimizer, batches, step=1, max_grad_norm=None, device=CPU)
 
 
 def gradients(model: CausalLM, batch: Batch) -> tuple[float, dict[str, Tensor]]:
@@ -297,8 +264,8 @@ def test_an_even_load_costs_as_much_as_experts_are_chosen(checkpoints: dict[str,
     balance = AuxiliaryLoss(model, 1.0)
     balance.begin(Documents.from_lengths([8]))
     for router in balance.routers.values():
-        assert router.observer is not None
-        router.observer(torch.arange(24).view(8, 3) % 8, torch.full((8, 8), 1 / 8))
+        (observe,) = router.observers
+        observe(torch.arange(24).view(8, 3) % 8, torch.full((8, 8), 1 / 8))
     assert balance.collect(1.0).item() == pytest.approx(3)
     assert balance.end_step() == {"aux_loss": pytest.approx(3), "load_imbalance": 1.0}
 
@@ -329,8 +296,8 @@ def test_an_expert_at_the_mean_keeps_its_bias(checkpoints: dict[str, tuple[Path,
         bias.zero_()
     balance.begin(Documents.from_lengths([8]))
     for router in balance.routers.values():
-        assert router.observer is not None
-        router.observer(torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6]]), torch.zeros(1, 8))
+        (observe,) = router.observers
+        observe(torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6]]), torch.zeros(1, 8))
     assert balance.collect(1.0) is None
     assert balance.end_step() == {"load_imbalance": 2.0}
     for bias in balance.buffers().values():
@@ -367,7 +334,7 @@ def test_without_balance_a_step_is_what_it_was(checkpoints: dict[str, tuple[Path
     assert config.train.balance == "none"
     attach_balance(model, config, open_folder(checkpoints[SIGMOID][0]))
     assert model.balance is None
-    assert all(module.observer is None for module in model.modules() if isinstance(module, Router))
+    assert all(not module.observers for module in model.modules() if isinstance(module, Router))
     assert step(model, rate=0.5).balance == {}
     parameters = trainable_parameters(by_hand)
     for batch in BATCHES:
