@@ -150,7 +150,7 @@ class Merged(Content):
         return self._fingerprint
 
     def _make_fingerprint(self) -> str:
-        tensors = self.checkpoint.tensors()
+        tensors = self.checkpoint.places
         total, done = self.checkpoint.nbytes, 0
         hashes = {}
         for key in sorted(tensors, key=lambda key: (tensors[key][0], tensors[key][1].begin)):
