@@ -20,11 +20,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("models/checkpoint",),
     ("models/adapters",),
-<<<<<<< HEAD
     ("models/load", "models/convert", "models/merge", "models/export", "models/adapter_names", "models/__init__"),
-=======
-    ("models/load", "models/convert", "models/merge", "models/adapter_names", "models/__init__"),
->>>>>>> merge
     ("parallel",),
     ("train/config",),
     ("train/rows",),
