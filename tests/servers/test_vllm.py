@@ -1,7 +1,7 @@
 """vLLM on a CPU against merged folders and exported adapters of every architecture, one group of matrices at a time.
 
-float32 for GLM and Trinity. vLLM has Qwen3.5's linear attention in bfloat16 only; there every token chooses all experts, as
-otherwise rounding would choose others.
+float32 for GLM and Trinity. vLLM has Qwen3.5's linear attention in bfloat16 only; there every token chooses all
+experts, as otherwise rounding would choose others.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from models.adapters.files import load_adapter
 from models.export.__main__ import main as export
 from models.merge.__main__ import main as merge
+from tests.export_helpers import LATENT
 from tests.peft_helpers import logits_of, native
 from tests.servers.checkpoints import VOCABULARY, served_world
 from tests.servers.install import VLLM, VLLM_VERSION
@@ -40,18 +41,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3_5_moe_text": (QWEN, {}),
     "qwen3_5_moe": (QWEN, {"limit_mm_per_prompt": {"image": 0, "video": 0}}),
 }
+# All but lm_head, with which vLLM gives no log-probabilities of a prompt.
 QWEN_MODULES = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "in_proj_qkv",
-    "in_proj_z",
-    "in_proj_b",
-    "in_proj_a",
-    "out_proj",
+    *("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+    *("gate_up_proj", "down_proj", "gate_proj", "up_proj", "experts", "shared_expert_gate", "gate"),
 ]
-QWEN_MODULES += ["gate_up_proj", "down_proj", "gate_proj", "up_proj", "experts", "shared_expert_gate", "gate"]
 UNSERVED = {"glm4_moe_lite": ["kv_b_proj"], "qwen3_5_moe_text": ["router"], "qwen3_5_moe": ["router"]}
 
 
@@ -60,9 +54,7 @@ def work(folder: Path, base: Path, adapters: dict[str, Path], model_type: str, *
     folder.mkdir(exist_ok=True)
     options = dict(CASES[model_type][1])
     if model_type.startswith("qwen"):
-        options["lora_target_modules"] = (
-            QWEN_MODULES  # without lm_head, which has no log-probabilities of a prompt then
-        )
+        options["lora_target_modules"] = QWEN_MODULES
     job = {
         "base": str(base),
         "dtype": "bfloat16" if model_type.startswith("qwen") else "float32",
@@ -123,16 +115,7 @@ def test_adapters_and_merged(tmp_path: Path, model_type: str) -> None:
 def test_kv_b_proj_has_no_effect_but_without_mla(tmp_path: Path) -> None:
     """Why it is refused, and that the way out is one."""
     world = served_world(tmp_path / "world", "glm4_moe_lite", **LITE)
-    others = [
-        "experts",
-        "shared_experts",
-        "dense_mlp",
-        "router",
-        "q_a_proj",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "o_proj",
-    ]
+    others = ["experts", "shared_experts", "dense_mlp", "router", "o_proj", *LATENT[:3]]
     drop = [part for name in others for part in ("--drop", name)]
     out = tmp_path / "adapter"
     assert export([str(world.adapter), str(out), "--for", "vllm", "--keep", "kv_b_proj", *drop]) == 0

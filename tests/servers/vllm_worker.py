@@ -2,8 +2,8 @@
 
     .servers/vllm/bin/python tests/servers/vllm_worker.py < job.json
 
-A job has base (a folder), dtype, tokens, adapters ({name: folder}), options of the engine, and out, a folder in which each
-one's float32 [T - 1, V] becomes NAME.npy. The file `failed` there has what went wrong.
+A job has base (a folder), dtype, tokens, adapters ({name: folder}), options of the engine, and out, a folder in which
+each one's float32 [T - 1, V] becomes NAME.npy. The file `failed` there has what went wrong.
 """
 
 from __future__ import annotations
