@@ -33,7 +33,9 @@ _KEYS: dict[str, dict[str, Any]] = {
 
 def served_world(folder: Path, model_type: str, **changes: Any) -> World:
     """`World` of an architecture, whose base a server can load."""
-    world = World(folder, model_type, vocab_size=VOCABULARY, **_SIZES.get(model_type, {}), **changes)
+    # A merge looks at the base in blocks of 64 values too.
+    sizes = {"vocab_size": VOCABULARY, "moe_intermediate_size": 64, **_SIZES.get(model_type, {}), **changes}
+    world = World(folder, model_type, **sizes)
     save_checkpoint_texts(world.base)
     tokenizer = Tokenizer.from_file(str(world.base / "tokenizer.json"))
     tokenizer.add_special_tokens(["<|endoftext|>"])

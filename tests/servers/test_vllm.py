@@ -1,0 +1,128 @@
+"""vLLM on a CPU against merged folders and exported adapters of every architecture, one group of matrices at a time.
+
+float32 for GLM and Trinity. vLLM has Qwen3.5's linear attention in bfloat16 only; there every token chooses all
+experts, as otherwise rounding would choose others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models.adapters.files import load_adapter
+from models.export.__main__ import main as export
+from models.merge.__main__ import main as merge
+from tests.export_helpers import LATENT
+from tests.peft_helpers import logits_of, native
+from tests.servers.checkpoints import VOCABULARY, served_world
+from tests.servers.install import VLLM, VLLM_VERSION
+
+pytestmark = [
+    pytest.mark.servers,
+    pytest.mark.skipif(not VLLM.is_file(), reason="vLLM isn't installed: make test-servers"),
+]
+TOKENS = torch.randint(16, 400, (1, 24), generator=torch.Generator().manual_seed(3))
+WORKER = Path(__file__).parent / "vllm_worker.py"
+LITE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
+QWEN = {"num_experts_per_tok": 4}
+# The sizes that vLLM's kernels for CPUs have, and what the engine is told.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "afmoe": ({"head_dim": 32}, {}),
+    "glm4_moe": ({"head_dim": 32}, {}),
+    # Its rotary operator for CPUs is wrong for latent attention.
+    "glm4_moe_lite": (LITE, {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}),
+    "qwen3_5_moe_text": (QWEN, {}),
+    "qwen3_5_moe": (QWEN, {"limit_mm_per_prompt": {"image": 0, "video": 0}}),
+}
+# All but lm_head, with which vLLM gives no log-probabilities of a prompt.
+QWEN_MODULES = [
+    *("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+    *("gate_up_proj", "down_proj", "gate_proj", "up_proj", "experts", "shared_expert_gate", "gate"),
+]
+UNSERVED = {"glm4_moe_lite": ["kv_b_proj"], "qwen3_5_moe_text": ["router"], "qwen3_5_moe": ["router"]}
+
+
+def work(folder: Path, base: Path, adapters: dict[str, Path], model_type: str, **environment: str) -> None:
+    """Runs vLLM, which leaves NAME.npy of the base and of each adapter in `folder`."""
+    folder.mkdir(exist_ok=True)
+    options = dict(CASES[model_type][1])
+    if model_type.startswith("qwen"):
+        options["lora_target_modules"] = QWEN_MODULES
+    job = {
+        "base": str(base),
+        "dtype": "bfloat16" if model_type.startswith("qwen") else "float32",
+        "tokens": TOKENS[0].tolist(),
+        "adapters": {name: str(path) for name, path in adapters.items()},
+        "options": options,
+        "out": str(folder),
+    }
+    done = subprocess.run(
+        [str(VLLM), str(WORKER)],
+        input=json.dumps(job),
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    failed = folder / "failed"
+    assert done.returncode == 0, failed.read_text()[-3000:] if failed.exists() else done.stderr[-3000:]
+
+
+def found(folder: Path, name: str) -> torch.Tensor:
+    return torch.from_numpy(np.load(folder / f"{name}.npy"))[:, :VOCABULARY]
+
+
+def expected(base: Path, adapter: Path | None) -> torch.Tensor:
+    model = native(base)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return logits_of(model, TOKENS)[0, :-1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("model_type", CASES)
+def test_adapters_and_merged(tmp_path: Path, model_type: str) -> None:
+    world = served_world(tmp_path / "world", model_type, **CASES[model_type][0])
+    tolerance = 0.05 if model_type.startswith("qwen") else 1e-4
+    adapters, wanted = {}, {"base": expected(world.base, None)}
+    unserved = UNSERVED.get(model_type, [])
+    for group in ("everything", *(name for name in world.spec.targets if name not in unserved)):
+        others = [name for name in world.spec.targets if group not in (name, "everything")]
+        dropped = {*others, *(name for name in unserved if name in world.spec.targets or "attention" not in others)}
+        arguments = [part for name in sorted(dropped) for part in ("--drop", name)]
+        adapters[group] = tmp_path / group
+        assert export([str(world.adapter), str(adapters[group]), "--for", "vllm", *arguments]) == 0
+        assert export([str(world.adapter), str(adapters[group] / "peft"), "--for", "peft", *arguments]) == 0
+        wanted[group] = expected(world.base, adapters[group] / "peft")
+    work(tmp_path / "out", world.base, adapters, model_type)
+    assert merge([str(world.base), str(world.adapter), str(tmp_path / "merged")]) == 0
+    work(tmp_path / "out-merged", tmp_path / "merged", {}, model_type)
+    differences = {name: (found(tmp_path / "out", name) - value).abs().max().item() for name, value in wanted.items()}
+    whole = expected(world.base, world.adapter)
+    differences["merged"] = (found(tmp_path / "out-merged", "base") - whole).abs().max().item()
+    effects = {name: (value - wanted["base"]).abs().max().item() for name, value in wanted.items() if name != "base"}
+    print(f"\n{model_type} (vLLM {VLLM_VERSION}): " + ", ".join(f"{n} {v:.1e}" for n, v in differences.items()))
+    assert {name: value for name, value in differences.items() if not value <= tolerance} == {}
+    assert {name: value for name, value in effects.items() if not value > 0.1} == {}, "otherwise nothing is shown"
+
+
+def test_kv_b_proj_has_no_effect_but_without_mla(tmp_path: Path) -> None:
+    """Why it is refused, and that the way out is one."""
+    world = served_world(tmp_path / "world", "glm4_moe_lite", **LITE)
+    others = ["experts", "shared_experts", "dense_mlp", "router", "o_proj", *LATENT[:3]]
+    drop = [part for name in others for part in ("--drop", name)]
+    out = tmp_path / "adapter"
+    assert export([str(world.adapter), str(out), "--for", "vllm", "--keep", "kv_b_proj", *drop]) == 0
+    assert export([str(world.adapter), str(out / "peft"), "--for", "peft", *drop]) == 0
+    base, wanted = expected(world.base, None), expected(world.base, out / "peft")
+    assert (wanted - base).abs().max() > 0.1
+    work(tmp_path / "mla", world.base, {"kv": out}, "glm4_moe_lite")
+    assert (found(tmp_path / "mla", "kv") - base).abs().max() < 1e-4
+    work(tmp_path / "mha", world.base, {"kv": out}, "glm4_moe_lite", VLLM_MLA_DISABLE="1")
+    assert (found(tmp_path / "mha", "kv") - wanted).abs().max() < 1e-4
