@@ -16,6 +16,9 @@ ARCHS := $(sort $(patsubst TINY_%,%,$(filter TINY_%,$(.VARIABLES))))
 TINY = $(or $(TINY_$(ARCH)),$(error ARCH=$(ARCH) is no architecture of the demo. Choose one of: $(ARCHS)))
 DEMO = $(if $(TINY),outputs/demo$(patsubst %,-%,$(filter-out glm4_moe_lite,$(ARCH))))
 
+# The first of the held-out rows: neither run has learnt it.
+QUESTION := Ben finds 6 buttons in the morning and 3 in the evening. How many buttons are that?
+
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-slow fuzz faults lint format types check demo demo-clean
 
@@ -56,12 +59,14 @@ types: $(INSTALLED)  ## mypy
 
 check: lint types test  ## all three
 
-demo: $(INSTALLED)  ## the whole job in a few minutes: checkpoint, base, NF4, QLoRA, adapter (ARCH=afmoe: Trinity's)
+demo: $(INSTALLED)  ## the whole job in a few minutes: checkpoint, base, NF4, QLoRA, a question before and after (ARCH=afmoe: Trinity's)
 	$(PY) -m train.demo prepare $(DEMO) --arch $(ARCH)
 	$(PY) -m train --config configs/$(TINY)_pretrain.yaml
 	$(PY) -m models.convert $(DEMO)/base/model $(DEMO)/base-nf4 --storage nf4
 	$(PY) -m train --config configs/$(TINY)_qlora.yaml
 	$(PY) -m train.demo report $(DEMO)
+	$(PY) -m train.generate $(DEMO)/base-nf4 --prompt "$(QUESTION)"
+	$(PY) -m train.generate $(DEMO)/base-nf4 --adapter $(DEMO)/qlora/adapter --prompt "$(QUESTION)"
 
 demo-clean:  ## remove what the demo wrote, to start over
 	rm -rf $(DEMO)

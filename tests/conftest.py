@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As `python -m train` sets it: without torch's compiler bitsandbytes is imported in half the time.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+@pytest.fixture(scope="session")
+def taught_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """outputs/demo with a small model that was taught a few answers. To be left as it is."""
+    from tests.generate_helpers import make_demo
+
+    return make_demo(tmp_path_factory.mktemp("taught"))
 
 
 @pytest.fixture

@@ -137,10 +137,13 @@ def test_make_demo_is_what_the_readme_says_one_by_one() -> None:
 @pytest.mark.parametrize("model_type", MODELS)
 def test_make_demo_has_each_architecture_in_a_folder_of_its_own(model_type: str) -> None:
     folder = "outputs/demo" if model_type == "glm4_moe_lite" else f"outputs/demo-{model_type}"
-    prepare, pretrain, convert, qlora, report = demo_commands(f"ARCH={model_type}")
+    prepare, pretrain, convert, qlora, report, before, after = demo_commands(f"ARCH={model_type}")
     assert prepare == f"python -m train.demo prepare {folder} --arch {model_type}"
     assert convert == f"python -m models.convert {folder}/base/model {folder}/base-nf4 --storage nf4"
     assert report == f"python -m train.demo report {folder}"
+    generate, question = f"python -m train.generate {folder}/base-nf4", before.partition("--prompt ")[2]
+    assert before == f"{generate} --prompt {question}"
+    assert after == f"{generate} --adapter {folder}/qlora/adapter --prompt {question}"
     for command, run in ((pretrain, "base"), (qlora, "qlora")):
         config = load_config(ROOT / command.removeprefix("python -m train --config "))
         assert config.output.dir == f"{folder}/{run}"

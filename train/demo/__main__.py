@@ -1,9 +1,9 @@
-"""The demo's own commands: what `make demo` starts from, and what it shows at the end.
+"""The demo's own commands: what `make demo` starts from, and what its runs came to.
 
     python -m train.demo prepare outputs/demo    a small checkpoint with random weights, and generated rows
-    python -m train.demo report outputs/demo     losses before and after, and a question answered before and after
+    python -m train.demo report outputs/demo     losses before and after, and where the results are
 
-Everything between the two is done by the ordinary commands, `python -m train` and `python -m models.convert`.
+All else is done by the ordinary commands: `python -m train`, `python -m models.convert` and `python -m train.generate`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import number, read_json
@@ -28,12 +27,7 @@ from train.demo.checkpoint import write_checkpoint, write_if_changed, write_toke
 from train.demo.models import DEFAULT, MODELS, demo_model
 from train.demo.text import distinct_problems, in_prose, in_yaml, record_problem
 
-if TYPE_CHECKING:
-    from models.decoder import CausalLM
-    from train.data.tokenizer import Tokenizer
-
 BASE_ROWS, TUNING_ROWS, HELD_OUT_ROWS = 6000, 1200, 100
-LONGEST_ANSWER = 40  # tokens
 
 
 def prepare(folder: Path, model_type: str = DEFAULT, seed: int = 0) -> None:
@@ -56,11 +50,6 @@ def prepare(folder: Path, model_type: str = DEFAULT, seed: int = 0) -> None:
 
 def report(folder: Path) -> str:
     """What the demo's runs in `folder` came to. Raises NibbleError where one has not finished."""
-    import torch
-
-    from models import load_model
-    from train.data.tokenizer import load_tokenizer
-
     losses = [("held-out loss", "before", "after")]
     for name, run in (("base: word problems in prose", "base"), ("QLoRA: word problems in YAML", "qlora")):
         finished = folder / run / "run.json"
@@ -72,44 +61,16 @@ def report(folder: Path) -> str:
         before, after = (number(figures, f"held_out_loss_{when}", 0, str(finished)) for when in ("before", "after"))
         losses.append((name, f"{before:.3f}", f"{after:.3f}"))
 
-    converted, adapter = folder / "base-nf4", folder / "qlora" / "adapter"
-    row = json.loads((folder / "data" / "tuning_eval.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    question, expected = (message["content"] for message in row["messages"])
-    tokenizer = load_tokenizer(converted)
-    lines = [table(losses, right=(1, 2)), "", f"  a held-out question  {question}"]
-    for who, path in (("the 4-bit base", None), ("with the adapter", adapter)):
-        model = load_model(converted, storage="nf4", dtype=torch.bfloat16, device="cpu", adapter=path)
-        lines.append(f"  {who:19}  {answer(model, tokenizer, converted, question)}")
-    lines += [f"  {'wanted':19}  {expected}", ""]
+    lines = [table(losses, right=(1, 2)), ""]
     files = ("adapter", "metrics.jsonl", "loss.png")
     lines += [f"  {what:19}  {folder / 'qlora' / what}" for what in files if (folder / "qlora" / what).exists()]
     return "\n".join(lines)
 
 
-def answer(model: CausalLM, tokenizer: Tokenizer, folder: Path, question: str) -> str:
-    """The model's most likely answer, token by token. Every token computes the whole text again: fine for one line."""
-    import torch
-
-    from train.data.template_files import load_chat_template, missing_template
-
-    template = load_chat_template(folder, tokenizer.special_tokens)
-    if template is None:
-        raise missing_template(folder)
-    ids = tokenizer.encode(template.render([{"role": "user", "content": question}], add_generation_prompt=True))
-    start = len(ids)
-    with torch.inference_mode():
-        while len(ids) < start + LONGEST_ANSWER:
-            following = int(model(torch.tensor([ids]))[0, -1].argmax())
-            if following in tokenizer.eos_ids:
-                break
-            ids.append(following)
-    return tokenizer.decode(ids[start:])
-
-
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m train.demo",
-        description="The first and the last command of `make demo`.",
+        description="What `make demo` starts from, and what its runs came to.",
         epilog="example:\n  python -m train.demo prepare outputs/demo-afmoe --arch afmoe",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -119,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     known = f"the checkpoint's architecture: {', '.join(sorted(MODELS))} (default: {DEFAULT})"
     first.add_argument("--arch", default=DEFAULT, metavar="MODEL_TYPE", help=known)
     first.add_argument("--seed", type=int, default=0, help="of weights and rows (default: 0)")
-    last = commands.add_parser("report", help="show losses and an answer, before and after the fine-tuning")
+    last = commands.add_parser("report", help="show losses before and after the fine-tuning, and where its results are")
     last.add_argument("folder", type=Path)
     return made
 

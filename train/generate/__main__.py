@@ -35,7 +35,7 @@ examples:
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="python -m train.generate",
-        usage="python -m train.generate (MODEL | --config FILE) [--adapter A] [--prompt TEXT | --prompts FILE --out FILE]",
+        usage="python -m train.generate (MODEL | --config FILE) [--prompt TEXT | --prompts FILE --out FILE] [OPTIONS]",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -26,6 +26,7 @@ from train.demo import __main__ as demo
 from train.demo import checkpoint as demo_checkpoint
 from train.demo import models as demo_models
 from train.demo.text import distinct_problems, in_prose, in_yaml, record_problem
+from train.generate.__main__ import main as generate
 
 ROOT = Path(__file__).parents[3]
 
@@ -212,7 +213,7 @@ def test_the_whole_demo_in_a_few_steps(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, value in (("BASE_ROWS", 120), ("TUNING_ROWS", 80), ("HELD_OUT_ROWS", 10), ("LONGEST_ANSWER", 4)):
+    for name, value in (("BASE_ROWS", 120), ("TUNING_ROWS", 80), ("HELD_OUT_ROWS", 10)):
         monkeypatch.setattr(demo, name, value)
     monkeypatch.chdir(tmp_path)
     folder = "outputs/demo" if model_type == demo_models.DEFAULT else f"outputs/demo-{model_type}"
@@ -243,13 +244,13 @@ def test_the_whole_demo_in_a_few_steps(
         before, after = figures["held_out_loss_before"], figures["held_out_loss_after"]
         assert after < before
         assert re.search(rf"{name} +{before:.3f} +{after:.3f}\n", shown)
-    question, expected = (message["content"] for message in rows_of(out / "data" / "tuning_eval.jsonl")[0])
-    assert question in shown
-    assert re.search(rf"wanted +{re.escape(expected)}\n", shown)
     for name in ("adapter", "metrics.jsonl", "loss.png"):
         assert str(out / "qlora" / name) in shown
         assert (out / "qlora" / name).exists()
     assert (out / "qlora" / "adapter" / "adapter_config.json").is_file()
+    asked = [str(out / "base-nf4"), "--max-new-tokens", "4", "--prompt", "How many?"]
+    assert [generate(asked), generate([*asked, "--adapter", str(out / "qlora" / "adapter")])] == [0, 0]
+    assert capsys.readouterr().out.count("\n") >= 2
     # What nothing computed with has come through the base's training.
     start, base = HubCheckpoint(out / "start"), HubCheckpoint(out / "base" / "model")
     assert set(start) == set(base)
@@ -266,24 +267,12 @@ def test_the_whole_demo_in_a_few_steps(
     assert capsys.readouterr().out.count("there is nothing left to do") == 2
 
 
-def test_answers_stop_where_the_turn_ends(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder / "start")
-    wanted = tokenizer.encode("7 pens")
-
-    class Scripted:
-        """Says "7 pens", then ends its turn as GLM does, where the next one would begin."""
-
-        def __init__(self) -> None:
-            self.said = 0
-
-        def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-            script = [*wanted, *tokenizer.encode("<|user|>"), *tokenizer.encode("never said")]
-            logits = torch.zeros(1, tokens.shape[1], demo_models.VOCABULARY)
-            logits[0, -1, script[self.said]] = 1.0
-            self.said += 1
-            return logits
-
-    assert demo.answer(Scripted(), tokenizer, folder / "start", "How many?") == "7 pens"  # type: ignore[arg-type]
+def test_the_question_that_it_ends_with_is_held_out(folder: Path) -> None:
+    question = re.search(r"^QUESTION := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert question is not None
+    assert rows_of(folder / "data" / "tuning_eval.jsonl")[0][0]["content"] == question[1]
+    for name in ("base_train", "tuning_train"):
+        assert all(messages[0]["content"] != question[1] for messages in rows_of(folder / "data" / f"{name}.jsonl"))
 
 
 def test_help_has_an_example() -> None:
