@@ -130,7 +130,7 @@ def _check_together(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> Answerer:
-    """Everything that can be wrong is looked at before the weights are read."""
+    """The model is read when it is asked: all that is wrong before that shows at once."""
     from train.generate.source import load_source, source_of
 
     source = source_of(arguments.model, arguments.adapter, arguments.config)

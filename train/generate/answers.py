@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,17 +36,22 @@ class Answer:
 class Answerer:
     """A model with what it needs to be asked.
 
-    folder: named in messages. template: None where the checkpoint has none. plain: prompts are given to the model as
-    they are, without the template. context: the positions that the model is made for, None where that isn't known.
+    load: gives the model, when it is first asked; what is wrong with a prompt shows before that. folder: named in
+    messages. template: None where the checkpoint has none. plain: prompts are given to the model as they are, without
+    the template. context: the positions that the model is made for, None where that isn't known.
     """
 
-    model: CausalLM
+    load: Callable[[], CausalLM]
     tokenizer: Tokenizer
     template: TemplateProcess | None
     settings: Settings
     folder: Path
     plain: bool = False
     context: int | None = None
+
+    @cached_property
+    def model(self) -> CausalLM:
+        return self.load()
 
     def tokens_of_prompt(self, prompt: str) -> list[int]:
         """The tokens that ask for an answer to a text: as the user's message, or, `plain` or without a template, for

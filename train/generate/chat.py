@@ -46,6 +46,7 @@ class Chat:
 
     def run(self) -> None:
         """Read lines from standard input until it ends, or the user leaves."""
+        _ = self.answerer.model  # before the first question, which shouldn't wait for it
         terminal = sys.stdin.isatty()
         if terminal:
             import readline  # noqa: F401 - makes input() a line editor with a history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ def check_names(prompts: str, out: str) -> None:
         raise NibbleError(f"--prompts: {prompts} is a parquet file; rows are read from .jsonl, .json or .csv.")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise NibbleError(f"--out: {path} {'is a folder' if path.is_dir() else 'is in a folder that is not there'}.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise NibbleError(f"--out: {path} can't be written: you may not write in its folder.")
     if path.exists():
         raise NibbleError(f"--out: {path} is there already. Choose another name, or remove it.")
 
@@ -102,6 +105,7 @@ def _answers(answerer: Answerer, prompts: Sequence[Sequence[int]], batch_size: i
     """The answers, in the order of the prompts. The longest are computed first: memory runs out soon or never."""
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: dict[int, Answer] = {}
+    _ = answerer.model  # which takes its own time
     began = time.monotonic()
     with Bar("generating") as bar:
         for start in range(0, len(order), batch_size):

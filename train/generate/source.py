@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def load_source(
     variables: Mapping[str, Any],
     note: Callable[[str], None],
 ) -> Answerer:
-    """The model with its tokenizer, template and settings; what is None is as the source has it. note: gets a line
-    with the settings, and warnings. Raises NibbleError, as far as possible before the weights are read.
+    """The model, not read yet, with its tokenizer, template and settings; what is None is as the source has it.
+
+    note: gets a line with the settings, and warnings. Raises NibbleError.
     """
     where = choose_device(device or source.device)
     folder = open_folder(source.model)
@@ -99,16 +101,9 @@ def load_source(
         note(f"warning: {warning}")
     note(settings.said)
     kind, double, kept = _stored(source, folder, storage, dtype)
-    model = load_model(folder.path, kind, kept, where, source.adapter, double_quant=double, progress=True)
-    return Answerer(
-        model,
-        tokenizer,
-        template,
-        settings,
-        folder.path,
-        plain,
-        longest_context(folder.config, str(folder.path / "config.json")),
-    )
+    load = partial(load_model, folder.path, kind, kept, where, source.adapter, double_quant=double, progress=True)
+    longest = longest_context(folder.config, str(folder.path / "config.json"))
+    return Answerer(load, tokenizer, template, settings, folder.path, plain, longest)
 
 
 def _stored(source: Source, folder: ModelFolder, storage: str | None, dtype: str | None) -> tuple[str, bool, str]:

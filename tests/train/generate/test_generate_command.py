@@ -189,7 +189,10 @@ def test_a_hub_folder_in_any_storage(taught_demo: Path, storage: str) -> None:
 def test_what_cannot_be(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
+    """All of it shows before the weights are read, but for a converted folder's storage."""
     monkeypatch.chdir(tmp_path)
+    if "--storage" not in arguments:
+        monkeypatch.setattr("train.generate.source.load_model", pytest.fail)
     code, shown, said = run([base if argument == "BASE" else argument for argument in arguments])
     assert (code, shown) == (2, "")
     error = said[said.index("error: ") :]
@@ -210,7 +213,8 @@ def test_an_answer_ends_at_the_models_last_position(base: str, tmp_path: Path) -
     assert [(len(row["tokens"]), row["finish"]) for row in rows] == [(room, "length"), (30, "length")]
 
 
-def test_bad_rows_are_named_and_nothing_is_written(base: str, tmp_path: Path) -> None:
+def test_bad_rows_are_named_and_nothing_is_written(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.generate.source.load_model", pytest.fail)  # before the weights are read
     rows = write_rows(
         tmp_path / "rows.jsonl",
         {"prompt": "fine"},
