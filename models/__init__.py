@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from models.convert import convert as convert
+from models.merge import merge_adapter as merge_adapter
 
 if TYPE_CHECKING:  # `as`: public, for type checkers
     from models.adapters.files import load_adapter as load_adapter
@@ -42,7 +43,7 @@ _HOMES = {
     "trainable_parameters": "models.adapters.lora",
 }
 
-__all__ = ["convert", *_HOMES]
+__all__ = ["convert", "merge_adapter", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

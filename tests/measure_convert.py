@@ -23,10 +23,11 @@ from tests.helpers import TINY_GLM, key_map_for
 SHARD = 4 * 2**20
 
 
-def write(folder: Path, layers: int, experts: int) -> int:
-    """A checkpoint of random bfloat16 in shards of 4 MiB; its size in bytes."""
+def write(folder: Path, layers: int, experts: int, width: int = 256, shard_bytes: int = SHARD) -> int:
+    """A checkpoint of random bfloat16 in shards of 4 MiB; its size in bytes. width: of tokens and of experts."""
     folder.mkdir(parents=True)
-    sizes = {"num_hidden_layers": layers, "n_routed_experts": experts, "moe_intermediate_size": 256, "hidden_size": 256}
+    sizes = {"num_hidden_layers": layers, "n_routed_experts": experts}
+    sizes |= {"moe_intermediate_size": width, "hidden_size": width}
     config = TINY_GLM | sizes | {"model_type": "glm4_moe_lite"}
     (folder / "config.json").write_text(json.dumps(config))
     shard: dict[str, torch.Tensor] = {}
@@ -43,7 +44,7 @@ def write(folder: Path, layers: int, experts: int) -> int:
         for name in key.hub_keys():
             shard[name] = torch.randn(shape).bfloat16()
             total += shard[name].nbytes
-            if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
+            if sum(tensor.nbytes for tensor in shard.values()) > shard_bytes:
                 flush()
     flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -20,7 +20,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("models/checkpoint",),
     ("models/adapters",),
-    ("models/load", "models/convert", "models/adapter_names", "models/inspect", "models/__init__"),
+    ("models/load", "models/convert", "models/merge", "models/adapter_names", "models/inspect", "models/__init__"),
     ("parallel",),
     ("train/config",),
     ("train/rows",),

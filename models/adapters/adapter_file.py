@@ -151,7 +151,7 @@ class AdapterFile:
         if by_shape is not None:
             return by_shape
         text = self.config.get("peft_version")
-        version = tuple(int(part) for part in re.findall(r"\d+", str(text or ""))[:3])
+        version = tuple(int(part) for part in re.findall(r"\d{1,9}", str(text or ""))[:3])
         if not version and all(stack.target.key.shape[1] == stack.target.key.shape[2] for stack in stacks):
             raise NibbleError(
                 f"{self._where}: the experts' matrices are square, so that no shape tells in which of PEFT's layouts "
@@ -166,7 +166,7 @@ def packing_of(config: Mapping[str, Any], asked: Packing | None, where: str) -> 
     said = config.get(PACKING)
     if said is None:
         return asked or "peft"
-    if said not in _PACKINGS:
+    if not isinstance(said, str) or said not in _PACKINGS:
         raise NibbleError(f"{where}: {PACKING} is {shown(said)}; known are {', '.join(_PACKINGS)}.")
     if asked not in (None, _PACKINGS[said]):
         raise NibbleError(

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from models.checkpoint.hub import HubCheckpoint, check_counts
+from models.checkpoint.hub import HubCheckpoint, meta_model
 from models.checkpoint.hub_id import resolve_model
 from models.checkpoint.keymap import Key, key_map_of
 from models.checkpoint.native import (
@@ -34,7 +35,6 @@ from models.checkpoint.native import (
 from models.checkpoint.side_files import side_files
 from models.checkpoint.stream import HubReader
 from models.checkpoint.tensorfile import TensorWriter, tensor_bytes
-from models.registry import architecture_for
 from quant.common.errors import NibbleError
 from quant.common.files import PARTIAL, sha256_file, write_atomically
 from quant.storage import StorageSpec
@@ -84,54 +84,93 @@ def convert(
     force: throw away another conversion that is in `destination`. progress(done, total, what): parameters, and the
     file being written. Raises NibbleError, and Interrupted on Ctrl-C.
     """
-    begun = time.monotonic()
     folder, target = resolve_model(source), Path(destination).expanduser()
     if is_converted(folder):
         raise NibbleError(f"{folder} is a converted checkpoint already; convert from the hub's format.")
     with HubCheckpoint(folder) as checkpoint:
-        where = str(folder / "config.json")
-        architecture = architecture_for(checkpoint.config, where)
-        config = architecture.parse_config(checkpoint.config, where)
-        check_counts(checkpoint.shapes, config.layers, config.experts, where)
-        model = architecture.build(config, spec, dtype, "meta")
-        reader = HubReader(checkpoint, key_map_of(model), device)
-        files = group_by_file(reader.keys)
-        _refuse_overlap(folder, target)
-        with _locked(target):
-            manifest = Manifest(
-                model_type=architecture.model_type,
-                spec=spec,
-                dtype=dtype,
-                source=str(source),
-                fingerprint=checkpoint.fingerprint(),
-                config=checkpoint.config,
-                carried=reader.carried,
-                layout=reader.layout,
-            )
-            manifest = _prepare(target, manifest, checkpoint, force)
-            kept = len(files.keys() & manifest.files.keys())
-            _check_space(target, [key for name in files if name not in manifest.files for key in files[name]])
-            try:
-                _write_files(reader, files, target, manifest, progress)
-                _copy_side_files(folder, target, manifest)
-            except KeyboardInterrupt as error:
-                done = len(files.keys() & manifest.files.keys())
-                raise Interrupted(
-                    f"interrupted: {done} of {len(files)} files are finished and kept.\n"
-                    f"To go on: {convert_command(manifest, target)}"
-                ) from error
-        return Summary(
-            destination=target,
-            stored=describe(spec, dtype),
-            parameters=count_parameters(reader.keys),
-            source_bytes=checkpoint.nbytes,
-            bytes=sum(manifest.files[name].size for name in files),
-            files=len(files),
-            kept=kept,
+        content = Content(checkpoint, str(source))
+        return convert_content(content, target, spec, dtype, device=device, force=force, progress=progress)
+
+
+class Content:
+    """What is converted: a hub checkpoint as it is. Subclasses change its tensors on the way.
+
+    name: as the user named it. merged: for the manifest.
+    """
+
+    merged: tuple[str, ...] = ()
+
+    def __init__(self, checkpoint: HubCheckpoint, name: str) -> None:
+        self.checkpoint, self.name = checkpoint, name
+
+    def change(self, key: Key, expert: int | None, dense: Tensor) -> Tensor:
+        """See stream.Change."""
+        return dense
+
+    def fingerprint(self) -> str:
+        return self.checkpoint.fingerprint()
+
+    def has_fingerprint(self, recorded: str) -> bool:
+        return self.checkpoint.has_fingerprint(recorded, "To be sure, add --force.")
+
+    def side_files(self) -> dict[str, bytes]:
+        return side_files(self.checkpoint.path)
+
+
+def convert_content(
+    content: Content,
+    target: Path,
+    spec: StorageSpec,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str,
+    force: bool,
+    progress: Progress,
+) -> Summary:
+    """As `convert`, of a content that is open."""
+    begun, checkpoint = time.monotonic(), content.checkpoint
+    folder = checkpoint.path
+    model = meta_model(checkpoint.config, checkpoint.shapes, str(folder / "config.json"), spec, dtype)
+    reader = HubReader(checkpoint, key_map_of(model), device, content.change)
+    files = group_by_file(reader.keys)
+    _refuse_overlap(folder, target)
+    with locked(target):
+        manifest = Manifest(
+            model_type=model.model_type,
+            spec=spec,
+            dtype=dtype,
+            source=content.name,
+            fingerprint=content.fingerprint(),
+            config=checkpoint.config,
             carried=reader.carried,
-            left_out=reader.left_out(),
-            seconds=time.monotonic() - begun,
+            layout=reader.layout,
+            merged=content.merged,
         )
+        manifest = _prepare(target, manifest, content, force)
+        kept = len(files.keys() & manifest.files.keys())
+        needed = [key for name in files if name not in manifest.files for key in files[name]]
+        check_space(target, sum(tensor_bytes(*entry) for key in needed for entry in key.tensors().values()))
+        try:
+            _write_files(reader, files, target, manifest, progress)
+            _copy_side_files(content, target, manifest)
+        except KeyboardInterrupt as error:
+            done = len(files.keys() & manifest.files.keys())
+            raise Interrupted(
+                f"interrupted: {done} of {len(files)} files are finished and kept.\n"
+                f"To go on: {convert_command(manifest, target)}"
+            ) from error
+    return Summary(
+        destination=target,
+        stored=describe(spec, dtype),
+        parameters=count_parameters(reader.keys),
+        source_bytes=checkpoint.nbytes,
+        bytes=sum(manifest.files[name].size for name in files),
+        files=len(files),
+        kept=kept,
+        carried=reader.carried,
+        left_out=reader.left_out(),
+        seconds=time.monotonic() - begun,
+    )
 
 
 def count_parameters(keys: Iterable[Key]) -> int:
@@ -168,9 +207,9 @@ def _write_files(
         reader.checkpoint.close()  # pages of the mapped shard leave this process's memory
 
 
-def _copy_side_files(folder: Path, target: Path, manifest: Manifest) -> None:
+def _copy_side_files(content: Content, target: Path, manifest: Manifest) -> None:
     """config.json, tokenizer, chat template. Marks the manifest complete."""
-    for name, data in side_files(folder).items():
+    for name, data in content.side_files().items():
         if name not in manifest.files:
             (target / name).parent.mkdir(exist_ok=True)
             write_atomically(target / name, data)
@@ -179,7 +218,7 @@ def _copy_side_files(folder: Path, target: Path, manifest: Manifest) -> None:
     manifest.save(target)
 
 
-def _prepare(target: Path, manifest: Manifest, checkpoint: HubCheckpoint, force: bool) -> Manifest:
+def _prepare(target: Path, manifest: Manifest, content: Content, force: bool) -> Manifest:
     """The manifest to go on with: the one in the folder where it is of the same conversion, else the new one."""
     if not is_converted(target):
         others = sorted(entry.name for entry in target.iterdir() if not entry.name.endswith(PARTIAL))
@@ -194,14 +233,13 @@ def _prepare(target: Path, manifest: Manifest, checkpoint: HubCheckpoint, force:
         manifest.save(target)
         return manifest
     found = Manifest.load(target)
-    same = checkpoint.has_fingerprint(found.fingerprint, "To be sure, add --force.")
-    content = manifest.fingerprint if same else found.fingerprint
+    there = manifest.fingerprint if content.has_fingerprint(found.fingerprint) else found.fingerprint
     differences = [
         f"{what} {before!s} there, {after!s} now"
         for what, before, after in (
             ("storage", describe(found.spec, found.dtype), describe(manifest.spec, manifest.dtype)),
             ("model_type", found.model_type, manifest.model_type),
-            ("content of the source (fingerprint)", content[-64:-52], manifest.fingerprint[-64:-52]),
+            ("content of the source (fingerprint)", there[-64:-52], manifest.fingerprint[-64:-52]),
         )
         if before != after
     ]
@@ -258,19 +296,19 @@ def _refuse_overlap(folder: Path, target: Path) -> None:
         raise NibbleError(f"source and destination are the same folder: {folder}. Name another destination.")
 
 
-def _check_space(target: Path, keys: list[Key]) -> None:
-    needed = sum(tensor_bytes(*entry) for key in keys for entry in key.tensors().values())
+def check_space(target: Path, needed: int) -> None:
+    """Raises NibbleError where the disk of a folder has fewer bytes left."""
     free = shutil.disk_usage(target).free
     if needed > free:
         raise NibbleError(
-            f"{target}: the conversion needs {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB are free there.\n"
+            f"{target}: {needed / 2**30:.1f} GiB more are needed, {free / 2**30:.1f} GiB are free there.\n"
             "Make room, or name a folder on another disk."
         )
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Makes the folder, and holds it against a second conversion into it at the same time."""
+def locked(target: Path) -> Iterator[None]:
+    """Makes the folder, and holds it against a second command that would write to it at the same time."""
     try:
         target.mkdir(parents=True, exist_ok=True)
         handle = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
@@ -281,7 +319,7 @@ def _locked(target: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise NibbleError(
-                f"another conversion is writing to {target} now. Wait for it, or name another folder."
+                f"another command is writing to {target} now. Wait for it, or name another folder."
             ) from error
         yield
     finally:

@@ -94,7 +94,7 @@ def export_hub(
         raise NibbleError(
             "this model has an adapter, and an export writes the base weights alone.\nSave the adapter: save_adapter."
         )
-    config = _config(source, model.dtype)
+    config = dense_config(source, model.dtype)
     if not writes:
         _gather_only(model, source, gather)
         return directory
@@ -266,16 +266,19 @@ def _write_shards(items: list[_Item], folder: Path, limit: float) -> None:
         write_atomically(folder / INDEX, json.dumps(index, indent=2).encode() + b"\n")
 
 
-def _config(source: Path, dtype: torch.dtype) -> bytes:
-    """The source's config.json, to the byte where its dtype is the model's and nothing says that it is quantised.
+def dense_config(source: Path, dtype: torch.dtype | None = None) -> bytes:
+    """The source's config.json, to the byte where its dtype is `dtype` and nothing says that it is quantised.
 
-    The weights that are written are dense: a quantization_config would make others decode them. The dtype is set where
-    the file has one: in its outermost section, in that of the text model, or in both.
+    The weights that are written are dense: a quantization_config would make others decode them. The dtype (None: as it
+    is) is set where the file has one: in its outermost section, in that of the text model, or in both.
     """
     data, config = read_config(source)
     sections = [config] if text_section(config) is config else [config, text_section(config)]
     spelled = [(section, key) for section in sections for key in ("dtype", "torch_dtype") if key in section]
-    spelled, name = spelled or [(config, "dtype")], dtype_name(dtype)
+    if dtype is None:
+        spelled, name = [], ""
+    else:
+        spelled, name = spelled or [(config, "dtype")], dtype_name(dtype)
     if all(section.get(key) == name for section, key in spelled) and not any(_QUANTISED in part for part in sections):
         return data
     for section in sections:

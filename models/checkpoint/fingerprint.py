@@ -86,24 +86,35 @@ def _described(key: str, info: TensorInfo) -> bytes:
     return f"\n{key} {info.dtype} {list(info.shape)}\n".encode()
 
 
-def _hash_tensors(folder: Path, tensors: Tensors, progress: Callable[[int], None] = lambda done: None) -> str:
-    """Tensor by tensor, some at a time in threads; SHA-256 over their descriptions and hashes in the order of keys."""
-    by_place = sorted(tensors, key=lambda key: (tensors[key][0], tensors[key][1].begin))
-    hashes: dict[str, bytes] = {}
-    done = 0
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda key: _hash_tensor(folder / tensors[key][0], tensors[key][1]), by_place)
-        for key, value in zip(by_place, found, strict=True):
-            hashes[key] = value
-            done += tensors[key][1].end - tensors[key][1].begin
-            progress(done)
+def fingerprint_of(config: bytes, tensors: Tensors, hashes: Mapping[str, bytes]) -> str:
+    """As `full_fingerprint`, of tensors whose data has these SHA-256 by key."""
+    return _KIND + hashlib.sha256(config + b"\n" + _digest(tensors, hashes).encode()).hexdigest()
+
+
+def _digest(tensors: Tensors, hashes: Mapping[str, bytes]) -> str:
+    """SHA-256 over the tensors' descriptions and hashes in the order of keys."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(_described(key, tensors[key][1]) + hashes[key])
     return digest.hexdigest()
 
 
-def _hash_tensor(path: Path, info: TensorInfo) -> bytes:
+def _hash_tensors(folder: Path, tensors: Tensors, progress: Callable[[int], None] = lambda done: None) -> str:
+    """Tensor by tensor, some at a time in threads."""
+    by_place = sorted(tensors, key=lambda key: (tensors[key][0], tensors[key][1].begin))
+    hashes: dict[str, bytes] = {}
+    done = 0
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda key: hash_tensor(folder / tensors[key][0], tensors[key][1]), by_place)
+        for key, value in zip(by_place, found, strict=True):
+            hashes[key] = value
+            done += tensors[key][1].end - tensors[key][1].begin
+            progress(done)
+    return _digest(tensors, hashes)
+
+
+def hash_tensor(path: Path, info: TensorInfo) -> bytes:
+    """SHA-256 of a tensor's data. Raises NibbleError where it can't be read."""
     digest, position = hashlib.sha256(), info.begin
     try:
         with path.open("rb", 0) as file:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -21,9 +22,12 @@ from models.checkpoint.fingerprint import full_fingerprint, is_sampled, sampled_
 from models.checkpoint.hub_id import PICKLES, download_command
 from models.checkpoint.side_files import CONFIG
 from models.checkpoint.tensorfile import MappedFolder, TensorInfo, read_header
+from models.decoder import CausalLM
+from models.registry import architecture_for
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import mapping, read_json
 from quant.common.words import some
+from quant.storage import StorageSpec
 
 log = logging.getLogger("nibble")
 
@@ -37,6 +41,7 @@ _STACK = re.compile(r"\bexperts\.\w+$")
 class HubCheckpoint:
     """A hub folder, opened: config, and every tensor's shape and dtype. Data is read when asked for.
 
+    headers: of each shard, in the order of its file; a tensor that two shards have is in both.
     Memory holds the tensors handed out, and at most 16 MiB of a mapped shard that were read before.
     """
 
@@ -46,7 +51,7 @@ class HubCheckpoint:
         self.config_bytes, self.config = read_config(self.path)
         self._files: dict[str, str] = {}
         self._infos: dict[str, TensorInfo] = {}
-        self._headers: dict[str, dict[str, TensorInfo]] = {}
+        self.headers: dict[str, dict[str, TensorInfo]] = {}
         self._mapped = MappedFolder(self.path)
         self._read_headers(_shards(self.path))
 
@@ -66,11 +71,6 @@ class HubCheckpoint:
 
     def __len__(self) -> int:
         return len(self._infos)
-
-    @property
-    def places(self) -> dict[str, tuple[str, TensorInfo]]:
-        """By key: the file that holds the tensor, and where."""
-        return {key: (self._files[key], info) for key, info in self._infos.items()}
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._infos[key].shape
@@ -107,7 +107,7 @@ class HubCheckpoint:
 
     def fingerprint(self) -> str:
         """What identifies the content, whatever its files are called: models/checkpoint/fingerprint.py."""
-        return full_fingerprint(self.path, self.config_bytes, self.places)
+        return full_fingerprint(self.path, self.config_bytes, self.tensors())
 
     def has_fingerprint(self, recorded: str, renew: str) -> bool:
         """Whether `recorded` is this content's fingerprint.
@@ -116,7 +116,7 @@ class HubCheckpoint:
         """
         if not is_sampled(recorded):
             return recorded == self.fingerprint()
-        same = recorded == sampled_fingerprint(self.path, self.config_bytes, self.places)
+        same = recorded == sampled_fingerprint(self.path, self.config_bytes, self.tensors())
         if same:
             log.warning(
                 "%s: taken for the same by samples of its data, all that an earlier version of nibble recorded; a "
@@ -125,6 +125,10 @@ class HubCheckpoint:
                 renew,
             )
         return same
+
+    def tensors(self) -> dict[str, tuple[str, TensorInfo]]:
+        """By key: the shard that counts for it, and where it is there."""
+        return {key: (self._files[key], info) for key, info in self._infos.items()}
 
     def _read_headers(self, shards: dict[str, list[str]]) -> None:
         for shard, indexed in shards.items():
@@ -139,7 +143,7 @@ class HubCheckpoint:
                     f"{self.path}: {INDEX} says that {shard} holds {some(absent)}; it doesn't.\n"
                     f"Index and shards are of different versions. Fetch all: {download_command(self.path)}"
                 )
-            self._headers[shard] = header
+            self.headers[shard] = header
             for key, info in header.items():
                 if key in self._infos and key not in indexed:
                     continue  # the index says which of two copies counts
@@ -232,6 +236,19 @@ def _pickle(folder: Path, names: list[str]) -> str:
         f"safetensors are read.\nIf the repository has safetensors, fetch those: {download_command(folder)}\n"
         "If not, load it with transformers where that risk is acceptable: save_pretrained writes safetensors."
     )
+
+
+def meta_model(
+    config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str, spec: StorageSpec, dtype: torch.dtype
+) -> CausalLM:
+    """The model that a config.json (`where`) describes, on the meta device.
+
+    shapes: as for `check_counts`, which is made before. Raises NibbleError.
+    """
+    architecture = architecture_for(config, where)
+    parsed = architecture.parse_config(config, where)
+    check_counts(shapes, parsed.layers, parsed.experts, where)
+    return architecture.build(parsed, spec, dtype, "meta")
 
 
 def check_counts(shapes: Mapping[str, tuple[int, ...]], layers: int, experts: int, where: str) -> None:

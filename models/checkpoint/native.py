@@ -56,6 +56,7 @@ class Manifest:
     source: what the user named as source, a hub id or the folder's name. fingerprint: HubCheckpoint.fingerprint.
     carried: hub keys that were left out because the architecture doesn't compute with them. layout: how the source
     spells the others, None if that isn't known. Both are for an export, which writes what the source was like.
+    merged: of a conversion of the source with an adapter merged into it, the adapter and options of models.merge.
     complete: all files are there; until then a conversion goes on where it stopped.
     """
 
@@ -69,6 +70,7 @@ class Manifest:
     layout: Layout | None = None
     files: dict[str, FileRecord] = field(default_factory=dict)
     complete: bool = False
+    merged: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> None:
         data = {
@@ -78,7 +80,8 @@ class Manifest:
             "model_type": self.model_type,
             "storage": dataclasses.asdict(self.spec),
             "dtype": dtype_name(self.dtype),
-            "source": {"name": self.source, "fingerprint": self.fingerprint},
+            "source": {"name": self.source, "fingerprint": self.fingerprint}
+            | ({"merged": list(self.merged)} if self.merged else {}),
             "carried": list(self.carried),
             "layout": None if self.layout is None else dataclasses.asdict(self.layout),
             "config": self.config,
@@ -122,6 +125,7 @@ class Manifest:
             else None,
             files={name: _record(name, entry, where) for name, entry in mapping(data, "files", where).items()},
             complete=flag(data, "complete", False, where),
+            merged=tuple(texts(source, "merged", f"{where}: source")),
         )
 
 
@@ -141,8 +145,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def describe(spec: StorageSpec, dtype: torch.dtype) -> str:
     """ "nf4 with double quantisation, bfloat16" """
-    name = f"{spec.kind} with double quantisation" if spec.double_quant else spec.kind
-    return f"{name}, {dtype_name(dtype)}"
+    return f"{describe_storage(spec)}, {dtype_name(dtype)}"
+
+
+def describe_storage(spec: StorageSpec) -> str:
+    return f"{spec.kind} with double quantisation" if spec.double_quant else spec.kind
 
 
 def is_converted(folder: Path) -> bool:
@@ -184,8 +191,7 @@ class NativeCheckpoint:
         self._files: dict[str, str] = {}
         self._mapped = MappedFolder(self.path)
 
-    @property
-    def places(self) -> dict[str, tuple[str, TensorInfo]]:
+    def tensors(self) -> dict[str, tuple[str, TensorInfo]]:
         """By native name, once `bind` has read the headers: the file that holds the tensor, and where."""
         return {name: (self._files[name], info) for name, info in self._infos.items()}
 
@@ -262,7 +268,9 @@ def wrong_sizes(folder: Path, manifest: Manifest) -> list[str]:
 
 def convert_command(manifest: Manifest, folder: Path) -> str:
     """The command that makes (or finishes) a converted folder."""
-    command = ["python", "-m", "models.convert", manifest.source, str(folder), "--storage", manifest.spec.kind]
+    adapter, options = manifest.merged[:1], manifest.merged[1:]
+    command = ["python", "-m", "models.merge" if adapter else "models.convert", manifest.source, *adapter, str(folder)]
+    command += [*options, "--storage", manifest.spec.kind]
     if manifest.spec.kind in ("nf4", "fp4") and not manifest.spec.double_quant:
         command.append("--single-quant")
     if manifest.dtype != torch.bfloat16:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +46,10 @@ class Piece:
     tensors: dict[str, Tensor]
 
 
+# Makes another tensor, of the same shape and dtype, of one of a key: of the expert of this number, or of the whole.
+Change = Callable[[Key, int | None, Tensor], Tensor]
+
+
 class Reader(Protocol):
     """A checkpoint that can be read key by key."""
 
@@ -62,9 +66,17 @@ class HubReader:
     architecture declares as not computed with. They are left where they are.
     """
 
-    def __init__(self, checkpoint: HubCheckpoint, key_map: KeyMap, device: torch.device | str = "cpu") -> None:
-        """device: where matrices are quantised and pieces are. Raises NibbleError where keys or shapes don't fit."""
-        self.checkpoint, self.device = checkpoint, torch.device(device)
+    def __init__(
+        self,
+        checkpoint: HubCheckpoint,
+        key_map: KeyMap,
+        device: torch.device | str = "cpu",
+        change: Change = lambda key, expert, dense: dense,
+    ) -> None:
+        """device: where matrices are quantised and pieces are. change: what is made of each tensor before.
+        Raises NibbleError where keys or shapes don't fit.
+        """
+        self.checkpoint, self.device, self._change = checkpoint, torch.device(device), change
         self.layout, key_map = _laid_out(key_map, checkpoint)
         self.keys = key_map.keys
         self._fused = {key.hub for key in self.keys if key.parts and key.hub in checkpoint}
@@ -79,11 +91,11 @@ class HubReader:
             dense = self.checkpoint.tensor(key.hub)
             if key.group == "embedding" and HEAD in self.carried:
                 self._check_tied(key, dense)
-            yield Piece(key, None, self._stored(key, dense, key.hub))
+            yield Piece(key, None, self._stored(key, self._change(key, None, dense), key.hub))
             return
         for expert in experts if experts is not None else range(key.shape[0]):
             name = f"{key.hub}, expert {expert}"
-            tensors = self._stored(key, self.dense(key, expert), name)
+            tensors = self._stored(key, self._change(key, expert, self.dense(key, expert)), name)
             yield Piece(key, expert, {native: tensor.unsqueeze(0) for native, tensor in tensors.items()})
 
     def left_out(self) -> str:

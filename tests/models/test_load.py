@@ -166,7 +166,7 @@ def test_a_change_anywhere_in_the_hub_folder_is_seen_by_all_that_know_it_again(
     # What the version before recorded was made of samples: the copy is taken as it was then, with a warning.
     manifest = json.loads((copy / "nibble.json").read_text())
     checkpoint = HubCheckpoint(hub)
-    manifest["source"]["fingerprint"] = sampled_fingerprint(hub, checkpoint.config_bytes, checkpoint.places)
+    manifest["source"]["fingerprint"] = sampled_fingerprint(hub, checkpoint.config_bytes, checkpoint.tensors())
     (copy / "nibble.json").write_text(json.dumps(manifest))
     loaded = load_model(hub, "int8", torch.float32)
     assert torch.equal(loaded.model.embed_tokens.weight, before["model.embed_tokens.weight"])

@@ -276,7 +276,7 @@ def test_two_conversions_into_one_folder(hub: Path, tmp_path: Path) -> None:
             messages.append(str(caught.value))
 
     convert(hub, tmp_path / "out", NF4, progress=second)
-    assert "another conversion is writing to" in messages[0]
+    assert "another command is writing to" in messages[0]
 
 
 def test_disk_without_room(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,9 +284,7 @@ def test_disk_without_room(hub: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-        with pytest.raises(
-            NibbleError, match=r"the conversion needs 0\.0 GiB more, 0\.0 GiB are free there\.\nMake room"
-        ):
+        with pytest.raises(NibbleError, match=r"0\.0 GiB more are needed, 0\.0 GiB are free there\.\nMake room"):
             convert(hub, tmp_path / "out", NF4)
     # The disk fills up while the second file is written.
     (tmp_path / "out" / "layer-00001.safetensors.partial").symlink_to("/dev/full")
