@@ -66,7 +66,7 @@ def work(folder: Path, base: Path, adapters: dict[str, Path], model_type: str, *
     done = subprocess.run(
         [str(VLLM), str(WORKER)],
         input=json.dumps(job),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent / "vllm_site"), **environment},
         capture_output=True,
         text=True,
         check=False,
