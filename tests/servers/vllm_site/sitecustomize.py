@@ -1,7 +1,7 @@
 """In vLLM's environment, at the start of each of its processes: two operators of torchvision's, declared.
 
-torchvision is there as built for CUDA. Beside torch for CPUs its operators can't be loaded, and then its import fails where
-it describes these two. None is called.
+torchvision is there as built for CUDA. Beside torch for CPUs its operators can't be loaded, and then its import fails
+where it describes these two. None is called.
 """
 
 import torch
