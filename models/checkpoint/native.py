@@ -191,7 +191,8 @@ class NativeCheckpoint:
         self._files: dict[str, str] = {}
         self._mapped = MappedFolder(self.path)
 
-    def tensors(self) -> dict[str, tuple[str, TensorInfo]]:
+    @property
+    def places(self) -> dict[str, tuple[str, TensorInfo]]:
         """By native name, once `bind` has read the headers: the file that holds the tensor, and where."""
         return {name: (self._files[name], info) for name, info in self._infos.items()}
 

@@ -44,7 +44,7 @@ def open_checkpoint(folder: ModelFolder) -> tuple[HubReader | NativeCheckpoint, 
         spec, dtype = checkpoint.manifest.spec, checkpoint.manifest.dtype
         keys = key_map_of(architecture.build(config, spec, dtype, "meta"))
         return checkpoint.bind(keys.keys), settings
-    dtype = DTYPES.get(_dtype(checkpoint.tensors()), torch.bfloat16)
+    dtype = DTYPES.get(_dtype(checkpoint.places), torch.bfloat16)
     keys = key_map_of(architecture.build(config, StorageSpec("none"), dtype, "meta"))
     return HubReader(checkpoint, keys), settings
 
@@ -56,7 +56,7 @@ def inspect_checkpoint(folder: ModelFolder, *, quick: bool = False) -> dict[str,
     """
     reader, settings = open_checkpoint(folder)
     checkpoint = reader.checkpoint if isinstance(reader, HubReader) else reader
-    places = checkpoint.tensors()
+    places = checkpoint.places
     report: dict[str, Any] = {
         "path": str(folder.path),
         "kind": "converted" if folder.manifest else "hub",
@@ -162,7 +162,7 @@ def _converted_sums(folder: Path, manifest: Manifest, quick: bool) -> dict[str, 
 
 def _hub_sums(checkpoint: HubCheckpoint, quick: bool) -> dict[str, str | None]:
     """By shard: "matches" the SHA-256 that came with the download; None where none did, or it wasn't compared."""
-    shards = sorted({name for name, _ in checkpoint.tensors().values()})
+    shards = sorted({name for name, _ in checkpoint.places.values()})
     sums = {} if quick else downloaded_sums(checkpoint.path, shards)
     if differ := differing(checkpoint.path, sums):
         raise NibbleError(
@@ -204,4 +204,4 @@ def compared_checkpoint(folder: ModelFolder) -> Compared:
         carried = dict.fromkeys(manifest.carried, "left out")
     values = {"stored": stored, "config": flat(folder.config), "carried": carried}
     files = tuple(name for name in side_names(folder.path) if name != CONFIG)
-    return Compared(folder.path, values, checkpoint.tensors(), files)
+    return Compared(folder.path, values, checkpoint.places, files)
