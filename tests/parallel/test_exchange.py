@@ -111,6 +111,7 @@ def test_two_processes() -> None:
     check(2, blocks, models)
 
 
+@pytest.mark.slow
 def test_four_processes() -> None:
     tokens = [13, 0, 29, 8]
     blocks: dict[str, dict[str, Any]] = {

@@ -345,6 +345,7 @@ def test_an_unknown_key(world: World, tmp_path: Path) -> None:
     assert "exitcode  : 2 " in done.stderr
 
 
+@pytest.mark.slow
 def test_a_row_that_is_no_row(world: World, tmp_path: Path) -> None:
     """The first process alone reads them."""
     rows = tmp_path / "rows.jsonl"
@@ -353,6 +354,7 @@ def test_a_row_that_is_no_row(world: World, tmp_path: Path) -> None:
     assert_said_once(arguments, 2, f"{rows}:97")
 
 
+@pytest.mark.slow
 def test_a_mesh_that_is_not_that_of_the_processes(world: World, tmp_path: Path) -> None:
     arguments = settings(world, tmp_path / "out", parallel__shard=4)
     assert_said_once(arguments, 2, "parallel.shard 4 × parallel.expert 1 × parallel.replicate 1 is 4, but 2 processes")

@@ -58,7 +58,7 @@ def _send_everything_to_one_expert(folder: Path) -> None:
 # What every change is tried on; the others take minutes and are marked slow.
 QUICK = {
     2: (
-        "glm4_moe_lite-nf4", "glm_moe_dsa-none", "afmoe-experts", "qwen3_moe-experts", "qwen3_5_moe_text-experts",
+        "glm4_moe_lite-nf4", "glm_moe_dsa-experts", "afmoe-experts", "qwen3_moe-experts", "qwen3_5_moe_text-experts",
         "one expert-experts", "full bfloat16",
     ),
     4: (
@@ -127,7 +127,7 @@ class Trained:
     scope="module",
     params=[
         pytest.param((2, True), id="2"),
-        pytest.param((4, True), id="4"),
+        pytest.param((4, True), id="4", marks=pytest.mark.slow),
         pytest.param((2, False), id="2-all", marks=pytest.mark.slow),
         pytest.param((4, False), id="4-all", marks=pytest.mark.slow),
     ],

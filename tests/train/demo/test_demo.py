@@ -205,7 +205,14 @@ def test_the_template_refuses_roles_that_it_does_not_know(folder: Path) -> None:
 DEMOS = re.findall(r"^TINY_(\w+) := (\w+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
 
 
-@pytest.mark.parametrize(("model_type", "configs"), DEMOS, ids=[model_type for model_type, _ in DEMOS])
+# What every change is tried on; the others are alike, and marked slow.
+QUICK = ("glm4_moe_lite", "qwen3_5_moe")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "configs"),
+    [pytest.param(*demo, id=demo[0], marks=() if demo[0] in QUICK else pytest.mark.slow) for demo in DEMOS],
+)
 def test_the_whole_demo_in_a_few_steps(
     model_type: str,
     configs: str,
