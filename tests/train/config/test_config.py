@@ -188,7 +188,7 @@ def test_wrong_type_names_the_line() -> None:
 
 
 def test_section_that_is_no_mapping() -> None:
-    expected = "my.yaml:5: output: got the text 'out', wanted a mapping of its keys (dir)"
+    expected = "my.yaml:5: output: got the text 'out', wanted a mapping of its keys (dir, expert_usage)"
     text = "model: {path: x}\ndata: {train: x}\n\n\noutput: out\n"
     assert message(text) == expected
     assert message(text, "output.dir=x") == expected

@@ -79,6 +79,7 @@ FREE = {
     "parallel.cpu_offload": "true",
     "parallel.lost_after": "7",
     "output.dir": "elsewhere",
+    "output.expert_usage": "5",
 }
 
 
