@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.checkpoint_helpers import save
 from tests.fuzz.mutations import text_of
+from train.config.sections import TrainConfig
 from train.state.checkpoint import read_checkpoint
 from train.state.checkpoint_folder import MANIFEST, STATE
 from train.state.finished import finished_run, require_same_inputs, result_of, write_finished
@@ -49,7 +50,7 @@ def _open_record(run: RunFolder, readable: Readable, data: bytes) -> None:
         assert record is not None
         record.require_same_config(_MADE_OF["fingerprint"])  # type: ignore[arg-type]
         require_same_inputs(record, _INPUTS)
-        result_of(record, 2, 2)
+        result_of(record, 2, 2, TrainConfig())
 
 
 def _open_checkpoint(whole: Path, readable: Readable, drawn: tuple[str, bytes]) -> None:
