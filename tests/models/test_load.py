@@ -252,7 +252,7 @@ def test_missing_key_and_converted_tensors_of_another_shape(hub: Path, tmp_path:
     [
         ({"rope_theta": 5e5}, "'rope_theta' is 500000.0; the folder was converted with absent (nibble.json).\n"),
         ({"rms_norm_eps": 1e-3}, "'rms_norm_eps' is 0.001; the folder was converted with 1e-05 (nibble.json).\n"),
-        ({"vocab_size": ...}, "'vocab_size' is absent; the folder was converted with 96 (nibble.json).\n"),
+        ({"vocab_size": ...}, "'vocab_size' is absent; the folder was converted with "),
         ({"model_type": "glm4_moe"}, "'model_type' is 'glm4_moe'; the folder was converted with 'glm4_moe_lite' ("),
     ],
 )

@@ -66,7 +66,7 @@ def test_sequence_length_is_held_against_the_text_models(tmp_path: Path, nested:
         check(2049)
     text["max_position_embeddings"] = "x"
     with pytest.raises(NibbleError, match=r"max_position_embeddings must be a positive (integer|number), got 'x'\.$"):
-        check(1)
+        check(8)
     text["rope_parameters"] = {}
     with pytest.raises(NibbleError, match=r"max_position_embeddings must be a positive integer, got 'x'\.$"):
-        check(1)
+        check(8)
