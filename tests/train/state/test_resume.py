@@ -269,7 +269,7 @@ def test_the_base_that_an_earlier_version_recorded(
 ) -> None:
     """Its fingerprint was made of samples ("sha256:…")."""
     hub = HubCheckpoint(world.model)
-    sampled = sampled_fingerprint(world.model, hub.config_bytes, hub.tensors())
+    sampled = sampled_fingerprint(world.model, hub.config_bytes, hub.places)
     convert(world.model, tmp_path / "converted", StorageSpec("nf4"), torch.float32)
     config = load_config(settings(world, tmp_path / "run")[1])
 
