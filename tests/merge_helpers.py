@@ -13,6 +13,7 @@ from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec, adaptable, groups_of
 from models.checkpoint.hub import INDEX, SINGLE
 from models.checkpoint.keymap import key_map_of
+from models.checkpoint.stream import layout_of
 from tests.hub_forms import tensors_in
 from tests.peft_helpers import native
 
@@ -20,7 +21,9 @@ from tests.peft_helpers import native
 def random_adapter(hub: Path, folder: Path, groups: tuple[str, ...] = (), size: float = 0.1) -> set[str]:
     """Writes a random adapter of rank 3 and scaling 2 of these groups, or of all; the hub keys that it changes."""
     model = native(hub)
-    keys = adaptable(key_map_of(model))
+    there = tensors_in(hub)
+    key_map = key_map_of(model)
+    keys = adaptable(key_map.laid_out(layout_of(key_map, there)))
     groups = groups or tuple(groups_of(keys))
     add_lora(model, AdapterSpec(groups, 3, 6.0))
     generator = torch.Generator().manual_seed(0)
@@ -28,7 +31,6 @@ def random_adapter(hub: Path, folder: Path, groups: tuple[str, ...] = (), size: 
         for _, parameter in trainable_parameters(model):
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     save_adapter(model, folder, str(hub))
-    there = tensors_in(hub)
     return {name for key in keys if key.group in groups for name in (key.hub, *key.part_keys()) if name in there}
 
 

@@ -217,7 +217,8 @@ def _open_adapter(data: bytes) -> None:
 
 def _adapter_config() -> Any:
     config = json.loads((_adapter() / "adapter_config.json").read_text())
-    return {**config, "exclude_modules": ["x"], "layers_to_transform": [0, 1, 2], "rank_pattern": {"o_proj": 3}}
+    return {**config, "exclude_modules": ["x"], "layers_to_transform": [0, 1, 2], "rank_pattern": {"o_proj": 3},
+            "lora_B_layout": "rank_major"}  # fmt: skip
 
 
 def targets() -> list[Target]:

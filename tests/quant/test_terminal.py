@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ["--config", "configs/glm47_tiny_qlora.yaml"],
     "models.convert": ["nowhere", "somewhere"],
     "models.adapter_names": ["nowhere", "somewhere", "--to", "text"],
+    "models.merge": ["nowhere", "adapter", "somewhere"],
     "train.demo": ["report", "nowhere"],
 }
 INTERRUPT = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.adapters.adapter_file import AdapterFile
-from models.adapters.files import load_adapter, save_adapter
+from models.adapters.files import load_adapter, read_adapter_weights, save_adapter
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
 from models.checkpoint.keymap import key_map_of
@@ -232,6 +232,10 @@ def test_pairs_without_a_model_that_holds_them(glm: tuple[Path, Any], tmp_path: 
     for pair in pairs:
         lora: Any = model.get_submodule(f"{pair.target.module}.lora")
         assert torch.equal(pair.a, lora.A) and torch.equal(pair.b, lora.B) and pair.scaling == 2.0
+    expected = logits_of(model, TOKENS)
+    randomise(trainable_parameters(model), seed=1)
+    read_adapter_weights(model, tmp_path)  # once more, as where the model had no memory before
+    assert torch.equal(logits_of(model, TOKENS), expected)
 
 
 # --- errors
