@@ -69,7 +69,7 @@ def _adapter_warnings(model: CausalLM, config: Config) -> list[str]:
     targets = resolve(key_map, _adapter_spec(model, config), model.model_type)
     warnings = _oversized_ranks(targets)
     if config.adapter.serve_with is None:
-        note = serving_note(key_map, [target.key for target in targets])
+        note = serving_note(model.model_type, [target.key for target in targets])
         warnings += [note] if note is not None else []
     return warnings
 
@@ -88,7 +88,7 @@ def _oversized_ranks(targets: Sequence[Target]) -> list[str]:
 def _adapter_spec(model: CausalLM, config: Config) -> AdapterSpec:
     adapter, targets = config.adapter, config.adapter.targets
     if adapter.serve_with is not None:
-        targets = served_targets(targets, adapter.serve_with, key_map_of(model))
+        targets = served_targets(targets, adapter.serve_with, key_map_of(model), model.model_type)
     return AdapterSpec(
         targets=targets,
         rank=adapter.rank,

@@ -76,7 +76,9 @@ def export_adapter(
     updates = [update for update in updates if not any(update.key.native in found for found in dropped.values())]
     if not updates:
         raise NibbleError(f"--drop {' --drop '.join(drop)} leaves nothing of the adapter.")
-    _check_served(server, key_map, updates, {native for found in kept.values() for native in found}, adapter, base)
+    _check_served(
+        server, meta.model_type, updates, {native for found in kept.values() for native in found}, adapter, base
+    )
     stacks = server == "peft" or (server == "vllm" and names == "vision-language")
     if server != "peft":
         updates = with_all_stacks(folded(updates), key_map)
@@ -155,10 +157,10 @@ def _named(option: str, names: Collection[str], updates: Sequence[Update]) -> di
 
 
 def _check_served(
-    server: Server, key_map: KeyMap, updates: Sequence[Update], kept: Collection[str], adapter: Path, base: Path
+    server: Server, model_type: str, updates: Sequence[Update], kept: Collection[str], adapter: Path, base: Path
 ) -> None:
     keys = [update.key for update in updates if update.key.native not in kept]
-    for rule, broken in unserved(server, key_map, keys):
+    for rule, broken in unserved(server, model_type, keys):
         names = list(dict.fromkeys(short_name(key) for key in broken))
         layers = counted(len({layer_of(key.native) for key in broken}), "layer")
         ways = [rule.way] if rule.way else []

@@ -18,7 +18,7 @@ from tests.hub_forms import fused, tensors_in
 from tests.text_helpers import save_checkpoint_texts
 
 VOCABULARY = 448
-MODEL_TYPES = ("glm4_moe_lite", "glm4_moe", "afmoe", "qwen3_5_moe_text", "qwen3_5_moe")
+MODEL_TYPES = ("glm4_moe_lite", "glm4_moe", "afmoe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe")
 # llama.cpp has one epsilon and one size of DeltaNet's heads.
 _SIZES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {"rms_norm_eps": 1e-6, "linear_key_head_dim": 32},

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not (LIBRARIES / "libllama.so").exists(), reason="llama.cpp isn't built: make test-servers"),
 ]
 TOKENS = torch.randint(16, 400, (1, 24), generator=torch.Generator().manual_seed(3))
-PRE = {"glm": "glm4", "afm": "afmoe", "qwe": "qwen35"}
+PRE = {"glm4": "glm4", "afmo": "afmoe", "qwen": "qwen35"}
 TOLERANCE = 2e-4  # of logits, whose deviation is about 1
 WORKER = Path(__file__).parent / "llamacpp_worker.py"
 
@@ -50,7 +50,7 @@ def work(*jobs: dict[str, Any]) -> list[str]:
 
 def model_jobs(folder: Path, out: Path, model_type: str) -> list[dict[str, Any]]:
     return [
-        {"do": "convert", "folder": str(folder), "out": f"{out}.gguf", "pre": PRE[model_type[:3]]},
+        {"do": "convert", "folder": str(folder), "out": f"{out}.gguf", "pre": PRE[model_type[:4]]},
         {"do": "logits", "model": f"{out}.gguf", "tokens": TOKENS[0].tolist(), "out": f"{out}.npy"},
     ]
 

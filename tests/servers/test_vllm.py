@@ -18,9 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.adapters.files import load_adapter
+from models.adapters.servers import matrix_name
+from models.adapters.targets import adaptable
+from models.checkpoint.keymap import key_map_of
 from models.export.__main__ import main as export
 from models.merge.__main__ import main as merge
-from tests.export_helpers import LATENT
+from tests.export_helpers import World
 from tests.peft_helpers import logits_of, native
 from tests.servers.checkpoints import VOCABULARY, served_world
 from tests.servers.install import VLLM, VLLM_VERSION
@@ -46,6 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "glm4_moe": ({"head_dim": 32}, {}),
     # Its rotary operator for CPUs is wrong for latent attention.
     "glm4_moe_lite": (LITE, {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}),
+    "qwen3_moe": ({"head_dim": 32}, {}),
     "qwen3_5_moe_text": (QWEN, {}),
     "qwen3_5_moe": (QWEN, {"limit_mm_per_prompt": {"image": 0, "video": 0}}),
 }
@@ -54,18 +58,24 @@ QWEN_MODULES = [
     *("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
     *("gate_up_proj", "down_proj", "gate_proj", "up_proj", "experts", "shared_expert_gate", "gate"),
 ]
-UNSERVED = {"glm4_moe_lite": ["kv_b_proj"], "qwen3_5_moe_text": ["router"], "qwen3_5_moe": ["router"]}
+# What is refused, and left out here.
+UNSERVED = {
+    "glm4_moe_lite": ["kv_b_proj"],
+    "qwen3_moe": ["router"],
+    "qwen3_5_moe_text": ["router", "shared_expert_gate"],
+    "qwen3_5_moe": ["router", "shared_expert_gate"],
+}
 
 
 def work(folder: Path, base: Path, adapters: dict[str, Path], model_type: str, **environment: str) -> None:
     """Runs vLLM, which leaves NAME.npy of the base and of each adapter in `folder`."""
     folder.mkdir(exist_ok=True)
     options = dict(CASES[model_type][1])
-    if model_type.startswith("qwen"):
+    if model_type.startswith("qwen3_5"):
         options["lora_target_modules"] = QWEN_MODULES
     job = {
         "base": str(base),
-        "dtype": "bfloat16" if model_type.startswith("qwen") else "float32",
+        "dtype": "bfloat16" if model_type.startswith("qwen3_5") else "float32",
         "tokens": TOKENS[0].tolist(),
         "adapters": {name: str(path) for name, path in adapters.items()},
         "options": options,
@@ -94,19 +104,23 @@ def expected(base: Path, adapter: Path | None) -> torch.Tensor:
     return logits_of(model, TOKENS)[0, :-1].log_softmax(-1)
 
 
-@pytest.mark.parametrize("model_type", CASES)
-def test_adapters_and_merged(tmp_path: Path, model_type: str) -> None:
-    world = served_world(tmp_path / "world", model_type, **CASES[model_type][0])
-    if model_type.startswith("qwen"):
+def world_of(folder: Path, model_type: str) -> World:
+    world = served_world(folder, model_type, **CASES[model_type][0])
+    if model_type.startswith("qwen3_5"):
         weights = world.base / "model.safetensors"
         save_file({name: value.bfloat16() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
-    tolerance = 0.05 if model_type.startswith("qwen") else 1e-4
+    return world
+
+
+@pytest.mark.parametrize("model_type", CASES)
+def test_adapters_and_merged(tmp_path: Path, model_type: str) -> None:
+    world = world_of(tmp_path / "world", model_type)
+    tolerance = 0.05 if model_type.startswith("qwen3_5") else 1e-4
     adapters, wanted = {}, {"base": expected(world.base, None)}
     unserved = UNSERVED.get(model_type, [])
     for group in ("everything", *(name for name in world.spec.targets if name not in unserved)):
         others = [name for name in world.spec.targets if group not in (name, "everything")]
-        dropped = {*others, *(name for name in unserved if name in world.spec.targets or "attention" not in others)}
-        arguments = [part for name in sorted(dropped) for part in ("--drop", name)]
+        arguments = [part for name in (*others, *unserved) for part in ("--drop", name)]
         adapters[group] = tmp_path / group
         assert export([str(world.adapter), str(adapters[group]), "--for", "vllm", *arguments]) == 0
         assert export([str(world.adapter), str(adapters[group] / "peft"), "--for", "peft", *arguments]) == 0
@@ -123,17 +137,23 @@ def test_adapters_and_merged(tmp_path: Path, model_type: str) -> None:
     assert {name: value for name, value in effects.items() if not value > 0.1} == {}, "otherwise nothing is shown"
 
 
-def test_kv_b_proj_has_no_effect_but_without_mla(tmp_path: Path) -> None:
-    """Why it is refused, and that the way out is one."""
-    world = served_world(tmp_path / "world", "glm4_moe_lite", **LITE)
-    others = ["experts", "shared_experts", "dense_mlp", "router", "o_proj", *LATENT[:3]]
-    drop = [part for name in others for part in ("--drop", name)]
-    out = tmp_path / "adapter"
-    assert export([str(world.adapter), str(out), "--for", "vllm", "--keep", "kv_b_proj", *drop]) == 0
-    assert export([str(world.adapter), str(out / "peft"), "--for", "peft", *drop]) == 0
-    base, wanted = expected(world.base, None), expected(world.base, out / "peft")
-    assert (wanted - base).abs().max() > 0.1
-    work(tmp_path / "mla", world.base, {"kv": out}, "glm4_moe_lite")
-    assert (found(tmp_path / "mla", "kv") - base).abs().max() < 1e-4
-    work(tmp_path / "mha", world.base, {"kv": out}, "glm4_moe_lite", VLLM_MLA_DISABLE="1")
-    assert (found(tmp_path / "mha", "kv") - wanted).abs().max() < 1e-4
+@pytest.mark.parametrize("model_type", [name for name in UNSERVED if name != "qwen3_5_moe"])
+def test_what_is_refused_has_no_effect(tmp_path: Path, model_type: str) -> None:
+    """Were it exported all the same, vLLM would compute the base, and say nothing. Without MLA kv_b_proj is right."""
+    world = world_of(tmp_path / "world", model_type)
+    names = dict.fromkeys(matrix_name(key) for key in adaptable(key_map_of(native(world.base))))
+    base, adapters, wanted = expected(world.base, None), {}, {}
+    for name in UNSERVED[model_type]:
+        kept = "mlp.gate" if name == "router" else name
+        drop = [part for other in names if not other.endswith(kept) for part in ("--drop", other)]
+        adapters[name] = tmp_path / name
+        assert export([str(world.adapter), str(tmp_path / name), "--for", "vllm", "--keep", kept, *drop]) == 0
+        assert export([str(world.adapter), str(tmp_path / name / "peft"), "--for", "peft", *drop]) == 0
+        wanted[name] = expected(world.base, tmp_path / name / "peft")
+        assert (wanted[name] - base).abs().max() > 0.1
+    work(tmp_path / "out", world.base, adapters, model_type)
+    for name in adapters:
+        assert (found(tmp_path / "out", name) - found(tmp_path / "out", "base")).abs().max() < 1e-5
+    if "kv_b_proj" in adapters:
+        work(tmp_path / "mha", world.base, adapters, model_type, VLLM_MLA_DISABLE="1")
+        assert (found(tmp_path / "mha", "kv_b_proj") - wanted["kv_b_proj"]).abs().max() < 1e-4

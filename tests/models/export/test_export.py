@@ -43,8 +43,9 @@ def refused(model_type: str, server: str) -> list[str]:
     names: tuple[str, ...] = ()
     if latent:
         names = LATENT if server == "llamacpp" else LATENT[3:]
-    elif model_type.startswith("qwen3_5") and server == "vllm":
-        names = ("mlp.gate",)
+    if server == "vllm":
+        names += ("mlp.gate",) if model_type == "glm_moe_dsa" or model_type.startswith("qwen") else ()
+        names += ("shared_expert_gate",) if model_type.startswith("qwen3_5") else ()
     return [option for name in names for option in ("--keep", name)]
 
 
@@ -92,7 +93,7 @@ def test_peft_too_reads_a_lora_per_expert(worlds: dict[str, World], tmp_path: Pa
 @pytest.mark.parametrize(("server", "prefix"), [("vllm", "model"), ("peft", "model"), ("sglang", "model")])
 def test_the_names_of_the_other_class(worlds: dict[str, World], tmp_path: Path, server: str, prefix: str) -> None:
     world, out = worlds["qwen3_5_moe"], tmp_path / "out"
-    keep = ["--keep", "mlp.gate"] if server == "vllm" else []
+    keep = refused("qwen3_5_moe", server)
     assert main([str(world.adapter), str(out), "--for", server, "--names", "text", *keep]) == 0
     names = list(load_file(out / WEIGHTS))
     assert all(name.startswith(f"{PREFIX}{prefix}.layers.") for name in names)
@@ -172,7 +173,7 @@ def test_verify(
     worlds: dict[str, World], tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str, server: str
 ) -> None:
     world, out = worlds[model_type], tmp_path / "out"
-    keep = ["--keep", "mlp.gate"] if model_type == "qwen3_5_moe" else []
+    keep = refused(model_type, server)
     assert main([str(world.adapter), str(out), "--for", server, "--verify", "--json", *keep]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["largest_difference"] < 1e-5 * world.logits.abs().max()

@@ -61,10 +61,12 @@ def test_matrices_that_llama_cpp_computes_without_or_cannot_convert(
     assert main([*arguments, "--drop", "kv_b_proj"]) == 0
 
 
-def test_qwens_router(qwen: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_qwens_gates(qwen: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(qwen.adapter), str(tmp_path / "out"), "--for", "vllm"]
-    assert error_of(arguments, capsys).startswith("vLLM computes wrongly with LoRA on mlp.gate, which ")
-    assert main([*arguments, "--drop", "router"]) == 0
+    assert error_of(arguments, capsys).startswith("vLLM computes without LoRA on mlp.gate, which ")
+    arguments += ["--drop", "router"]
+    assert error_of(arguments, capsys).startswith("vLLM computes without LoRA on shared_expert_gate, which ")
+    assert main([*arguments, "--drop", "shared_expert_gate"]) == 0
 
 
 def test_names_that_are_not_there(latent: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
