@@ -29,7 +29,7 @@ from tests.run_helpers import ROOT, World, error_of, losses, make_world, setting
 from train.__main__ import main
 from train.config.load import load_config
 from train.model import check_model
-from train.schedule import learning_rate
+from train.schedule import rate_of
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_a_full_disk_or_memory_in_any_part(
 
 def scale_rate(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """A learning rate beyond what a config may have, so that the weights overflow at once."""
-    monkeypatch.setattr("train.loop.learning_rate", lambda *given: factor * learning_rate(*given))
+    monkeypatch.setattr("train.loop.rate_of", lambda *given: factor * rate_of(*given))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(

@@ -132,11 +132,10 @@ def _use(trained: Trained, base: str, is_id: bool) -> list[str]:
 
 def unserved_of(model: CausalLM) -> list[str]:
     """A sentence for each rule of models/adapters/servers.py that the adapter of `model` breaks."""
-    key_map = key_map_of(model)
-    keys = [key for key, _ in adapted(model, key_map)]
+    keys = [key for key, _ in adapted(model, key_map_of(model))]
     sentences = []
     for server, title in TITLES.items():
-        for rule, broken in unserved(server, key_map, keys):
+        for rule, broken in unserved(server, model.model_type, keys):
             names = ", ".join(f"`{name}`" for name in dict.fromkeys(map(short_name, broken)))
             ways = "Merge the adapter for it" + (f", or {rule.way}" if rule.way else "")
             sentences.append(f"{title} {rule.does} {names}: {rule.why}. {ways}.")
