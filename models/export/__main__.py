@@ -117,7 +117,7 @@ def _as_text(out: Path, server: str, done: Exported) -> str:
     form = "experts stacked" if done.stacked else "a LoRA per expert and matrix"
     rank = f"ranks up to {done.rank}" if server == "peft" else f"rank {done.rank}, scale 1"
     lines = [f"{out}: {done.tensors} tensors, {form}, {rank}, names of the {done.names} model"]
-    lines += [f"left out  {name}: {count} matrices of the adapter" for name, count in done.dropped.items()]
+    lines += [f"left out  {name}: {count} of the adapter's matrices" for name, count in done.dropped.items()]
     return "\n".join(lines)
 
 

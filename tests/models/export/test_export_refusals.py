@@ -43,7 +43,7 @@ def test_matrices_that_vllm_computes_without(latent: World, tmp_path: Path, caps
     )
     assert not out.exists()
     assert main([str(latent.adapter), str(out), "--for", "vllm", "--drop", "kv_b_proj"]) == 0
-    assert capsys.readouterr().out.splitlines()[1] == "left out  kv_b_proj: 2 matrices of the adapter"
+    assert capsys.readouterr().out.splitlines()[1] == "left out  kv_b_proj: 2 of the adapter's matrices"
     assert "kv_b_proj" not in config_of(out)["target_modules"]
 
 
