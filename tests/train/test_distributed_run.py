@@ -137,6 +137,7 @@ def test_what_one_process_has_left_goes_on_with_two(world: World, alone: Path, t
     assert again.returncode == 0 and "nothing left to do" in again.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_start_anew(world: World, tmp_path: Path) -> None:
     """The folder, which the second process writes its log into meanwhile, stays; what the first run left is moved."""
     out = tmp_path / "out"

@@ -123,12 +123,12 @@ def _read_json(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
         yield number, *_parse_line(line)
 
 
-def _lines(file: IO[bytes], longest: int = LONGEST_ROW) -> Iterator[bytes]:
-    """The lines; of one that is longer than `longest` bytes, only so much and one more."""
-    while line := file.readline(longest + 1):
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines; of one that is longer than LONGEST_ROW bytes, only so much and one more."""
+    while line := file.readline(LONGEST_ROW + 1):
         yield line
-        while len(line) > longest and not line.endswith(b"\n"):
-            line = file.readline(longest + 1)
+        while len(line) > LONGEST_ROW and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_ROW + 1)
 
 
 def _is_json(line: bytes) -> bool:
@@ -139,9 +139,9 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _parse_line(line: bytes, longest: int = LONGEST_ROW) -> tuple[dict[str, Any] | None, BadRow | None]:
-    if len(line) > longest:
-        return None, BadRow("too_long", f"the row has more than {longest:,} bytes")
+def _parse_line(line: bytes) -> tuple[dict[str, Any] | None, BadRow | None]:
+    if len(line) > LONGEST_ROW:
+        return None, BadRow("too_long", f"the row has more than {LONGEST_ROW:,} bytes")
     try:
         value = parse_json(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
@@ -154,7 +154,7 @@ def _parse_line(line: bytes, longest: int = LONGEST_ROW) -> tuple[dict[str, Any]
     return None, BadRow("not_an_object", f"the row is {kind_of(value)}, expected an object")
 
 
-def _read_array(file: IO[bytes], data: bytes, path: Path, key: str, longest: int = LONGEST_ROW) -> Iterator[_Found]:
+def _read_array(file: IO[bytes], data: bytes, path: Path, key: str) -> Iterator[_Found]:
     """The elements of an array that begins with `data`; each is parsed by itself, so that a bad one is one bad row."""
     data = data.lstrip()[1:]
     number = start = position = depth = 0  # position: where to look on, start: where the element begins
@@ -165,8 +165,8 @@ def _read_array(file: IO[bytes], data: bytes, path: Path, key: str, longest: int
             if not more:
                 where = f"its element {number + 1} doesn't end"
                 raise NibbleError(f"{key}: {path} is a JSON array that is cut off or damaged: {where}.")
-            if len(data) - start > longest:
-                raise NibbleError(f"{key}: {path}: its element {number + 1} has more than {longest:,} bytes.")
+            if len(data) - start > LONGEST_ROW:
+                raise NibbleError(f"{key}: {path}: its element {number + 1} has more than {LONGEST_ROW:,} bytes.")
             position = found.start() - start if found else len(data) - start
             chunk = file.read(max(_CHUNK, len(data) - start))
             more = bool(chunk)
@@ -197,11 +197,11 @@ def _read_csv(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
         csv.field_size_limit(limit)
 
 
-def _read_cells(file: IO[bytes], path: Path, key: str, longest: int = LONGEST_ROW) -> Iterator[_Found]:
+def _read_cells(file: IO[bytes], path: Path, key: str) -> Iterator[_Found]:
     def lines() -> Iterator[str]:
-        for at, line in enumerate(_lines(file, longest), 1):
-            if len(line) > longest:
-                raise NibbleError(f"{key}: {path}:{at}: the line has more than {longest:,} bytes.")
+        for at, line in enumerate(_lines(file), 1):
+            if len(line) > LONGEST_ROW:
+                raise NibbleError(f"{key}: {path}:{at}: the line has more than {LONGEST_ROW:,} bytes.")
             yield line.removeprefix(_BOM if at == 1 else b"").decode("utf-8", "surrogateescape")
 
     reader = csv.reader(lines(), strict=True)

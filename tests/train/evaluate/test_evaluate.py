@@ -119,6 +119,7 @@ def test_a_converted_folder_is_read_as_it_is(run: Run, tmp_path: Path) -> None:
         assert found["loss"] == again["loss"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(run: Run, tmp_path: Path) -> None:
     world, out = run
     options = [world.model, "--adapter", out / "adapter", "--data", world.rows]

@@ -303,13 +303,12 @@ def test_utf16_and_columns_with_another_separator(tmp_path: Path) -> None:
         read(path)
 
 
-def test_a_row_longer_than_memory(tmp_path: Path) -> None:
+def test_a_row_longer_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small compressed file can hold a line or an element without end."""
-    import gzip
-
-    from train.rows.files import LONGEST_ROW
-
-    long = b'"' + b"x" * (LONGEST_ROW + 10) + b'"'
+    longest = 5000
+    monkeypatch.setattr("train.rows.files.LONGEST_ROW", longest)
+    monkeypatch.setattr("train.rows.files._CHUNK", 1000)
+    long = b'"' + b"x" * (longest + 10) + b'"'
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": ' + long + b'}\n{"text": "b"}\n', 1))
     found = read(path)
@@ -317,13 +316,13 @@ def test_a_row_longer_than_memory(tmp_path: Path) -> None:
     assert [row.values for row in found if not row.problem] == [{"text": "b"}], "and the next row is read"
     path = tmp_path / "rows.json.gz"
     path.write_bytes(gzip.compress(b'[{"text": "a"}, {"text": ' + long + long + b"}]", 1))
-    with pytest.raises(NibbleError, match=r"its element 2 has more than 67,108,864 bytes"):
+    with pytest.raises(NibbleError, match=r"its element 2 has more than 5,000 bytes"):
         read(path)
     path = tmp_path / "rows.csv.gz"
     path.write_bytes(gzip.compress(b"text\n" + long, 1))
-    with pytest.raises(NibbleError, match=r"rows\.csv\.gz:2: the line has more than 67,108,864 bytes"):
+    with pytest.raises(NibbleError, match=r"rows\.csv\.gz:2: the line has more than 5,000 bytes"):
         read(path)
     # All rows of an array may stand on one line that is longer.
     path = tmp_path / "rows.json"
-    path.write_bytes(b"[" + b", ".join([b'{"text": "' + b"y" * (LONGEST_ROW // 3) + b'"}'] * 4) + b"]")
-    assert [len((row.values or {})["text"]) for row in read(path)] == [LONGEST_ROW // 3] * 4
+    path.write_bytes(b"[" + b", ".join([b'{"text": "' + b"y" * (longest // 3) + b'"}'] * 4) + b"]")
+    assert [len((row.values or {})["text"]) for row in read(path)] == [longest // 3] * 4
