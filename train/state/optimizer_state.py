@@ -79,8 +79,11 @@ def check_values(values: dict[str, Any], where: str) -> None:
     for name in steps:
         integer(steps, name, 0, f"{where}: steps", least=0, most=2**48)
     for name, layout in blocks.items():
-        if not isinstance(layout, list) or not all(type(entry) is int and 0 <= entry < 2**48 for entry in layout):
+        usable = isinstance(layout, list) and len(layout) == len(_layout(None))
+        if not usable or not all(type(entry) is int and 0 <= entry < 2**48 for entry in layout):
             raise NibbleError(f"{where}: blocks: {name} must be a list of integers, got {shown(layout)}.")
+    if None in (values.get("steps"), values.get("blocks", {})):  # blocks are those of cut 8-bit state, if there is any
+        raise NibbleError(f"{where}: steps, and blocks where there are any, must be objects.")
 
 
 def room_for_state(
