@@ -15,8 +15,6 @@ import pytest
 from tests.processes import LIMIT
 from tests.run_helpers import ROOT, make_world, settings
 
-pytestmark = pytest.mark.slow  # it looks at every object of the libraries, in three processes
-
 MEDDLE = [
     "import torch, bitsandbytes, peft",
     "torch.nn.Linear.forward = lambda self, x: x",
