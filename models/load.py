@@ -21,6 +21,7 @@ from models.checkpoint.native import (
     NativeCheckpoint,
     convert_command,
     describe,
+    dtype_name,
     is_converted,
     require_same_config,
     wrong_sizes,
@@ -50,6 +51,18 @@ class ModelFolder:
     name: str
     config: dict[str, Any]
     manifest: Manifest | None
+
+    def stored(
+        self, storage: str | None = None, double_quant: bool | None = None, dtype: str | None = None
+    ) -> tuple[str, bool, str]:
+        """Storage, double_quant and dtype to load it with, by name. What is None is as a converted folder has it, else
+        nf4, whether the storage has 4 bits, and bfloat16.
+        """
+        made = self.manifest
+        kind = storage or (made.spec.kind if made else "nf4")
+        if double_quant is None:
+            double_quant = made.spec.double_quant if made and made.spec.kind == kind else kind in ("nf4", "fp4")
+        return kind, double_quant, dtype or (dtype_name(made.dtype) if made else "bfloat16")
 
 
 def open_folder(path_or_id: str | Path) -> ModelFolder:

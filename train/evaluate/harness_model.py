@@ -43,7 +43,7 @@ class NibbleLM(TemplateLM):
         adapter: str | None = None,
         dtype: str | None = None,
         device: str | None = None,
-        double_quant: bool = True,
+        double_quant: bool | None = None,
         batch_tokens: int = BATCH_TOKENS,
         max_length: int | None = None,
         batch_size: int | str | None = None,
@@ -54,20 +54,8 @@ class NibbleLM(TemplateLM):
             log.warning(f"--batch_size {batch_size} isn't used: batches have model_args batch_tokens={batch_tokens}.")
         self._device = choose_device(device)
         source = open_folder(pretrained)
-        made = source.manifest
-        if made is not None and storage is None:
-            storage, double_quant = made.spec.kind, made.spec.double_quant
-        if made is not None and dtype is None:
-            dtype = str(made.dtype).removeprefix("torch.")
-        self.model = load_model(
-            source.path,
-            storage or "nf4",
-            dtype or "bfloat16",
-            self._device,
-            adapter,
-            double_quant=double_quant,
-            progress=True,
-        )
+        kind, double, kept = source.stored(storage, double_quant, dtype)
+        self.model = load_model(source.path, kind, kept, self._device, adapter, double_quant=double, progress=True)
         self._tokens = load_tokenizer(source.path)
         self._template = load_chat_template(source.path, self._tokens.special_tokens)
         self._folder, self._batch_tokens = source.path, batch_tokens

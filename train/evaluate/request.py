@@ -10,8 +10,9 @@ from typing import Literal
 
 from quant.common.errors import NibbleError
 from train.config.load import Config, load_config, parse_config
+from train.config.result import finished_result
 from train.config.row_paths import row_files
-from train.config.sections import FOUR_BIT, REQUIRED, ModelConfig, RowFiles
+from train.config.sections import REQUIRED, ModelConfig, RowFiles
 from train.rows.files import read_rows
 from train.rows.parse import columns_read
 
@@ -25,13 +26,14 @@ class Request:
     """config: of a run, or filled up with defaults; `model`, `adapter` and `rows` are in place of what it says.
 
     model: its storage and dtype are meant only where they were given (`model.model_fields_set`): a converted folder
-    has its own. adapter: folder of an adapter, or None. rows, key: the files, and what names them in messages; None:
-    the rows that the run of the config holds out of data.train. length_given: whether data.sequence_length is wanted
-    rather than a default. task: what the rows are.
+    has its own. double_quant: None where the storage or the folder says it. adapter: folder of an adapter, or None.
+    rows, key: the files, and what names them in messages; None: the rows that the run of the config holds out of
+    data.train. length_given: whether data.sequence_length is wanted rather than a default. task: what the rows are.
     """
 
     config: Config
     model: ModelConfig
+    double_quant: bool | None
     adapter: Path | None
     device: str | None
     rows: RowFiles | None
@@ -51,6 +53,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
     return Request(
         config=config,
         model=model,
+        double_quant=_double_quant(arguments, config),
         adapter=adapter,
         device=arguments.device or config.train.device,
         rows=rows,
@@ -80,21 +83,24 @@ def _model(arguments: argparse.Namespace, config: Config) -> tuple[ModelConfig, 
     if arguments.model is not None:
         changes["path"] = arguments.model
     if arguments.config is not None:
-        output = Path(config.output.dir)
-        result = output / ("adapter" if config.adapter.kind == "lora" else "model")
         if config.adapter.kind == "lora" and adapter is None:
-            adapter = result
+            adapter = finished_result(config, arguments.config)
         elif config.adapter.kind == "none" and arguments.model is None:
-            changes["path"] = str(result)
-        if result in (adapter, Path(str(changes.get("path")))) and not result.is_dir():
-            raise NibbleError(f"{result} isn't there: the run of {arguments.config} has not finished.")
+            changes["path"] = str(finished_result(config, arguments.config))
     if adapter is not None and not adapter.is_dir():
         raise NibbleError(f"--adapter: {adapter}: no such folder. Paths start at the current directory ({Path.cwd()}).")
     if arguments.storage is not None:
-        changes |= {"storage": arguments.storage, "double_quant": arguments.storage in FOUR_BIT}
+        changes["storage"] = arguments.storage
     if arguments.dtype is not None:
         changes["dtype"] = arguments.dtype
     return config.model.model_copy(update=changes), adapter
+
+
+def _double_quant(arguments: argparse.Namespace, config: Config) -> bool | None:
+    """What the config or --set says, as far as it is about the storage that is asked for; true is the default."""
+    model = config.model
+    default = "storage" not in model.model_fields_set and model.double_quant
+    return None if arguments.storage is not None or default else model.double_quant
 
 
 def _task(arguments: argparse.Namespace, config: Config, rows: RowFiles | None, key: str) -> Task:

@@ -95,13 +95,10 @@ def evaluate(request: Request, batch_tokens: int, json_path: str | None, by_row:
 
 def _completed(request: Request, source: ModelFolder) -> Request:
     """With what only the checkpoint tells: how a converted one is stored, and how long its rows may be."""
-    given, changes = request.model.model_fields_set, dict[str, Any]()
-    if source.manifest is not None:
-        spec, dtype = source.manifest.spec, str(source.manifest.dtype).removeprefix("torch.")
-        if "storage" not in given:
-            changes |= {"storage": spec.kind, "double_quant": spec.double_quant}
-        if "dtype" not in given:
-            changes["dtype"] = dtype
+    model, given = request.model, request.model.model_fields_set
+    kind, double, dtype = source.stored(
+        model.storage if "storage" in given else None, request.double_quant, model.dtype if "dtype" in given else None
+    )
     settings = request.config.data
     where = str(source.path / CONFIG)
     limit = longest_context(source.config, where)
@@ -110,7 +107,8 @@ def _completed(request: Request, source: ModelFolder) -> Request:
     elif limit is not None and limit < settings.sequence_length:
         settings = settings.model_copy(update={"sequence_length": limit})
     config = request.config.model_copy(update={"data": settings})
-    return replace(request, model=request.model.model_copy(update=changes), config=config)
+    stored = model.model_copy(update={"storage": kind, "double_quant": double, "dtype": dtype})
+    return replace(request, model=stored, config=config)
 
 
 def _task(request: Request, source: ModelFolder, note: Callable[[str], None], world: World) -> Task:

@@ -8,18 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint.native import dtype_name
-from models.load import ModelFolder, load_model, open_folder
+from models.load import load_model, open_folder
 from parallel.device import choose_device
 from quant.common.errors import NibbleError
 from train.config.load import load_config
 from train.config.model_length import longest_context
-from train.config.sections import FOUR_BIT
+from train.config.result import finished_result, result_folder
 from train.data.template_files import load_chat_template
 from train.data.tokenizer import load_tokenizer
 from train.generate.answers import Answerer
 from train.generate.settings import read_settings
-from train.state.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,11 @@ def source_of(model: str | None, adapter: str | None, config_file: str | None) -
         assert model is not None
         return Source(model, adapter)
     config = load_config(config_file)
-    folder = RunFolder(Path(config.output.dir))
     lora = config.adapter.kind == "lora"
-    result = folder.adapter if lora else folder.model
-    if adapter is None and not result.is_dir():
-        raise NibbleError(
-            f"{config_file}: the run has no result yet: there is no {result}.\nFinish it: python -m train --config "
-            f"{config_file}"
-        )
+    result = result_folder(config) if adapter else finished_result(config, config_file)
     return Source(
-        config.model.path if lora else str(folder.model),
-        adapter or (str(folder.adapter) if lora else None),
+        config.model.path if lora else str(result),
+        adapter or (str(result) if lora else None),
         config.model.storage,
         config.model.double_quant,
         config.model.dtype,
@@ -95,24 +87,15 @@ def load_source(
                 folder.path, tokenizer.special_tokens, variables={**source.variables, **variables}
             )
         except NibbleError as error:
-            raise NibbleError(str(error).replace("data.template_variables:", "--template-variable:", 1)) from error
+            where_given = "--template-variable:" if variables else "data.template_variables:"
+            raise NibbleError(str(error).replace("data.template_variables:", where_given, 1)) from error
     settings, warnings = read_settings(given, folder.path, tokenizer, stop_texts=stop_texts, seed=seed)
     for warning in warnings:
         note(f"warning: {warning}")
     note(settings.said)
-    kind, double, kept = _stored(source, folder, storage, dtype)
+    # A config's double_quant is about the config's storage.
+    double_given = source.double_quant if storage in (None, source.storage) else None
+    kind, double, kept = folder.stored(storage or source.storage, double_given, dtype or source.dtype)
     load = partial(load_model, folder.path, kind, kept, where, source.adapter, double_quant=double, progress=True)
     longest = longest_context(folder.config, str(folder.path / "config.json"))
     return Answerer(load, tokenizer, template, settings, folder.path, plain, longest)
-
-
-def _stored(source: Source, folder: ModelFolder, storage: str | None, dtype: str | None) -> tuple[str, bool, str]:
-    """Storage, double_quant and dtype: as given, else as the config says, else as a converted folder has them."""
-    made = folder.manifest
-    kind = storage or source.storage or (made.spec.kind if made else "nf4")
-    double = kind in FOUR_BIT
-    if source.double_quant is not None and kind == source.storage:
-        double = source.double_quant
-    elif made is not None and kind == made.spec.kind:
-        double = made.spec.double_quant
-    return kind, double, dtype or source.dtype or (dtype_name(made.dtype) if made else "bfloat16")

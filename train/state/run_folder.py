@@ -31,6 +31,7 @@ from quant.common.errors import NibbleError
 from quant.common.files import disk_error, disk_errors, identity, moved_error, write_atomically
 from quant.common.words import some
 from train.config.load import Config
+from train.config.result import ADAPTER, MODEL
 from train.state.checkpoint_folder import folders
 from train.state.fingerprint import flat_config
 
@@ -54,10 +55,10 @@ class RunFolder:
         self.usage_plot = path / "expert_usage.png"
         self.skipped_rows = path / "skipped_rows.jsonl"
         self.checkpoints = path / "checkpoints"
-        self.adapter = path / "adapter"
-        self.model = path / "model"
-        self.best_adapter = path / "adapter-best"
-        self.best_model = path / "model-best"
+        self.adapter = path / ADAPTER
+        self.model = path / MODEL
+        self.best_adapter = path / f"{ADAPTER}-best"
+        self.best_model = path / f"{MODEL}-best"
 
     def result(self, config: Config, best: bool = False) -> Path:
         """The folder of the run's result, or of its best one."""

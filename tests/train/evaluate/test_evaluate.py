@@ -117,6 +117,13 @@ def test_a_converted_folder_is_read_as_it_is(run: Run, tmp_path: Path) -> None:
         assert (found["storage"], found["dtype"], found["base"]) == (storage, dtype, None)
         again, _ = evaluated(tmp_path, world.model, "--storage", storage, "--dtype", dtype, *options)
         assert found["loss"] == again["loss"]
+    # Scales that aren't quantised again: asking for nf4 by name is asking for what is there.
+    convert(world.model, tmp_path / "single", "nf4", "float32", double_quant=False)
+    found, _ = evaluated(tmp_path, tmp_path / "single", "--data", world.rows, "--storage", "nf4", "--dtype", "float32")
+    once, _ = evaluated(
+        tmp_path, world.model, "--data", world.rows, "--dtype", "float32", "--set", "model.double_quant=false"
+    )
+    assert found["loss"] == once["loss"]
 
 
 @pytest.mark.slow
@@ -192,7 +199,9 @@ def test_a_run_that_has_no_result_or_no_rows(run: Run, tmp_path: Path, capsys: p
     values["output"]["dir"] = str(tmp_path / "other")
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
-    assert "other/adapter isn't there: the run of" in error_of(capsys, "--config", path)
+    assert f"{path}: the run has no result yet: there is no {tmp_path}/other/adapter." in error_of(
+        capsys, "--config", path
+    )
     values["data"]["eval_fraction"] = None
     path.write_text(yaml.safe_dump(values))
     assert "has no held-out rows" in error_of(capsys, "--config", path)
