@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.measure import CPU, reset_peak_memory, resident_bytes
 from benchmarks.report import MiB, Result, table
-from benchmarks.step import ROOT, default_threads
+from benchmarks.step import default_threads, measured_apart
 from parallel.device import device_name, peak_memory_bytes
 from quant.common.errors import NibbleError
 from quant.common.terminal import print_error
@@ -113,17 +112,11 @@ def measure_here(side: str, arguments: argparse.Namespace) -> Result:
 
 
 def worker(side: str, arguments: argparse.Namespace) -> Result:
-    """One measurement in a process of its own. Raises NibbleError with its last lines when it fails."""
+    """One measurement of a side; see `measured_apart`."""
     command = [sys.executable, "-m", "benchmarks.delta_rule", "--side", side]
     for name in ("tokens", "key_heads", "value_heads", "dim", "threads"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    threads = {"OMP_NUM_THREADS": str(arguments.threads), "MKL_NUM_THREADS": str(arguments.threads)}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, check=False)
-    if done.returncode:
-        end = "\n".join(done.stderr.strip().splitlines()[-8:])
-        raise NibbleError(f"the measurement of {side} failed with exit code {done.returncode}:\n{end}")
-    result: Result = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    return measured_apart(command, f"the measurement of {side}", arguments.threads, os.environ)
 
 
 def check_equal_results(native: Result, peer: Result) -> None:

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 from benchmarks.checkpoint import ensure_checkpoint, parameters_of
 from benchmarks.report import MiB, Result, table
 from benchmarks.setting import DEFAULT, SETTINGS
-from benchmarks.step import ROOT, default_threads
+from benchmarks.step import ROOT, default_threads, measured_apart
 from quant.common.errors import NibbleError
 from quant.common.terminal import print_error
 
@@ -116,17 +115,11 @@ def measure_here(side: str, arguments: argparse.Namespace) -> Result:
 
 
 def worker(side: str, arguments: argparse.Namespace, folder: Path) -> Result:
-    """One measurement in a process of its own. Raises NibbleError with its last lines when it fails."""
+    """One measurement of a side; see `measured_apart`."""
     command = [sys.executable, "-m", "benchmarks.generate", "--side", side, "--folder", str(folder.resolve())]
     for name in PASSED_ON:
         command += [f"--{name}", str(getattr(arguments, name))]
-    threads = {"OMP_NUM_THREADS": str(arguments.threads), "MKL_NUM_THREADS": str(arguments.threads)}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, check=False)
-    if done.returncode:
-        end = "\n".join(done.stderr.strip().splitlines()[-8:])
-        raise NibbleError(f"the measurement of {side} failed with exit code {done.returncode}:\n{end}")
-    result: Result = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    return measured_apart(command, f"the measurement of {side}", arguments.threads, os.environ)
 
 
 def check_equal_tokens(native: Result, peer: Result) -> None:

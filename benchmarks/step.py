@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,19 +99,25 @@ def default_threads() -> int:
     return physical_cores(text, allowed)
 
 
-def worker(python: Path, module: str, request: Request) -> Result:
-    """Run one measurement in a process of its own. Raises NibbleError with its last lines when it fails."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment[name] = str(request.threads)
-    environment |= {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [str(python), "-m", module, request.dumps()]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+def measured_apart(command: Sequence[str], what: str, threads: int, environment: Mapping[str, str]) -> Result:
+    """The JSON of the last line that `command` prints, run on `threads` threads in a process of its own.
+
+    Raises NibbleError, naming `what`, with the last lines of one that fails.
+    """
+    limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, cwd=ROOT, env={**environment, **limits}, capture_output=True, text=True, check=False)
     if done.returncode:
         end = "\n".join(done.stderr.strip().splitlines()[-8:])
-        raise NibbleError(f"{module} failed with exit code {done.returncode}:\n{end}")
+        raise NibbleError(f"{what} failed with exit code {done.returncode}:\n{end}")
     result: Result = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+def worker(python: Path, module: str, request: Request) -> Result:
+    """One measurement of a side; see `measured_apart`."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return measured_apart([str(python), "-m", module, request.dumps()], module, request.threads, environment)
 
 
 def header(arguments: argparse.Namespace, config: dict[str, Any], threads: int) -> list[str]:
