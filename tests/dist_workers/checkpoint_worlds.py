@@ -87,7 +87,7 @@ def save(world: World, directory: Path, step: int, value: int, asynchronous: boo
     part = Part((9000,), 0, world.rank * 4500, (world.rank + 1) * 4500, meshes.dense, (Replicate(), Shard(0)))
     tensors = {"big": torch.full((4500,), float(value)), "whole": torch.full((3,), float(value))}
     state = {"exp_avg.big": tensors["big"], "step.big": torch.tensor(float(value))}
-    optimizer = OptimizerState(dict(state), {"steps": {}}, {"exp_avg.big": part})
+    optimizer = OptimizerState(dict(state), {"kind": "AdamW", "steps": {}}, {"exp_avg.big": part})
     with CheckpointSaver(directory, 1, world=world, asynchronous=asynchronous) as saver:
         if die_at is not None:
             die(die_at)

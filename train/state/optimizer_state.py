@@ -16,7 +16,7 @@ from quant.common.errors import NibbleError
 from quant.common.jsonfile import integer, mapping, text
 from quant.common.words import shown
 from train.optim import parameters_of
-from train.state.fingerprint import START_OVER
+from train.state.fingerprint import START_OVER, require_keys
 
 # bitsandbytes' tables of the 256 values of an 8-bit state: constants that it makes itself, the same for every tensor.
 _CONSTANTS = ("qmap1", "qmap2")
@@ -74,6 +74,7 @@ def optimizer_state(optimizer: Optimizer, parts: Mapping[str, Part] | None = Non
 
 def check_values(values: dict[str, Any], where: str) -> None:
     """Raises NibbleError where the JSON values of a saved state are not what `optimizer_state` gives."""
+    require_keys(values, ("kind", "steps"), f"{where}: optimizer")
     text(values, "kind", "x", where)
     steps, blocks = mapping(values, "steps", where), mapping(values, "blocks", where)
     for name in steps:
@@ -82,8 +83,9 @@ def check_values(values: dict[str, Any], where: str) -> None:
         usable = isinstance(layout, list) and len(layout) == len(_layout(None))
         if not usable or not all(type(entry) is int and 0 <= entry < 2**48 for entry in layout):
             raise NibbleError(f"{where}: blocks: {name} must be a list of integers, got {shown(layout)}.")
-    if None in (values.get("steps"), values.get("blocks", {})):  # blocks are those of cut 8-bit state, if there is any
-        raise NibbleError(f"{where}: steps, and blocks where there are any, must be objects.")
+    for name in ("steps", "blocks"):
+        if values.get(name, {}) is None:  # `mapping` reads null as an absent one
+            raise NibbleError(f"{where}: {name} must be an object, got null.")
 
 
 def room_for_state(

@@ -31,7 +31,7 @@ from train.state.saver import CheckpointSaver
 root = Path(sys.argv[1])
 
 def save(directory, step, value):
-    optimizer = OptimizerState({"a.b": torch.full((50,), float(value))}, {})
+    optimizer = OptimizerState({"a.b": torch.full((50,), float(value))}, {"kind": "AdamW", "steps": {"a.b": value}})
     CheckpointSaver(directory, 1).save(step, {"big": torch.full((9000,), float(value))}, optimizer, {"value": value})
 
 def die_at(k):
