@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 from hypothesis import strategies as st
 
 from tests.fuzz.mutations import bytes_near, json_near, text_of
@@ -53,7 +57,44 @@ def _row_files(draw: st.DrawFn) -> tuple[Format, str, bytes]:
         return form, "rows.json", b"[" + b",".join(lines) + b"]"
     if draw(st.integers(0, 6)) == 0:
         return form, "rows.csv", draw(bytes_near(b"prompt,completion,text\na,b,c\n"))
-    return form, draw(st.sampled_from(["rows.jsonl", "rows.jsonl.gz"])), b"\n".join(lines)
+    if draw(st.integers(0, 4)) == 0:
+        return (
+            form,
+            "rows.parquet",
+            _parquet_bomb() if draw(st.integers(0, 30)) == 17 else draw(bytes_near(_parquet(form))),
+        )
+    if draw(st.integers(0, 4)) == 0:
+        data = gzip.compress(b"\n".join(lines), 1)
+        if draw(st.integers(0, 30)) == 17:
+            data = b"".join(gzip.compress(text, 1) for text in _BOMBS[draw(st.integers(0, len(_BOMBS) - 1))])
+        return form, draw(st.sampled_from(["rows.jsonl.gz", "rows.json.gz", "rows.csv.gz"])), draw(bytes_near(data))
+    return form, "rows.jsonl", b"\n".join(lines)
+
+
+# Beginnings and many times the rest of a row, an element and a cell of 256 MiB.
+_LONG = [b"x" * (8 << 20)] * 32
+_BOMBS = ([b'{"text": "', *_LONG], [b'[{"text": "', *_LONG], [b'text\n"', *_LONG])
+
+
+@functools.cache
+def _parquet(form: Format) -> bytes:
+    row = dict(_ROWS[form])
+    if form == "messages":  # a column has one type: no message whose content is a list
+        row["messages"] = [message for message in row["messages"] if not isinstance(message["content"], list)]
+    return _parquet_of(pyarrow.Table.from_pylist([row] * 3))
+
+
+@functools.cache
+def _parquet_bomb() -> bytes:
+    """500 bytes of 256 rows of 4 MiB."""
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256, pyarrow.int32()), ["x" * (4 << 20)])
+    return _parquet_of(pyarrow.table({"text": text}))
+
+
+def _parquet_of(table: pyarrow.Table) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer, compression="zstd", store_schema=False)
+    return buffer.getvalue()
 
 
 def _open_rows(folder: Path, readable: Readable, drawn: tuple[Format, str, bytes]) -> None:

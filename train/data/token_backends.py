@@ -62,7 +62,7 @@ def _failures(path: Path, library: str, what: str) -> Iterator[None]:
     """Around calls of a library whose errors have no type of their own; Rust's panics aren't even of Exception."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (NibbleError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         reason = printable(str(error).strip() or type(error).__name__, 300)
@@ -80,23 +80,25 @@ def load_tokenizers(path: Path, added: dict[int, AddedTokenEntry]) -> Backend:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     # Tokens that only tokenizer_config.json names; transformers adds them too.
     for index, entry in added.items():
-        if tokenizer.token_to_id(entry.content) is not None:
-            continue
-        token = tokenizers.AddedToken(
-            entry.content,
-            lstrip=entry.lstrip,
-            rstrip=entry.rstrip,
-            single_word=entry.single_word,
-            normalized=entry.normalized,
-            special=entry.special,
-        )
-        tokenizer.add_tokens([token])
-        if tokenizer.token_to_id(entry.content) != index:
-            raise NibbleError(
-                f"{path.parent}: tokenizer_config.json gives {shown(entry.content)} the id {index}, but in "
-                f"tokenizer.json its place would be {tokenizer.token_to_id(entry.content)}. Fetch both files again."
-            )
-    return _Tokenizers(tokenizer, path)
+        with _failures(path, "tokenizers", "use it"):
+            if tokenizer.token_to_id(entry.content) is None:
+                token = tokenizers.AddedToken(
+                    entry.content,
+                    lstrip=entry.lstrip,
+                    rstrip=entry.rstrip,
+                    single_word=entry.single_word,
+                    normalized=entry.normalized,
+                    special=entry.special,
+                )
+                tokenizer.add_tokens([token])
+                place = tokenizer.token_to_id(entry.content)
+                if place != index:
+                    raise NibbleError(
+                        f"{path.parent}: tokenizer_config.json gives {shown(entry.content)} the id {index}, but in "
+                        f"tokenizer.json its place would be {place}. Fetch both files again."
+                    )
+    with _failures(path, "tokenizers", "use it"):
+        return _Tokenizers(tokenizer, path)
 
 
 class _Tokenizers:
@@ -107,8 +109,7 @@ class _Tokenizers:
         tokenizer.no_padding()
         # The post-processor adds special tokens, which the template writes here, and may trim white space off the
         # offsets, which would leave tokens that cover nothing. What it would put before a document is kept.
-        with _failures(path, "tokenizers", "use it"):
-            with_special, plain = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+        with_special, plain = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
         self.prefix = tuple(_before(with_special.ids, plain.ids))
         tokenizer.post_processor = None
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)

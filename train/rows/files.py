@@ -24,6 +24,7 @@ from train.rows.columns import Columns
 from train.rows.parse import columns_read, missing
 
 _CHUNK = 1 << 20  # bytes
+_DECODED = 1 << 28  # bytes of a parquet file's rows at once
 LONGEST_ROW = 64 << 20  # bytes: books have less, and a line of a compressed file may be longer than memory
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -257,7 +258,7 @@ def _read_parquet(
         needed = [name for name in wanted if name in schema.names]
         left = [] if columns is None else _left_out(schema, needed, columns)
         number, rows = 0, max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(batch_size=at_a_time, columns=[*needed, *left]):
+        for batch in table.iter_batches(batch_size=_rows_at_a_time(table, at_a_time), columns=[*needed, *left]):
             for name in left:
                 columns.filled[name] += _filled(batch.column(name))  # type: ignore[union-attr]
             for values, problem in _rows_of(batch.select(needed)):
@@ -266,6 +267,17 @@ def _read_parquet(
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = printable(" ".join(str(error).split()), 200)
         raise NibbleError(f"{key}: {path}: not a readable parquet file: {reason}") from error
+
+
+def _rows_at_a_time(table: Any, most: int) -> int:
+    """How many rows to decode at once, so that they take 256 MiB at most: a dictionary stores a value once for all the
+    rows that have it, and a file of 500 bytes may be 60 GB of text.
+    """
+    groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
+    largest = max(
+        (group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns)), default=0
+    )
+    return max(1, min(most, _DECODED // max(largest, 1)))
 
 
 def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any] | None, BadRow | None]]:

@@ -326,3 +326,19 @@ def test_a_row_longer_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = tmp_path / "rows.json"
     path.write_bytes(b"[" + b", ".join([b'{"text": "' + b"y" * (longest // 3) + b'"}'] * 4) + b"]")
     assert [len((row.values or {})["text"]) for row in read(path)] == [longest // 3] * 4
+
+
+def test_parquet_that_holds_a_value_once_for_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 500 bytes can be 60 GB of rows: no more of them are decoded at once than there is room for."""
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr("train.rows.files._DECODED", 4 << 20)
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, pyarrow.int32()), ["x" * (1 << 20)])
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 5000
+    before = pyarrow.total_allocated_bytes()
+    held = [pyarrow.total_allocated_bytes() - before for row in read_rows(path, form="text", key="data.train")]
+    assert len(held) == 64
+    assert max(held) < 16 << 20

@@ -111,7 +111,11 @@ def test_a_manifest_of_other_types(tmp_path: Path, changes: Any, problem: str) -
         ("optimizer", {"kind": "x", "steps": {}, "blocks": {"a": [1]}}, "state.json: blocks: a must be a list of"),
         ("optimizer", {"kind": 3, "steps": {}}, "state.json: kind must be text, got 3."),
         ("optimizer", {"kind": "x", "steps": {"a": -1}}, "state.json: steps: a must be an integer of at least 0"),
-        ("optimizer", {"kind": "x", "steps": {}, "blocks": {"a": ["b"]}}, "state.json: blocks: a must be a list of integers"),
+        (
+            "optimizer",
+            {"kind": "x", "steps": {}, "blocks": {"a": ["b"]}},
+            "state.json: blocks: a must be a list of integers",
+        ),
     ],
 )
 def test_a_state_of_other_types(tmp_path: Path, key: str, value: Any, problem: str) -> None:
