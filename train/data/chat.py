@@ -12,9 +12,10 @@ share one rendering; where the template rewrites, a new rendering begins. Every 
 once, in the text that the model will see.
 
 Rendering all that precedes it for every turn takes time with the square of a conversation's length. In a long one, what
-a turn adds to the text is therefore taken from a short conversation, of its first and latest messages. It is compared
-with the whole at the turns 1, 2, 4, 8 … and at the end of each rendering; where they differ, the whole is rendered for
-every turn.
+a turn adds to the text is therefore taken from a short conversation, of its first and latest messages; where the
+template rewrites, the text is rendered as a whole once, and only the turn's beginning is taken from the short one. Both
+are compared with the whole at the turns 1, 2, 4, 8 … and the text at the end of each rendering too; where they differ,
+everything is rendered as a whole.
 
 A template may have several prompts. GLM-4.7 asks with `<think>`, and writes a turn without reasoning as
 `</think>…`, which is what it asks with when `enable_thinking` is false; Qwen3.5 asks with `<think>\\n`, and writes
@@ -223,6 +224,7 @@ class ChatTemplate:
         spans: list[tuple[int, int]] = []
         earlier: list[tuple[int, ...]] = []
         unchecked = 0  # turns since the last one that the whole conversation was rendered for
+        begun = 0  # turns of which only the beginning was found in a short conversation
 
         def check(starts: list[int]) -> None:
             if unchecked and (text, starts) != self._turn(messages, last, tools):
@@ -238,7 +240,15 @@ class ChatTemplate:
                 if unchecked & (unchecked - 1) == 0:
                     check(starts)
             else:
-                rendered, rendered_starts = self._turn(messages, turn, tools)
+                rendered = self.render(messages[: turn + 1], tools)
+                near = self._starts_nearby(messages, turn, rendered, tools) if shorten else None
+                begun += near is not None
+                if near is None or begun & (begun - 1) == 0:
+                    rendered_starts = self._turn_starts(messages, turn, rendered, tools)
+                    if near not in (None, rendered_starts):
+                        raise _NotAlikeError
+                else:
+                    rendered_starts = near
                 if spans and not rendered.startswith(text):
                     check(starts)
                     result.append(Rendering(text, tuple(spans), tuple(earlier), _next_role(messages, last)))
@@ -272,6 +282,22 @@ class ChatTemplate:
         if not text.startswith(before) or starts[-1] < len(before):
             return None
         return text[len(before) :], [start - len(before) for start in starts]
+
+    def _starts_nearby(
+        self, messages: Sequence[Message], turn: int, rendered: str, tools: list[Any] | None
+    ) -> list[int] | None:
+        """What `_turn_starts` finds, found in a short conversation; None where that doesn't end like `rendered`."""
+        head, tail = _seam(messages, turn)
+        if not head:
+            return None
+        short = [*messages[:head], *messages[tail : turn + 1]]
+        try:
+            text, starts = self._turn(short, len(short) - 1, tools)
+        except RenderError:
+            return None
+        if not rendered.endswith(text[starts[-1] :]):
+            return None
+        return [start + len(rendered) - len(text) for start in starts]
 
     def _turn(self, messages: Sequence[Message], turn: int, tools: list[Any] | None) -> tuple[str, list[int]]:
         """The text up to and including a turn, and the characters where that may begin, the last first."""

@@ -373,6 +373,15 @@ def test_the_work_for_a_conversation_grows_with_its_length(name: str, kind: str)
     assert work[2] < 2.5 * work[1] < 6.25 * work[0]
 
 
+@pytest.mark.parametrize(("name", "kind"), [("glm", "reasoning"), ("qwen", "turns"), ("qwen", "system")])
+def test_a_template_that_rewrites_renders_each_text_about_once(name: str, kind: str) -> None:
+    made, messages = Counting(TEMPLATES[name], TOKENS), LONG[kind](250)
+    found = made.renderings(messages, trained(messages))
+    assert len(found) == sum(trained(messages))
+    texts = sum(turn + 1 for turn, wanted in enumerate(trained(messages)) if wanted)
+    assert made.rendered < 1.4 * texts, "with all prompts for each it is above 3"
+
+
 def test_a_template_that_looks_back_far_is_rendered_whole() -> None:
     far = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ ' ' * (loop.index0 // 20) }}{% endfor %}"
     counts = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ loop.index }}{% endfor %}"
