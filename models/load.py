@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from models.adapters.packing import Packing
 from models.checkpoint.content import check_content
 from models.checkpoint.hub import HubCheckpoint, check_counts
 from models.checkpoint.hub_id import hub_id_of, resolve_model
@@ -84,6 +85,7 @@ def load_model(
     adapter: str | Path | None = None,
     *,
     double_quant: bool = True,
+    layout: Packing | None = None,
     progress: bool = False,
 ) -> CausalLM:
     """A model ready to compute with, in evaluation mode, all parameters frozen but those of an adapter.
@@ -94,7 +96,8 @@ def load_model(
     dtype: bfloat16 or float32, of activations and of everything that isn't quantised, but for what the architecture
         keeps in float32 (routers, Trinity's norms, DeltaNet's decay).
     device: cpu, cuda or cuda:<number>.
-    adapter: folder of a PEFT adapter to put on top.
+    adapter: folder of a PEFT adapter to put on top. layout: order of the experts in its lora_B, where that isn't what
+        the adapter says.
     progress: show a bar on standard error where that is a terminal.
 
     Raises NibbleError for a storage, dtype or device that isn't there, and where the checkpoint is missing, damaged,
@@ -110,7 +113,7 @@ def load_model(
     if adapter is not None:
         from models.adapters.files import load_adapter
 
-        load_adapter(model, Path(adapter))
+        load_adapter(model, Path(adapter), layout=layout)
     return model
 
 

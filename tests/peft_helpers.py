@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import load_model
@@ -37,6 +38,17 @@ def randomise(parameters: list[tuple[str, torch.nn.Parameter]], seed: int = 0) -
     with torch.no_grad():
         for _, parameter in parameters:
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def packed_by_expert(adapter: Path, folder: Path, experts: int) -> Path:
+    """A copy in `folder` with unsloth's order of B: each expert's columns side by side."""
+    shutil.copytree(adapter, folder)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, value in tensors.items():
+        if ".experts." in name and ".lora_B." in name:
+            tensors[name] = torch.cat([value[:, expert::experts] for expert in range(experts)], 1)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
 
 
 def peft_load(reference: Any, directory: Path) -> tuple[Any, list[str]]:

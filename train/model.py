@@ -158,7 +158,7 @@ def load_trainable_model(
             fill_parts(shards, reader, bar.update if bar is not None else None)
         start = start_adapter(config)
         if start is not None:
-            read_adapter_weights(model, start, shards.put)
+            read_adapter_weights(model, start, shards.put, layout=config.adapter.init_layout)
         elif config.adapter.kind == "lora":
             initialise_lora(model, config.train.seed, shards.put)
     attach_balance(model, config, source)
@@ -187,7 +187,7 @@ def make_trainable(model: CausalLM, config: Config) -> None:
     spec = _adapter_spec(model, config)
     start = start_adapter(config)
     if start is not None:
-        load_adapter(model, start, dtype=spec.dtype, expected=spec)
+        load_adapter(model, start, dtype=spec.dtype, expected=spec, layout=adapter.init_layout)
     else:
         add_lora(model, spec, config.train.seed)
 

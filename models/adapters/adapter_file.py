@@ -15,7 +15,6 @@ from torch import Tensor
 
 from models.adapters.layouts import (
     PREFIX,
-    Packing,
     Stored,
     StoredExperts,
     StoredMatrix,
@@ -23,6 +22,7 @@ from models.adapters.layouts import (
     is_swapped,
     prefixes_of,
 )
+from models.adapters.packing import Packing
 from models.adapters.peft_config import CONFIG, PACKING, WEIGHTS, config_targets, read_config
 from models.adapters.targets import Target, module_name
 from models.blocks.groups import GROUP_WORDS, TARGET_GROUPS

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from models.adapters.adapter_file import AdapterFile, respelled
-from models.adapters.layouts import Packing, peft_shapes, prefixes_of, tensor_names, to_peft
+from models.adapters.layouts import peft_shapes, prefixes_of, tensor_names, to_peft
 from models.adapters.lora import Assign, adapted, assign_whole, attach_lora
+from models.adapters.packing import Packing
 from models.adapters.peft_config import CONFIG, WEIGHTS, describe, peft_config
 from models.adapters.targets import AdapterSpec, Target, resolve
 from models.blocks.linear import LoRA
@@ -115,11 +116,13 @@ def load_adapter(
     return adapter_spec(model)
 
 
-def read_adapter_weights(model: CausalLM, directory: str | Path, assign: Assign = assign_whole) -> None:
+def read_adapter_weights(
+    model: CausalLM, directory: str | Path, assign: Assign = assign_whole, *, layout: Packing | None = None
+) -> None:
     """Read the tensors of the adapter that `load_adapter` gave to `model`, once more: for a model that was on the meta
     device then. One matrix or stack at a time is in memory.
     """
-    _read_weights(model, AdapterFile(directory, key_map_of(model), model.model_type), assign)
+    _read_weights(model, AdapterFile(directory, key_map_of(model), model.model_type, layout=layout), assign)
 
 
 def _read_weights(model: CausalLM, file: AdapterFile, assign: Assign) -> None:

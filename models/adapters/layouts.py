@@ -23,19 +23,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from models.adapters.packing import Packing
 from models.adapters.targets import Target, module_name
 from models.checkpoint.keymap import Key
 
 PREFIX = "base_model.model."
-# How the columns of a stack's lora_B are ordered.
-Packing = Literal["peft", "expert-major"]
-PACKINGS: tuple[Packing, ...] = get_args(Packing)
-
 Shape = tuple[int, int]
 
 

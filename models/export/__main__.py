@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models.adapters.packing import add_layout_option
 from models.hub_push import add_push_options, check_push, push_and_say
 from quant.common.interrupts import raise_on_interrupt
 from quant.common.terminal import exit_code, run_command, say, write
@@ -52,11 +53,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("text", "vision-language"),
         help="of Qwen3.5: the class that will load it (default: that of the base's config.json)",
     )
-    add(
-        "--layout",
-        choices=("peft", "expert-major"),
-        help="of ADAPTER's stacks of experts; expert-major is unsloth's until September 2026 (docs/serving.md)",
-    )
+    add_layout_option(arguments)
     add("--drop", metavar="NAME", action="append", default=[], help="leave out a matrix (kv_b_proj) or group (router)")
     add("--keep", metavar="NAME", action="append", default=[], help="write a matrix although it would be refused")
     add("--verify", action="store_true", help="load the result, and compare a forward pass with base and adapter")

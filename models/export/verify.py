@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models.adapters.files import load_adapter
-from models.adapters.layouts import PREFIX, Packing
+from models.adapters.layouts import PREFIX
+from models.adapters.packing import Packing
 from models.adapters.peft_config import CONFIG, WEIGHTS
 from models.checkpoint.native import is_converted
 from models.export.write import Exported

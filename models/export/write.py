@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from models.adapters.adapter_file import AdapterFile, respelled
-from models.adapters.layouts import Packing, Stored
+from models.adapters.layouts import Stored
+from models.adapters.packing import Packing
 from models.adapters.peft_config import CONFIG, WEIGHTS, peft_config, read_config
 from models.adapters.servers import TITLES, Server, matrix_name, short_name, unserved
 from models.adapters.targets import layer_of, matches

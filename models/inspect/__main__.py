@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.adapters.packing import add_layout_option
 from quant.common.errors import NibbleError
 from quant.common.interrupts import raise_on_interrupt
 from quant.common.progress import Bar
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--diff", metavar="OTHER", help="instead: name what differs between PATH and OTHER, tensors included")
     add("--quick", action="store_true", help="read headers and adapters only: no checksums, no base model")
     add("--model", metavar="MODEL", help="of an adapter: its base (default: the one it names, where that is here)")
-    add("--layout", choices=("peft", "expert-major"), help="of an adapter's expert B: docs/inspect.md")
+    add_layout_option(arguments)
     add("--png", metavar="FILE", help="of an adapter: write the norms as a heat map")
     add("--experts", action="store_true", help="of an adapter: a column for every expert, also of more than 16")
     return arguments

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from models.adapters.adapter_file import packing_of
-from models.adapters.layouts import Packing
+from models.adapters.packing import Packing
 from models.adapters.peft_config import CONFIG, WEIGHTS, read_config
 from models.adapters.targets import module_name
 from models.checkpoint.hub_id import local_folder

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.adapters.layouts import Packing
+from models.adapters.packing import Packing
 from models.adapters.patterns import Budget
 from models.adapters.peft_config import CONFIG, WEIGHTS, ends_with, ranks_and_alphas
 from models.adapters.targets import layer_of, within_layer

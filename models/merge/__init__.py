@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     import torch
 
-    from models.adapters.layouts import Packing
+    from models.adapters.packing import Packing
     from models.merge.content import Onto
     from models.merge.merging import Summary
     from models.merge.trained import Trained

@@ -13,6 +13,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from models.adapters.packing import add_layout_option
 from models.hub_push import add_push_options, check_push, push_and_say
 from models.merge import merge_adapter
 from quant.common.errors import NibbleError
@@ -56,9 +57,7 @@ def parser() -> argparse.ArgumentParser:
         help="merge into the weights as they are, or as a 4-bit run saw them (default: base)")  # fmt: skip
     add("--trained-with", choices=("none", "nf4", "nf4-single", "fp4", "fp4-single", "int8"),
         help="how the base was stored in training (default: what the run's config.yaml says, else nf4)")  # fmt: skip
-    add("--layout", choices=("peft", "expert-major"),
-        help="order of the experts in lora_B (default: what the adapter says, else peft); expert-major: unsloth's "
-        "until September 2026")  # fmt: skip
+    add_layout_option(arguments)
     add("--force", action="store_true", help="replace another unfinished merge, or another conversion in OUT")
     add("--json", action="store_true", help="print the result as one JSON object, with the norms of every layer")
     add_push_options(arguments, "the merged model")

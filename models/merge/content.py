@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.adapters.adapter_file import AdapterFile, Pair
-from models.adapters.layouts import Packing
+from models.adapters.packing import Packing
 from models.checkpoint.conversion import Content
 from models.checkpoint.export import dense_config
 from models.checkpoint.fingerprint import fingerprint_of, hash_tensor

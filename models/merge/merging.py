@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from models.adapters.layouts import Packing
+from models.adapters.packing import Packing
 from models.checkpoint.conversion import Interrupted, convert_content
 from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.hub_id import resolve_model

@@ -47,6 +47,11 @@ def combination_problems(
             )
     else:
         yield from _adapter_problems(adapter)
+    if adapter.init_layout is not None and adapter.init_from is None:
+        yield (
+            ("adapter.init_layout", "adapter.init_from"),
+            "adapter.init_layout without adapter.init_from: there is no adapter to read in it. Leave it out.",
+        )
     if model.double_quant and model.storage not in FOUR_BIT:
         yield (
             ("model.double_quant", "model.storage"),

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Strict, WithJsonSchema, model_validator
 
+from models.adapters.packing import Packing
 from models.blocks.groups import TARGET_GROUPS
 
 FOUR_BIT = ("nf4", "fp4")
@@ -105,6 +106,10 @@ class AdapterConfig(Section):
         default=None,
         description="Folder of an adapter in PEFT's format whose weights to start from, or of a run that made one; "
         "null: a fresh adapter.",
+    )
+    init_layout: Packing | None = Field(
+        default=None,
+        description="Order of the experts in lora_B of adapter.init_from (docs/merge.md); null: as it says, or peft.",
     )
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA).")
     layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10**4)], ...], Tuple, Field(min_length=1)] | None = Field(

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from models.adapters.packing import add_layout_option
 from quant.common.interrupts import raise_on_interrupt
 from quant.common.terminal import exit_code, run_command
 from train.__main__ import describe, several_processes
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("model", nargs="?", metavar="MODEL", help="a checkpoint folder, a converted one, or a hub id")
     add("--adapter", metavar="A", help="folder of a LoRA adapter; evaluated with it and without")
+    add_layout_option(made)
     add("--data", metavar="FILE", help="the rows (.jsonl, .json, .csv, also .gz, or .parquet), or a glob")
     add("--config", metavar="FILE", help="config of a run: its model, adapter and held-out rows, unless given here")
     add(

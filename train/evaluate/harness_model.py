@@ -1,8 +1,8 @@
 """lm-eval's model class `nibble`: any storage, with an adapter, on one device.
 
 model_args: pretrained (a checkpoint folder, a converted one, or a hub id), storage, double_quant, dtype, adapter,
-batch_tokens, max_length; device is lm-eval's --device. Texts become tokens as transformers' tokenizer makes them, and
-windows and prefix are those of lm-eval's own `hf`, so that its results are too.
+layout, batch_tokens, max_length; device is lm-eval's --device. Texts become tokens as transformers' tokenizer makes
+them, and windows and prefix are those of lm-eval's own `hf`, so that its results are too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from models.adapters.packing import Packing
 from models.checkpoint.side_files import CONFIG
 from models.load import load_model, open_folder
 from parallel.device import choose_device
@@ -44,6 +45,7 @@ class NibbleLM(TemplateLM):
         dtype: str | None = None,
         device: str | None = None,
         double_quant: bool | None = None,
+        layout: Packing | None = None,
         batch_tokens: int = BATCH_TOKENS,
         max_length: int | None = None,
         batch_size: int | str | None = None,
@@ -55,7 +57,9 @@ class NibbleLM(TemplateLM):
         self._device = choose_device(device)
         source = open_folder(pretrained)
         kind, double, kept = source.stored(storage, double_quant, dtype)
-        self.model = load_model(source.path, kind, kept, self._device, adapter, double_quant=double, progress=True)
+        self.model = load_model(
+            source.path, kind, kept, self._device, adapter, double_quant=double, layout=layout, progress=True
+        )
         self._tokens = load_tokenizer(source.path)
         self._template = load_chat_template(source.path, self._tokens.special_tokens)
         self._folder, self._batch_tokens = source.path, batch_tokens

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from models.adapters.packing import Packing
 from quant.common.errors import NibbleError
 from train.config.load import Config, load_config, parse_config
 from train.config.result import finished_result
@@ -27,6 +28,7 @@ class Request:
 
     model: its storage and dtype are meant only where they were given (`model.model_fields_set`): a converted folder
     has its own. double_quant: None where the storage or the folder says it. adapter: folder of an adapter, or None.
+    layout: of that adapter, what --layout says.
     rows, key: the files, and what names them in messages; None: the rows that the run of the config holds out of
     data.train. length_given: whether data.sequence_length is wanted rather than a default. task: what the rows are.
     """
@@ -35,6 +37,7 @@ class Request:
     model: ModelConfig
     double_quant: bool | None
     adapter: Path | None
+    layout: Packing | None
     device: str | None
     rows: RowFiles | None
     key: str
@@ -50,11 +53,14 @@ def request_of(arguments: argparse.Namespace) -> Request:
     if rows is None and settings.eval_fraction is None:
         raise NibbleError(f"{arguments.config} has no held-out rows (data.eval, data.eval_fraction): give --data FILE.")
     model, adapter = _model(arguments, config)
+    if arguments.layout is not None and arguments.adapter is None:
+        raise NibbleError("--layout is about an adapter: give --adapter.")
     return Request(
         config=config,
         model=model,
         double_quant=_double_quant(arguments, config),
         adapter=adapter,
+        layout=arguments.layout,
         device=arguments.device or config.train.device,
         rows=rows,
         key=key,

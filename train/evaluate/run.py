@@ -129,19 +129,21 @@ def _load(request: Request, source: ModelFolder, device: torch.device, world: Wo
     wanted, adapter, offload = request.model, request.adapter, request.config.parallel.cpu_offload
     stored = (source.path, wanted.storage, wanted.dtype, device)
     if world.size == 1 and not offload:
-        return Shards(load_model(*stored, adapter, double_quant=wanted.double_quant, progress=True))
+        return Shards(
+            load_model(*stored, adapter, double_quant=wanted.double_quant, layout=request.layout, progress=True)
+        )
     from parallel.fsdp import materialise, shard
 
     model, reader = prepare_model(*stored, double_quant=wanted.double_quant, verify=world.local_rank == 0)
     model.requires_grad_(False)
     if adapter is not None:
-        load_adapter(model, adapter)
+        load_adapter(model, adapter, layout=request.layout)
     shards = shard(model, make_meshes(mesh_sizes(world), device), cpu_offload=offload)
     materialise(shards, device, cpu_offload=offload)
     with Bar("loading", show=world.first) as bar:
         fill_parts(shards, reader, bar.update)
     if adapter is not None:
-        read_adapter_weights(model, adapter, shards.put)
+        read_adapter_weights(model, adapter, shards.put, layout=request.layout)
     return shards
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from models.adapters.packing import add_layout_option
 from quant.common.errors import NibbleError
 from quant.common.interrupts import raise_on_interrupt
 from quant.common.jsonfile import JsonError, parse_json
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add = arguments.add_argument
     add("model", nargs="?", metavar="MODEL", help="a hub folder, a hub id, or a converted folder")
     add("--adapter", metavar="A", help="folder of an adapter in PEFT's format")
+    add_layout_option(arguments)
     add("--config", metavar="FILE", help="instead of MODEL: model, storage and adapter of the run that FILE describes")
     add("--prompt", metavar="TEXT", help="answer this")
     add("--prompts", metavar="FILE", help='answer each row: {"prompt": …} or {"messages": […]}, .jsonl, .json or .csv')
@@ -133,7 +135,7 @@ def _load(arguments: argparse.Namespace) -> Answerer:
     """The model is read when it is asked: all that is wrong before that shows at once."""
     from train.generate.source import load_source, source_of
 
-    source = source_of(arguments.model, arguments.adapter, arguments.config)
+    source = source_of(arguments.model, arguments.adapter, arguments.config, arguments.layout)
     raise_on_interrupt()
     from train.generate.settings import SAMPLING
 

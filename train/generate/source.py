@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from models.adapters.packing import Packing
 from models.load import load_model, open_folder
 from parallel.device import choose_device
 from quant.common.errors import NibbleError
@@ -33,15 +34,20 @@ class Source:
     double_quant: bool | None = None
     dtype: str | None = None
     device: str | None = None
+    layout: Packing | None = None
     plain: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-def source_of(model: str | None, adapter: str | None, config_file: str | None) -> Source:
-    """Of MODEL and --adapter, or of --config. Raises NibbleError, e.g. where the run has no result yet."""
+def source_of(model: str | None, adapter: str | None, config_file: str | None, layout: Packing | None = None) -> Source:
+    """Of MODEL and --adapter, or of --config. layout: of --adapter. Raises NibbleError, e.g. where the run has no
+    result yet.
+    """
+    if layout is not None and adapter is None:
+        raise NibbleError("--layout is about an adapter: give --adapter.")
     if config_file is None:
         assert model is not None
-        return Source(model, adapter)
+        return Source(model, adapter, layout=layout)
     config = load_config(config_file)
     lora = config.adapter.kind == "lora"
     result = result_folder(config) if adapter else finished_result(config, config_file)
@@ -52,6 +58,7 @@ def source_of(model: str | None, adapter: str | None, config_file: str | None) -
         config.model.double_quant,
         config.model.dtype,
         config.train.device,
+        layout,
         plain=config.data.format == "text",
         variables=config.data.template_variables,
     )
@@ -96,6 +103,7 @@ def load_source(
     # A config's double_quant is about the config's storage.
     double_given = source.double_quant if storage in (None, source.storage) else None
     kind, double, kept = folder.stored(storage or source.storage, double_given, dtype or source.dtype)
-    load = partial(load_model, folder.path, kind, kept, where, source.adapter, double_quant=double, progress=True)
+    stored = (folder.path, kind, kept, where)
+    load = partial(load_model, *stored, source.adapter, double_quant=double, layout=source.layout, progress=True)
     longest = longest_context(folder.config, str(folder.path / "config.json"))
     return Answerer(load, tokenizer, template, settings, folder.path, plain, longest)

@@ -58,8 +58,7 @@ def resume_fingerprint(config: Config) -> dict[str, Any]:
     if train.balance == "none":
         # As in checkpoints of versions that didn't know these keys.
         dropped |= {"train.balance", "train.balance_rate"}
-    if config.adapter.serve_with is None:
-        dropped.add("adapter.serve_with")
+    dropped |= {f"adapter.{key}" for key in ("serve_with", "init_layout") if getattr(config.adapter, key) is None}
     if not config.data.template_variables:
         dropped.add("data.template_variables")  # for the same reason
     if train.schedule == "constant" and train.warmup_ratio == 0:

@@ -19,7 +19,7 @@ from models.export.write import export_adapter
 from quant.common.errors import NibbleError
 from tests.export_helpers import LATENT, PREFIX, TOKENS, World, copied, served
 from tests.helpers import assert_close, relative_error
-from tests.peft_helpers import config_of, logits_of, native, peft_load, randomise
+from tests.peft_helpers import config_of, logits_of, native, packed_by_expert, peft_load, randomise
 
 MODEL_TYPES = ("glm4_moe_lite", "glm4_moe", "glm_moe_dsa", "afmoe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe")
 WEIGHTS = "adapter_model.safetensors"
@@ -149,14 +149,8 @@ def test_an_adapter_of_others_with_experts_one_by_one(worlds: dict[str, World], 
 
 
 def test_unsloths_order_of_b(worlds: dict[str, World], tmp_path: Path) -> None:
-    world, packed, out = worlds["qwen3_5_moe"], tmp_path / "packed", tmp_path / "out"
-    packed.mkdir()
-    tensors = load_file(world.adapter / WEIGHTS)
-    for name, value in tensors.items():
-        if ".experts." in name and ".lora_B." in name:
-            tensors[name] = torch.cat([value[:, expert::4] for expert in range(4)], 1)  # expert after expert
-    save_file(tensors, packed / WEIGHTS)
-    (packed / "adapter_config.json").write_text((world.adapter / "adapter_config.json").read_text())
+    world, out = worlds["qwen3_5_moe"], tmp_path / "out"
+    packed = packed_by_expert(world.adapter, tmp_path / "packed", 4)
     for layout, same in (("expert-major", True), ("peft", False)):
         assert main([str(packed), str(out / layout), "--for", "peft", "--layout", layout]) == 0
         logits = logits_of(peft_load(world.reference, out / layout)[0], TOKENS)

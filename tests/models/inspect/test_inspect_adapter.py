@@ -18,7 +18,7 @@ from models.convert import convert
 from models.inspect.__main__ import main
 from models.load import load_model
 from tests.inspect_helpers import compared, error_of, inspected
-from tests.peft_helpers import peft_make
+from tests.peft_helpers import packed_by_expert, peft_make
 from tests.tiny import save_tiny
 
 TARGETS = {
@@ -111,13 +111,7 @@ def rewritten(
 
 
 def test_other_layouts(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def expert_major(found: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: value.unflatten(1, (-1, 8)).mT.flatten(1) if ".experts." in name and "lora_B" in name else value
-            for name, value in found.items()
-        }
-
-    packed = rewritten(made, tmp_path / "packed", expert_major)
+    packed = packed_by_expert(made.adapter, tmp_path / "packed", 8)
     check_norms(norms(inspected(capsys, packed, "--layout", "expert-major")), made.deltas)
     assert norms(inspected(capsys, packed)) != norms(inspected(capsys, made.adapter))
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from models import convert
-from tests.peft_helpers import peft_load
+from tests.peft_helpers import packed_by_expert, peft_load
 from tests.processes import run_commands
 from tests.run_helpers import ROOT, World, make_world, messages, questions, settings
 from train import __main__ as training
@@ -105,6 +106,24 @@ def test_equals_transformers_and_peft(run: Run, tmp_path: Path, capsys: pytest.C
     assert [row["loss"] for row in rows] == sorted((row["loss"] for row in rows), reverse=True)
     shown = capsys.readouterr().out
     assert "the base   with the adapter" in shown and f"{found['loss']:.4f}" in shown
+
+
+def test_an_adapter_in_another_layout(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Evaluated, asked, and trained on from: its option makes it what it was."""
+    world, out = run
+    packed = packed_by_expert(out / "adapter", tmp_path / "packed", 4)
+    config, layout = ["--config", out / "config.yaml"], ("--layout", "expert-major")
+    expected = evaluated(tmp_path, *config)[0]["loss"]
+    assert near(evaluated(tmp_path, *config, "--adapter", packed, *layout)[0]["loss"], expected, 1e-6)
+    assert not near(evaluated(tmp_path, *config, "--adapter", packed)[0]["loss"], expected, 1e-4)
+    assert error_of(capsys, *config, *layout) == "error: --layout is about an adapter: give --adapter.\n"
+
+    changes = {"train__max_steps": 1, "train__learning_rate": 1e-9, "model__storage": "none"}
+    changes |= {"adapter__init_from": str(packed), "adapter__init_layout": "expert-major"}
+    assert training.main(settings(world, tmp_path / "on", **changes)) == 0
+    names = [folder / "adapter" / "adapter_model.safetensors" for folder in (out, tmp_path / "on")]
+    before, after = map(load_file, names)
+    assert all(torch.allclose(after[name], before[name], atol=1e-8) for name in before)
 
 
 def test_a_converted_folder_is_read_as_it_is(run: Run, tmp_path: Path) -> None:

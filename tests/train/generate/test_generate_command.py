@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from tests.generate_helpers import BUTTONS, CUPS, PROSE, YAML, run, write_rows
+from tests.peft_helpers import packed_by_expert
 from tests.processes import LIMIT
 
 ROOT = Path(__file__).parents[3]
@@ -33,6 +34,13 @@ def test_a_prompt_is_answered(base: str, adapter: str) -> None:
     for question, answer in PROSE.items():
         assert run([base, "--prompt", question]) == (0, f"{answer}\n", GREEDY)
     assert run([base, "--adapter", adapter, "--prompt", BUTTONS]) == (0, f"{YAML[BUTTONS]}\n", GREEDY)
+
+
+def test_an_adapter_in_another_layout(base: str, adapter: str, tmp_path: Path) -> None:
+    packed = str(packed_by_expert(Path(adapter), tmp_path / "packed", 4))
+    asked = [base, "--adapter", packed, "--prompt", BUTTONS]
+    assert run([*asked, "--layout", "expert-major"])[:2] == (0, f"{YAML[BUTTONS]}\n")
+    assert run([*asked, "--layout", "peft"])[1] != f"{YAML[BUTTONS]}\n"
 
 
 def test_tokens_and_text_are_those_of_transformers(taught_demo: Path, tmp_path: Path) -> None:
