@@ -81,7 +81,7 @@ def _begin(merged: Merged, partial: Path, force: bool) -> dict[str, Any]:
             return found | {"finished": texts(found, "finished", str(partial / STATE))}
         except (ValueError, TypeError, AttributeError) as error:
             raise NibbleError(f"{partial / STATE} is damaged. Add --force to begin anew.") from error
-    others = sorted(path.name for path in partial.iterdir())
+    others = sorted(path.name for path in partial.iterdir() if path.name != STATE + PARTIAL)  # killed at the beginning
     if others:
         raise NibbleError(f"{partial} isn't empty, and no merge has begun there (it holds {others[0]}). Move it away.")
     _save(partial, new)

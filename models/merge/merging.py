@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from models.checkpoint.native import Manifest, is_converted
 from models.merge.content import Merged, Onto
 from models.merge.error import Row, summary
 from models.merge.folder import write_folder
-from models.merge.trained import Trained, trained_storage
+from models.merge.trained import UNKNOWN, Trained, trained_storage
 from quant.common.errors import NibbleError
 from quant.common.files import user_path
 from quant.storage import StorageSpec
@@ -68,10 +69,16 @@ def merge(
             f"Name what it was made from ({Manifest.load(folder).source}), and --storage for a converted result."
         )
     spec, why = trained_storage(Path(adapter), trained)
+    options: dict[str, Any] = {"onto": onto, "layout": layout, "device": device, "progress": progress}
     with HubCheckpoint(folder) as base:
-        merged = Merged(
-            base, str(model), str(adapter), trained=spec, onto=onto, layout=layout, device=device, progress=progress
-        )
+        try:
+            merged = Merged(base, str(model), str(adapter), trained=spec, **options)
+        except NibbleError:
+            if why != UNKNOWN or onto == "dequantised":
+                raise
+            # nf4, which was only supposed, may not be able to store these shapes.
+            spec, why = StorageSpec(), "as its shapes can't be stored as nf4"
+            merged = Merged(base, str(model), str(adapter), trained=spec, **options)
         if storage is None:
             stored, nbytes = "as the base", base.nbytes
             try:

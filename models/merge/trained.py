@@ -11,12 +11,13 @@ from quant.storage import Kind, StorageSpec
 # With -single: without quantising the scales too.
 Trained = Literal["none", "nf4", "nf4-single", "fp4", "fp4-single", "int8"]
 TRAINED: tuple[Trained, ...] = get_args(Trained)
+UNKNOWN = "as none is known: --trained-with"
 _RUN = "config.yaml"  # in the folder of a run, whose adapter/ is the adapter
 _LARGEST = 2**20  # bytes of such a file
 
 
 def trained_storage(adapter: Path, given: Trained | None) -> tuple[StorageSpec, str]:
-    """The storage, and where it is known from, in words. given: by the user. Raises NibbleError."""
+    """The storage, and where it is known from, in words (UNKNOWN: supposed). given: by the user. Raises NibbleError."""
     if given is not None:
         kind, _, single = given.partition("-")
         return StorageSpec(cast(Kind, kind), not single), "as given"
@@ -27,7 +28,7 @@ def trained_storage(adapter: Path, given: Trained | None) -> tuple[StorageSpec, 
             return StorageSpec(model["storage"], model.get("double_quant", True) is True), f"as {path} says"
         except NibbleError as error:
             raise NibbleError(f"{path}: {error}.\nSay how the base was stored: --trained-with.") from error
-    return StorageSpec("nf4"), "as none is known: --trained-with"
+    return StorageSpec("nf4"), UNKNOWN
 
 
 def _model_section(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from models import load_model, merge_adapter
 from models.checkpoint.conversion import convert
 from models.checkpoint.hub import INDEX, SINGLE
 from models.checkpoint.native import MANIFEST, Manifest, convert_command
+from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
 from tests.convert_helpers import contents
 from tests.helpers import assert_close, random_tokens, relative_error
@@ -189,6 +191,20 @@ def test_the_run_says_how_the_base_was_stored(glm: Path, tmp_path: Path) -> None
         report = merge_adapter(glm / "hub", tmp_path / "run" / "adapter", tmp_path / "out").report
         assert f"({stored})" in report[0]
         shutil.rmtree(tmp_path / "out")
+
+
+def test_shapes_that_nf4_cannot_hold(tmp_path: Path) -> None:
+    """Then the base was not stored so, unless somebody says that it was."""
+    save_form(tmp_path / "hub", "glm4_moe_lite", num_hidden_layers=2, moe_intermediate_size=24)
+    random_adapter(tmp_path / "hub", tmp_path / "adapter")
+    merge = partial(merge_adapter, tmp_path / "hub", tmp_path / "adapter", tmp_path / "out")
+    for options in ({"trained_with": "nf4"}, {"onto": "dequantised"}):
+        with pytest.raises(NibbleError, match="nf4 stores blocks of 64 values"):
+            merge(**options)
+    assert merge().report == [
+        "trained against the weights as they are (storage none, as its shapes can't be stored as nf4): there is no "
+        "quantisation error"
+    ]
 
 
 def test_quantization_config_goes(glm: Path, tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +71,54 @@ def test_goes_on_where_it_stopped(glm: Path, tmp_path: Path) -> None:
     assert {(out / path.name).stat().st_ino for path in kept} == set(kept.values()), "not written again"
     shutil.rmtree(out)
     assert result.errors == merge(glm / "hub", glm / "adapter", out).errors, "measured in the first run too"
+
+
+# Merges in a child process that dies by SIGKILL when it opens, makes, renames or removes its k-th file, for every third
+# k until the merge gets through; then merges again.
+KILLS = """
+import itertools, os, signal, sys
+from pathlib import Path
+from models.merge.merging import merge
+
+hub, adapter, folder = map(Path, sys.argv[1:])
+merge(hub, adapter, folder / "warm")  # imports open files too
+
+def die_at(k):
+    seen = itertools.count()
+    events = {"open", "os.mkdir", "os.rename", "os.remove"}
+    def hook(event, arguments):
+        if event in events and str(folder) in str(arguments[0]) and next(seen) == k:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+for k in itertools.count(0, 3):
+    out = folder / str(k)
+    if (child := os.fork()) == 0:
+        die_at(k)
+        merge(hub, adapter, out)
+        os._exit(0)
+    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    whole = out.exists()
+    merged = out if whole and not (out / "merge.json").exists() else None
+    if merged is None:
+        merge(hub, adapter, out)
+    print(k, whole, flush=True)
+    if not killed:
+        break
+"""
+
+
+def test_killed_at_any_point(glm: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLS, *map(str, (glm / "hub", glm / "adapter", tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    whole = [line.split()[1] == "True" for line in done.stdout.splitlines()]
+    assert len(whole) > 8 and sorted(whole) == whole and not all(whole), "there only once it is whole"
+    expected = contents(glm / "expected")
+    for k in range(0, 3 * len(whole), 3):
+        assert contents(tmp_path / str(k)) == expected
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_killed_between_the_last_two_steps(glm: Path, tmp_path: Path) -> None:

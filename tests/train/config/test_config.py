@@ -65,8 +65,8 @@ def test_unknown_key_names_line_and_nearest_key() -> None:
         ("train: {rank: 8}", "unknown key 'train.rank'. Did you mean 'adapter.rank'?"),
         (
             "adapter: {zzz: 8}",
-            "unknown key 'adapter.zzz'. The keys of adapter are kind, rank, alpha, targets, init_from, init_layout, rslora, "
-            "layers, dtype, serve_with.",
+            "unknown key 'adapter.zzz'. The keys of adapter are kind, rank, alpha, targets, init_from, init_layout, "
+            "rslora, layers, dtype, serve_with.",
         ),
         ("train.seed: 3", "'train.seed' is written with a dot in --set only; here it is train: {seed: …}"),
         ("qqqq: 8", "unknown key 'qqqq'. The sections are model, adapter, data, train, parallel, output."),
