@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -165,6 +166,20 @@ def test_the_quantisation_error_that_is_told(glm: Path, tmp_path: Path) -> None:
     assert len(result.errors) == 3 + 1 + 3 * 2  # attention in three layers, a dense layer, and three groups in two
     assert len(result.report) == 3
     assert result.report[0].startswith("norms of the quantisation error (nf4, as given) beside the adapter's change: ")
+
+
+def test_the_page_shows_what_is_said(glm: Path, tmp_path: Path) -> None:
+    """docs/merge.md, but for the numbers, which are those of a longer training."""
+    random_adapter(glm / "hub", tmp_path / "qlora" / "adapter", ("attention", "experts"), size=0.3)
+    (config := tmp_path / "qlora" / "config.yaml").write_text("model: {storage: nf4}\n")
+    said = merge_adapter(glm / "hub", tmp_path / "qlora" / "adapter", tmp_path / "out").report
+    page = (Path(__file__).parents[3] / "docs" / "merge.md").read_text()
+    shown = page[page.index("    norms of the quantisation error") :].partition("\n\n")[0]
+    assert _masked(shown) == _masked("\n".join(said).replace(str(config), "outputs/demo/qlora/config.yaml"))
+
+
+def _masked(text: str) -> str:
+    return re.sub(r"(?<= )\d[\d.]*", "#", " ".join(text.split()))
 
 
 def test_where_the_error_is_larger_it_is_advised(glm: Path, tmp_path: Path) -> None:
