@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,6 @@ DTYPES: dict[str, torch.dtype] = {
 _OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # perhaps half of a pair, which is no character
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 # What is read of a mapped file counts as memory of this process until it is unmapped. Mapping it again takes 1 ms.
 MAPPED_BYTES = 16 * 2**20
@@ -80,13 +78,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header = parse_json(text)
         if not isinstance(header, dict):
             raise JsonError(f"it is {kind_of(header)}")
-        if _SURROGATE.search(text):  # which Python's reader takes; safetensors' doesn't
-            json.dumps(header, ensure_ascii=False).encode()
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise JsonError("its __metadata__ must be texts by name")
         tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
-    except (JsonError, UnicodeEncodeError) as error:
+    except JsonError as error:
         raise NibbleError(f"{path} is not a safetensors file: its header can't be read ({error}).\n{_AGAIN}") from error
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     end = 8 + length
