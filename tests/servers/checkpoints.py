@@ -19,7 +19,7 @@ from tests.text_helpers import save_checkpoint_texts
 
 VOCABULARY = 448
 MODEL_TYPES = ("glm4_moe_lite", "glm_moe_dsa", "glm4_moe", "afmoe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe")
-# llama.cpp has one epsilon and one size of DeltaNet's heads, and rotates the indexer's keys in blocks of 64 values and more.
+# llama.cpp has one epsilon, one size of DeltaNet's heads, and rotates the indexer's keys by 64 values or more at once.
 # Of 4 heads of the indexer two keys are so near to each other that rounding chooses.
 _SIZES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"index_head_dim": 128, "index_n_heads": 8},
