@@ -193,15 +193,15 @@ def test_what_is_missing_is_still_told(
     )
     cases = [(lost, excluded) for lost in everywhere for excluded in (True, False)]
     # Of a whole kind only the file's own list of what it leaves out tells.
-    cases += [(r"experts\..*up_proj", True), (r"experts\.\d+\.", True)]
+    cases += [(r"experts\..*up_proj", True)]
     for number, (lost, excluded) in enumerate(cases):
-        with pytest.raises(NibbleError, match="adapter_model.safetensors lacks base_model.model.model.layers."):
+        with pytest.raises(NibbleError, match=r"adapter_model\.safetensors lacks base_model\.model\.model\.layers\."):
             load_adapter(native(world.base), truncated(out, tmp_path / str(number), lost, excluded))
     caplog.clear()
     load_adapter(native(world.base), truncated(out, tmp_path / "older", "^$", False))
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'older'}: target_modules also fit mlp.gate_proj, mlp.up_proj, mlp.down_proj and 3 more, of which "
-        "the file has no tensors; they stay the base's"
+        f"{tmp_path / 'older'}: target_modules also fit mlp.gate_proj, mlp.up_proj, mlp.down_proj, "
+        "mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj and 1 more, of which the file has no tensors; they stay the base's"
     ]
 
 

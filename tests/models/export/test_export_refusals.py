@@ -56,8 +56,8 @@ def test_matrices_that_llama_cpp_computes_without_or_cannot_convert(
     assert error_of(arguments, capsys) == (
         f"llama.cpp computes without LoRA on q_a_proj, q_b_proj, kv_a_proj_with_mqa, which {latent.adapter} has in 2 "
         "layers: its latent attention never applies it.\n"
-        f"llama.cpp can't convert LoRA on kv_b_proj, which {latent.adapter} has in 2 layers: it cuts that matrix in two "
-        "and turns one half over.\n"
+        f"llama.cpp can't convert LoRA on kv_b_proj, which {latent.adapter} has in 2 layers: it cuts that matrix in "
+        "two and turns one half over.\n"
         f"Ways out: merge (python -m models.merge {latent.base} {latent.adapter} OUT); or leave them out with {drop}, "
         "and see what that costs with python -m train.evaluate."
     )
