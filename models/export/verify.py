@@ -86,7 +86,7 @@ def verify(adapter: Path, out: Path, done: Exported, layout: Packing | None = No
         base, found = _reference_logits(done, out, tokens)
     except Exception as error:  # they differ between versions of transformers and PEFT
         why = printable(f"{type(error).__name__}: {error}", 300)
-        raise NibbleError(f"{out} is written, but not verified: {how}: {why}") from error
+        raise NibbleError(f"{out} is written, but not verified, as transformers or PEFT failed: {why}") from error
     size = expected.abs().max().item()
     compared = Compared(how, _largest(found, expected), _largest(expected, base), size)
     if compared.effect <= TOLERANCE * size:

@@ -201,7 +201,8 @@ def test_what_is_missing_is_still_told(
     load_adapter(native(world.base), truncated(out, tmp_path / "older", "^$", False))
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / 'older'}: target_modules also fit mlp.gate_proj, mlp.up_proj, mlp.down_proj, "
-        "mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj and 1 more, of which the file has no tensors; they stay the base's"
+        "mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj and 1 more, of which the file has no tensors; they "
+        "stay the base's"
     ]
 
 
