@@ -40,7 +40,7 @@ test: $(INSTALLED)  ## run the tests, two at a time (ARGS="-k quant" passes opti
 test-slow: $(INSTALLED)  ## run the tests that take minutes, which `make test` leaves out
 	$(PY) -m pytest -m slow $(ARGS)
 
-test-servers: $(INSTALLED)  ## build llama.cpp, install vLLM and lm-eval, and load what is merged and exported there (an hour)
+test-servers: $(INSTALLED)  ## build llama.cpp, install vLLM and lm-eval, and load what is merged and exported there (half an hour)
 	$(PY) -m tests.servers.install
 	$(PY) -m pytest -m servers -s tests/servers $(ARGS)
 	.servers/lm_eval/bin/python -m pytest tests/train/evaluate/test_harness.py

@@ -21,6 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("models/checkpoint",),
     ("models/adapters",),
+    ("models/hub_contents",),
     ("models/hub_push",),
     (
         "models/load",

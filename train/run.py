@@ -182,17 +182,16 @@ def _run(
 
     def card(step: int, losses: Sequence[tuple[str, float]]) -> str:
         vision_language = model.hub.vision_language
-        return model_card(config, Trained(source.name, step, total_steps, losses, vision_language, unserved_of(model)))
+        unserved = unserved_of(model) if config.adapter.kind == "lora" else []
+        extended = extension.text(train) if extension is not None else None
+        made = Trained(source.name, step, total_steps, losses, vision_language, unserved, extended)
+        return model_card(config, made)
 
     def save_best(target: Path, evaluation: Evaluation) -> None:
         save_result(config, shards, source, target, folder, world)
-        if world.first and config.adapter.kind == "lora":
-            write_card(
-                target,
-                card(evaluation.step, [("of this adapter", evaluation.loss)]),
-                report.note,
-                before=folder.best_adapter,
-            )
+        if world.first:
+            text = card(evaluation.step, [("of this result", evaluation.loss)])
+            write_card(target, text, report.note, before=folder.result(config, best=True))
 
     best = BestResult(folder.result(config, best=True), save_best, world) if train.keep_best else None
     if best is not None and checkpoint is not None:
@@ -263,8 +262,7 @@ def _run(
             found = figures(folder, progress, device)
             if loop.stopped_early:
                 found["stopped_early"] = {key: getattr(train, key) for key in EARLY}
-            if config.adapter.kind == "lora":
-                write_card(saved, card(progress.step, losses_of(found)), report.note)
+            write_card(saved, card(progress.step, losses_of(found)), report.note)
             written = write_finished(folder, found, saved, state(), inputs, best)
             report.result(summary_text(written.result, config, folder.path))
     return 0
@@ -302,7 +300,7 @@ def figures(folder: RunFolder, progress: Progress, device: torch.device) -> dict
 
 def losses_of(figures: dict[str, Any]) -> list[tuple[str, float]]:
     """The held-out losses among the figures of a run, and when they were measured."""
-    losses = (("before the first step", "held_out_loss_before"), ("of this adapter", "held_out_loss_after"))
+    losses = (("before the first step", "held_out_loss_before"), ("of this result", "held_out_loss_after"))
     return [(when, figures[key]) for when, key in losses if figures[key] is not None]
 
 

@@ -6,7 +6,9 @@ Shapes: E experts, R rank; a stack is [E, out, in].
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -24,8 +26,11 @@ from models.checkpoint.stream import HubReader
 from models.checkpoint.tensorfile import tensor_bytes
 from models.merge.error import Norms
 from quant.common.errors import NibbleError
+from quant.common.words import printable
 from quant.kinds import new_storage
 from quant.storage import StorageSpec, all_finite
+
+log = logging.getLogger("nibble")
 
 # What the update is added to: the checkpoint's weights, or what its quantisation gives back of them.
 Onto = Literal["base", "dequantised"]
@@ -68,8 +73,20 @@ class Merged(Content):
         self.changed = {name: place for key in self._keys.values() for name, place in _places(key, base)}
         self.norms = Norms(key for key in self._keys.values() if key.native in self._stored)
         self.config = dense_config(base.path)
+        for _ in self.adapter:  # all of it can be read, and is finite
+            pass
+        self._note_other_base()
         self._pairs: dict[str, Pair] = {}
         self._latest: tuple[tuple[str, int], Tensor] | None = None
+
+    def _note_other_base(self) -> None:
+        """The same model has other names in other places: the last part of them has to agree."""
+        named = self.adapter.config.get("base_model_name_or_path")
+        if isinstance(named, str) and named:
+            last = Path(named).name.lower()
+            here = [part.lower() for part in (*Path(self.name).parts, *self.checkpoint.path.resolve().parts)]
+            if not any(part == last or part.endswith(f"--{last}") for part in here):
+                log.warning("%s names %s as its base, not %s", self.adapter.directory, printable(named, 120), self.name)
 
     def _is_changed(self, key: Key) -> bool:
         return key.native in self._stored or (self.onto == "dequantised" and self._is_quantised(key))
@@ -137,7 +154,9 @@ class Merged(Content):
 
     def _dequantised(self, key: Key, dense: Tensor) -> Tensor:
         """What the storage of the training gives back of a matrix [out, in]: float32, on the CPU."""
-        storage = new_storage(self.trained, tuple(dense.shape), torch.float32, self._device, key.hub)
+        storage = new_storage(
+            self.trained, tuple(dense.shape), torch.float32, self._device, f"{self.checkpoint.path}: {key.hub}"
+        )
         storage.load_dense(dense.to(self._device))
         return storage.dense().cpu()
 

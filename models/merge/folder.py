@@ -35,10 +35,9 @@ def write_folder(merged: Merged, out: Path, force: bool, progress: Callable[[int
     force: throw away another unfinished merge. Raises NibbleError where `out` exists, where another merge of other
     files is unfinished there, and for a full disk; what is finished then stays for the next time.
     """
-    if (out / STATE).is_file():  # whole; the last step was missing
-        (out / STATE).unlink()
     if out.exists():
-        raise NibbleError(f"{out} exists already. Name a folder that doesn't.")
+        _finish(merged, out)
+        return
     partial = out.with_name(out.name + PARTIAL)
     with locked(partial):
         state = _begin(merged, partial, force)
@@ -62,13 +61,24 @@ def write_folder(merged: Merged, out: Path, force: bool, progress: Callable[[int
     (out / STATE).unlink()
 
 
+def _finish(merged: Merged, out: Path) -> None:
+    """The last step of this merge, where it was killed before that. Raises NibbleError for anything else in `out`."""
+    try:
+        found = read_json(out / STATE, dict)
+        same = found.get("identity") == _identity(merged)
+        merged.norms.restore(found.get("norms", {}) if same else {})
+    except (NibbleError, OSError, ValueError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise NibbleError(f"{out} exists already. Name a folder that doesn't.")
+    (out / STATE).unlink()
+
+
 def _begin(merged: Merged, partial: Path, force: bool) -> dict[str, Any]:
     """The state to go on with: that of the folder, where it is of the same merge."""
     new = {"identity": _identity(merged), "finished": [], "norms": {}}
-    if force:
-        for path in partial.iterdir():
-            if path.name == STATE or path.name in merged.checkpoint.headers or path.name.endswith(PARTIAL):
-                path.unlink()
+    if force and (partial / STATE).is_file():
+        _discard(merged, partial)
     if (partial / STATE).is_file():
         found = read_json(partial / STATE, dict, "Add --force to begin anew.")
         if text(found, "identity", "", str(partial / STATE)) != new["identity"]:
@@ -86,6 +96,17 @@ def _begin(merged: Merged, partial: Path, force: bool) -> dict[str, Any]:
         raise NibbleError(f"{partial} isn't empty, and no merge has begun there (it holds {others[0]}). Move it away.")
     _save(partial, new)
     return new
+
+
+def _discard(merged: Merged, partial: Path) -> None:
+    """Delete what a merge writes, the state last: killed here, it is deleted the next time."""
+    names = [*merged.checkpoint.headers, *_other_files(merged), STATE]
+    for name in names:
+        for path in (partial / (name + PARTIAL), partial / name):
+            path.unlink(missing_ok=True)
+    for folder in {(partial / name).parent for name in names} - {partial}:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _identity(merged: Merged) -> str:
@@ -151,11 +172,15 @@ def _write_changed(merged: Merged, name: str, info: TensorInfo, file: Any) -> No
         )
 
 
-def _write_other_files(merged: Merged, folder: Path) -> None:
+def _other_files(merged: Merged) -> dict[str, bytes]:
     files = merged.side_files()
     index = merged.checkpoint.path / INDEX
     if list(merged.checkpoint.headers) != ["model.safetensors"] and index.is_file():
         files[INDEX] = index.read_bytes()
-    for name, data in files.items():
+    return files
+
+
+def _write_other_files(merged: Merged, folder: Path) -> None:
+    for name, data in _other_files(merged).items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_atomically(folder / name, data)

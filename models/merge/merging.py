@@ -69,12 +69,18 @@ def merge(
             f"Name what it was made from ({Manifest.load(folder).source}), and --storage for a converted result."
         )
     spec, why = trained_storage(Path(adapter), trained)
+    if onto == "dequantised" and (why == UNKNOWN or spec.kind == "none"):
+        how = "isn't known" if why == UNKNOWN else f"was not quantised ({why})"
+        raise NibbleError(
+            f"--onto dequantised: the base that {adapter} was trained against {how}.\n"
+            "Say how it was stored with --trained-with, or merge onto the base."
+        )
     options: dict[str, Any] = {"onto": onto, "layout": layout, "device": device, "progress": progress}
     with HubCheckpoint(folder) as base:
         try:
             merged = Merged(base, str(model), str(adapter), trained=spec, **options)
         except NibbleError:
-            if why != UNKNOWN or onto == "dequantised":
+            if why != UNKNOWN:
                 raise
             # nf4, which was only supposed, may not be able to store these shapes.
             spec, why = StorageSpec(), "as its shapes can't be stored as nf4"

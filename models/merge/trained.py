@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from quant.common.errors import NibbleError
+from quant.common.words import shown
 from quant.storage import Kind, StorageSpec
 
 # With -single: without quantising the scales too.
@@ -21,11 +22,14 @@ def trained_storage(adapter: Path, given: Trained | None) -> tuple[StorageSpec, 
     if given is not None:
         kind, _, single = given.partition("-")
         return StorageSpec(cast(Kind, kind), not single), "as given"
-    path = adapter.absolute().parent / _RUN
+    path = adapter.resolve().parent / _RUN
     model = _model_section(path)
     if "storage" in model:
+        double = model.get("double_quant")  # null: true for 4 bits
         try:
-            return StorageSpec(model["storage"], model.get("double_quant", True) is True), f"as {path} says"
+            if double not in (None, True, False):
+                raise NibbleError(f"model.double_quant is {shown(double)}")
+            return StorageSpec(model["storage"], double is not False), f"as {path} says"
         except NibbleError as error:
             raise NibbleError(f"{path}: {error}.\nSay how the base was stored: --trained-with.") from error
     return StorageSpec("nf4"), UNKNOWN

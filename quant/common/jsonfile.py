@@ -1,13 +1,15 @@
 """JSON from files that others wrote: checked as a whole when it is read, and value by value when it is used.
 
 Python's reader takes more than JSON is: NaN, keys that stand twice (of which it keeps the last), numbers that become
-infinite, nesting up to the interpreter's recursion limit. Here each of these is an error.
+infinite, half of a surrogate pair, which is no character and can't be written, nesting up to the interpreter's
+recursion limit. Here each of these is an error.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ MAX_VALUES = 2**22  # in one text: a value may take a hundred times the memory o
 MAX_DEPTH = 100  # of objects and lists within each other
 LARGEST = 2**24  # an integer, unless its reader says otherwise: no matrix has as many rows
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _T = TypeVar("_T")
 
 
@@ -50,7 +53,17 @@ def parse_json(text: str | bytes, most: int = MAX_VALUES) -> Any:
         raise JsonError(str(error).partition(";")[0]) from error
     if text.count("[") + text.count("{") > MAX_DEPTH and _deeper(value, MAX_DEPTH):
         raise JsonError(f"nested more than {MAX_DEPTH} deep")
+    if _SURROGATE.search(text) and not _is_text(value):
+        raise JsonError("half of a surrogate pair (\\ud800 to \\udfff) is no character")
     return value
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: Path, kind: type[_T], what: str = "") -> _T:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models.adapters.files import save_adapter
 from models.adapters.lora import add_lora
 from models.adapters.targets import AdapterSpec
 from models.convert.__main__ import main as convert_main
 from models.export.__main__ import main as export_main
-from models.hub_push import check_push, contents, main, push
+from models.hub_contents import contents
+from models.hub_push import check_push, main, push
 from models.load import load_model
 from models.merge.__main__ import main as merge_main
 from quant.common.errors import NibbleError
@@ -96,6 +98,13 @@ def test_what_is_not_whole_stays_here(
         assert main([str(folder), "somebody/mine"]) == 2
         return said(capsys)
 
+    tensors = load_file(copies["adapter"] / ADAPTER[1])
+    name = next(name for name in tensors if ".lora_A." in name)
+    save_file({other: value for other, value in tensors.items() if other != name}, copies["adapter"] / ADAPTER[1])
+    assert f", but not {name}." in error(copies["adapter"])
+    tensors[name].view(-1)[0] = float("inf")
+    save_file(tensors, copies["adapter"] / ADAPTER[1])
+    assert f"{name} has values that are inf or NaN" in error(copies["adapter"])
     (copies["adapter"] / ADAPTER[1]).unlink()
     assert f"is no adapter: it has no {ADAPTER[1]}" in error(copies["adapter"])
     weights = copies["nf4"] / "rest.safetensors"

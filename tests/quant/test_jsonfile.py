@@ -43,6 +43,8 @@ def nested(depth: int) -> str:
         (nested(MAX_DEPTH + 1), "nested more than 100 deep"),
         (nested(100_000), "nested more than 100 deep"),
         (b'"\xff"', "not UTF-8 at byte 1"),
+        ('["a", {"\\uD800": 1}]', "half of a surrogate pair (\\ud800 to \\udfff) is no character"),
+        ('"\ud83d"', "half of a surrogate pair (\\ud800 to \\udfff) is no character"),
     ],
 )
 def test_what_is_refused(source: str | bytes, expected: str) -> None:
@@ -55,6 +57,7 @@ def test_what_is_refused(source: str | bytes, expected: str) -> None:
 def test_what_is_taken_is_what_python_reads(value: Any) -> None:
     source = json.dumps(value, ensure_ascii=False)
     assert parse_json(source) == parse_json(source.encode()) == parse_json(b"\xef\xbb\xbf" + source.encode()) == value
+    assert parse_json('"\\ud83d\\ude00 \\\\ud800"') == "😀 \\ud800"
     assert parse_json(nested(MAX_DEPTH)) == json.loads(nested(MAX_DEPTH))
 
 

@@ -18,14 +18,17 @@ from tests.hub_forms import fused, tensors_in
 from tests.text_helpers import save_checkpoint_texts
 
 VOCABULARY = 448
-MODEL_TYPES = ("glm4_moe_lite", "glm4_moe", "afmoe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe")
-# llama.cpp has one epsilon and one size of DeltaNet's heads.
+MODEL_TYPES = ("glm4_moe_lite", "glm_moe_dsa", "glm4_moe", "afmoe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe")
+# llama.cpp has one epsilon, one size of DeltaNet's heads, and rotates the indexer's keys by 64 values or more at once.
+# Of 4 heads of the indexer two keys are so near to each other that rounding chooses.
 _SIZES: dict[str, dict[str, Any]] = {
+    "glm_moe_dsa": {"index_head_dim": 128, "index_n_heads": 8},
     "qwen3_5_moe": {"rms_norm_eps": 1e-6, "linear_key_head_dim": 32},
     "qwen3_5_moe_text": {"rms_norm_eps": 1e-6, "linear_key_head_dim": 32},
 }
 _KEYS: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "first_k_dense_replace": 1},
+    "glm_moe_dsa": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "first_k_dense_replace": 1},
     "glm4_moe": {"first_k_dense_replace": 1},
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
 }

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not (LIBRARIES / "libllama.so").exists(), reason="llama.cpp isn't built: make test-servers"),
 ]
 TOKENS = torch.randint(16, 400, (1, 24), generator=torch.Generator().manual_seed(3))
-PRE = {"glm4": "glm4", "afmo": "afmoe", "qwen": "qwen35"}
+PRE = {"glm4": "glm4", "glm_": "glm4", "afmo": "afmoe", "qwen": "qwen35"}
 TOLERANCE = 2e-4  # of logits, whose deviation is about 1
 WORKER = Path(__file__).parent / "llamacpp_worker.py"
 
@@ -91,7 +91,7 @@ def test_merged_and_adapted(
     expected = {"base": base, "merged": adapted_logits(world.base, world.adapter)}
     folders = {"base": world.base, "merged": tmp_path / "merged"}
     jobs = [job for name, folder in folders.items() for job in model_jobs(folder, tmp_path / name, model_type)]
-    latent = model_type == "glm4_moe_lite"
+    latent = model_type in ("glm4_moe_lite", "glm_moe_dsa")
     unserved = LATENT if latent else ()
     for group in ("everything", *world.spec.targets):
         # An adapter of one group is what is left when all others are dropped.
@@ -117,10 +117,13 @@ def test_merged_and_adapted(
     assert {name: value for name, value in effects.items() if not value > 0.1} == {}, "otherwise nothing is shown"
 
 
+@pytest.mark.parametrize("model_type", ["glm4_moe_lite", "glm_moe_dsa"])
 @pytest.mark.parametrize("name", LATENT)
-def test_what_is_refused_has_no_effect_or_fails(worlds: Callable[[str], World], tmp_path: Path, name: str) -> None:
+def test_what_is_refused_has_no_effect_or_fails(
+    worlds: Callable[[str], World], tmp_path: Path, name: str, model_type: str
+) -> None:
     """Of latent attention: were it exported all the same, llama.cpp would compute the base, or not convert it."""
-    world = worlds("glm4_moe_lite")
+    world = worlds(model_type)
     others = [group for group in world.spec.targets if group != "attention"]
     others += [other for other in (*LATENT, "o_proj") if other != name]
     drop = [part for other in others for part in ("--drop", other)]
@@ -128,7 +131,7 @@ def test_what_is_refused_has_no_effect_or_fails(worlds: Callable[[str], World], 
     lora = f"{tmp_path / 'lora'}.gguf"
     run = {"do": "logits", "model": f"{tmp_path / 'base'}.gguf", "tokens": TOKENS[0].tolist()}
     said = work(
-        *model_jobs(world.base, tmp_path / "base", "glm4_moe_lite"),
+        *model_jobs(world.base, tmp_path / "base", model_type),
         {"do": "lora", "adapter": str(tmp_path / "lora"), "base": str(world.base), "out": lora},
         {**run, "lora": lora, "out": f"{tmp_path / 'with'}.npy"},
     )

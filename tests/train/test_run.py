@@ -188,6 +188,7 @@ def test_full_fine_tuning_exports_a_model_that_transformers_reads(
         assert torch.equal(buffer, start.get_buffer(name)), name  # the router's correction bias is not trained
     assert f"model     {out / 'model'}" in capsys.readouterr().out
     assert (out / "model" / "tokenizer.json").is_file()
+    assert "fully fine-tuned\n" in (out / "model" / "README.md").read_text()
 
 
 # --- the same result in other ways

@@ -1,4 +1,4 @@
-"""README.md of an adapter's folder: a model card, with the front matter that the Hugging Face hub reads."""
+"""README.md of what a run made: a model card, with the front matter that the Hugging Face hub reads."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from models.adapters.servers import TITLES, short_name, unserved
 from models.checkpoint.hub_id import looks_like_hub_id
 from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
+from models.hub_contents import README
 from quant.common.files import disk_errors, write_atomically
 from quant.common.words import printable
 from train.config.load import Config
-from train.config.sections import WeightedFile
+from train.config.sections import AdapterConfig, WeightedFile
 
-README = "README.md"
 _SIGNATURE = re.compile(r"<!-- nibble's model card, sha256 ([0-9a-f]{64})\. Changed, it is kept as it is\. -->\n")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """step: of the adapter. total: of the run. losses: held out, (when, nats per labelled token). vision_language: the
-    class whose names the adapter has. unserved: a sentence for what a server makes of the adapter, where it isn't all.
+    """step: of the result. total: of the run. losses: held out, (when, nats per labelled token). vision_language: the
+    class whose names the result has. unserved: a sentence for what a server makes of an adapter, where it isn't all.
+    extension: of an extended run, what happened to the learning rate.
     """
 
     base: str
@@ -40,26 +41,29 @@ class Trained:
     losses: Sequence[tuple[str, float]] = ()
     vision_language: bool = False
     unserved: Sequence[str] = ()
+    extension: str | None = None
 
 
 def model_card(config: Config, trained: Trained) -> str:
-    """The card of an adapter that a run of `config` made: Markdown, without its signature."""
-    name = _code(Path(trained.base).name)
-    is_id = looks_like_hub_id(trained.base)
+    """The card of what a run of `config` made, an adapter or a checkpoint: Markdown, without its signature."""
+    lora, is_id, base = config.adapter.kind == "lora", looks_like_hub_id(trained.base), Path(trained.base)
+    # A run's checkpoint is in a folder `model` of the run's own.
+    name = _code(f"{base.parent.name}/{base.name}" if base.name == "model" else base.name)
+    title = base.name if is_id else name
     known = f"[{trained.base}](https://huggingface.co/{trained.base})" if is_id else name
     lines = [
         "---",
         *([f"base_model: {json.dumps(trained.base)}"] if is_id else []),
-        "library_name: peft",
+        f"library_name: {'peft' if lora else 'transformers'}",
         "pipeline_tag: text-generation",
         "tags:",
-        "- lora",
+        *(["- lora"] if lora else []),
         *(["- qlora"] if config.model.storage in ("nf4", "fp4") else []),
         "- mixture-of-experts",
         "- nibble",
         "---",
         "",
-        f"# LoRA adapter of {Path(trained.base).name if is_id else name}",
+        f"# LoRA adapter of {title}" if lora else f"# {title}, fully fine-tuned",
         "",
         f"Base model: {known}. Step {trained.step:,} of {trained.total:,}, trained with nibble.",
         "",
@@ -68,8 +72,9 @@ def model_card(config: Config, trained: Trained) -> str:
         lines += ["| held-out loss, nats per labelled token | |", "|---|---|"]
         lines += [*(f"| {when} | {loss:.4f} |" for when, loss in trained.losses), ""]
     lines += ["## Training", "", "| | |", "|---|---|"]
-    lines += [*(f"| {what} | {value} |" for what, value in _settings(config)), ""]
-    return "\n".join([*lines, *_use(trained, known if is_id else trained.base, is_id)]) + "\n"
+    settings = [*_settings(config), *([("learning rate, then", trained.extension)] if trained.extension else [])]
+    lines += [*(f"| {what} | {value} |" for what, value in settings), ""]
+    return "\n".join([*lines, *(_use_of_adapter(trained, is_id) if lora else _use_of_checkpoint(trained))]) + "\n"
 
 
 def _settings(config: Config) -> list[tuple[str, str]]:
@@ -80,12 +85,8 @@ def _settings(config: Config) -> list[tuple[str, str]]:
     return [
         ("training rows", f"{_files(data.train)} ({data.format})"),
         ("held-out rows", held_out),
-        *([("started from", _code(Path(adapter.init_from).name))] if adapter.init_from is not None else []),
-        ("adapted", ", ".join(map(_code, adapter.targets))),
-        ("layers", "all" if adapter.layers is None else ", ".join(map(str, adapter.layers))),
-        ("rank", _per_group(adapter.rank)),
-        ("alpha", _per_group(adapter.alpha) + (" (rsLoRA)" if adapter.rslora else "")),
-        ("base weights in training", f"{stored}; the rest {model.dtype}"),
+        *(_adapter_settings(adapter) if adapter.kind == "lora" else [("adapted", "nothing: all weights are trained")]),
+        ("base weights in training", f"{stored}; the rest {model.dtype}" if adapter.kind == "lora" else model.dtype),
         ("optimiser", f"{train.optimizer}, weight decay {train.weight_decay:g}"),
         ("learning rate", f"{train.learning_rate:g}, {train.schedule}, warm-up {train.warmup_ratio:.0%} of the steps"),
         ("batch", batch + (", packed" if data.packing else "")),
@@ -94,9 +95,37 @@ def _settings(config: Config) -> list[tuple[str, str]]:
     ]
 
 
-def _use(trained: Trained, base: str, is_id: bool) -> list[str]:
-    given = trained.base if is_id else "BASE"
-    loader = "AutoModelForImageTextToText" if trained.vision_language else "AutoModelForCausalLM"
+def _adapter_settings(adapter: AdapterConfig) -> list[tuple[str, str]]:
+    return [
+        *([("started from", _code(Path(adapter.init_from).name))] if adapter.init_from is not None else []),
+        ("adapted", ", ".join(map(_code, adapter.targets))),
+        ("layers", "all" if adapter.layers is None else ", ".join(map(str, adapter.layers))),
+        ("rank", _per_group(adapter.rank)),
+        ("alpha", _per_group(adapter.alpha) + (" (rsLoRA)" if adapter.rslora else "")),
+    ]
+
+
+def _loader(trained: Trained) -> str:
+    return "AutoModelForImageTextToText" if trained.vision_language else "AutoModelForCausalLM"
+
+
+def _use_of_checkpoint(trained: Trained) -> list[str]:
+    loader = _loader(trained)
+    return [
+        *("## Use", "", "`MODEL` is this folder, a checkpoint in the hub's format.", ""),
+        *("With transformers 5, or any server that reads the base:", "", "```python"),
+        f"from transformers import {loader}",
+        "",
+        f'model = {loader}.from_pretrained("MODEL")',
+        *("```", "", "With nibble:", "", "```"),
+        "python -m train.generate MODEL",
+        "python -m models.convert MODEL OUT --storage nf4",
+        "```",
+    ]
+
+
+def _use_of_adapter(trained: Trained, is_id: bool) -> list[str]:
+    given, loader = trained.base if is_id else "BASE", _loader(trained)
     lines = ["## Use", ""]
     if not is_id:
         lines += ["`BASE` is the folder of the base model, ADAPTER this one.", ""]

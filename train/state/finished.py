@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoint.side_files import CONFIG, side_names
+from models.hub_contents import README
 from quant.common.errors import NibbleError
 from quant.common.files import is_file_name, sha256_file, write_atomically
 from quant.common.jsonfile import integer, mapping, read_json, text
@@ -22,7 +23,6 @@ from quant.common.words import shown, some
 from train.config.load import Config
 from train.config.sections import TrainConfig
 from train.model import start_adapter
-from train.output.model_card import README
 from train.state.best import BestResult
 from train.state.fingerprint import START_OVER, Record, require_keys
 from train.state.run_folder import RunFolder

@@ -118,7 +118,7 @@ def test_broken_index(tmp_path: Path, text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../other/model.safetensors", "a/b.safetensors", "a" * 300 + ".safetensors", "\0.safetensors", "\ud800"]
+    "name", ["../other/model.safetensors", "a/b.safetensors", "a" * 300 + ".safetensors", "\0.safetensors"]
 )
 def test_index_that_names_no_file_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -123,9 +124,10 @@ def test_merged_into_what_the_training_saw(tmp_path: Path, storage: str) -> None
 
 @pytest.mark.parametrize("onto", ["base", "dequantised"])
 def test_a_converted_result_is_the_conversion_of_the_merged_folder(glm: Path, tmp_path: Path, onto: Any) -> None:
-    merge_adapter(glm / "hub", glm / "adapter", tmp_path / "dense", onto=onto)
+    options: dict[str, Any] = {"onto": onto, "trained_with": None if onto == "base" else "nf4"}
+    merge_adapter(glm / "hub", glm / "adapter", tmp_path / "dense", **options)
     convert(tmp_path / "dense", tmp_path / "expected", StorageSpec("nf4"))
-    result = merge_adapter(glm / "hub", glm / "adapter", tmp_path / "out", "nf4", onto=onto)
+    result = merge_adapter(glm / "hub", glm / "adapter", tmp_path / "out", "nf4", **options)
     expected, found = contents(tmp_path / "expected"), contents(tmp_path / "out")
     first, second = (Manifest.load(tmp_path / name) for name in ("expected", "out"))
     for files in (expected, found):
@@ -133,9 +135,9 @@ def test_a_converted_result_is_the_conversion_of_the_merged_folder(glm: Path, tm
     assert found == expected
     assert first.fingerprint == second.fingerprint, "the merged folder knows its converted copy"
     command = f"python -m models.merge {glm / 'hub'} {glm / 'adapter'} {tmp_path / 'out'}"
-    option = "" if onto == "base" else " --onto dequantised"
+    option = "" if onto == "base" else " --onto dequantised --trained-with nf4"
     assert convert_command(second, tmp_path / "out") == f"{command}{option} --storage nf4"
-    dense = merge_adapter(glm / "hub", glm / "adapter", tmp_path / "again", onto=onto)
+    dense = merge_adapter(glm / "hub", glm / "adapter", tmp_path / "again", **options)
     assert result.errors == dense.errors
     assert_close(
         logits_of(load_model(tmp_path / "out", "nf4"), TOKENS).float(),
@@ -164,6 +166,20 @@ def test_the_quantisation_error_that_is_told(glm: Path, tmp_path: Path) -> None:
     assert len(result.errors) == 3 + 1 + 3 * 2  # attention in three layers, a dense layer, and three groups in two
     assert len(result.report) == 3
     assert result.report[0].startswith("norms of the quantisation error (nf4, as given) beside the adapter's change: ")
+
+
+def test_the_page_shows_what_is_said(glm: Path, tmp_path: Path) -> None:
+    """docs/merge.md, but for the numbers, which are those of a longer training."""
+    random_adapter(glm / "hub", tmp_path / "qlora" / "adapter", ("attention", "experts"), size=0.3)
+    (config := tmp_path / "qlora" / "config.yaml").write_text("model: {storage: nf4}\n")
+    said = merge_adapter(glm / "hub", tmp_path / "qlora" / "adapter", tmp_path / "out").report
+    page = (Path(__file__).parents[3] / "docs" / "merge.md").read_text()
+    shown = page[page.index("    norms of the quantisation error") :].partition("\n\n")[0]
+    assert _masked(shown) == _masked("\n".join(said).replace(str(config), "outputs/demo/qlora/config.yaml"))
+
+
+def _masked(text: str) -> str:
+    return re.sub(r"(?<= )\d[\d.]*", "#", " ".join(text.split()))
 
 
 def test_where_the_error_is_larger_it_is_advised(glm: Path, tmp_path: Path) -> None:
@@ -198,13 +214,49 @@ def test_shapes_that_nf4_cannot_hold(tmp_path: Path) -> None:
     save_form(tmp_path / "hub", "glm4_moe_lite", num_hidden_layers=2, moe_intermediate_size=24)
     random_adapter(tmp_path / "hub", tmp_path / "adapter")
     merge = partial(merge_adapter, tmp_path / "hub", tmp_path / "adapter", tmp_path / "out")
-    for options in ({"trained_with": "nf4"}, {"onto": "dequantised"}):
+    for options in ({"trained_with": "nf4"}, {"trained_with": "nf4", "onto": "dequantised"}):
         with pytest.raises(NibbleError, match="nf4 stores blocks of 64 values"):
             merge(**options)
     assert merge().report == [
         "trained against the weights as they are (storage none, as its shapes can't be stored as nf4): there is no "
         "quantisation error"
     ]
+
+
+def test_what_the_training_saw_has_to_be_known(glm: Path, tmp_path: Path) -> None:
+    random_adapter(glm / "hub", tmp_path / "run" / "adapter", ("attention",))
+    config, link = tmp_path / "run" / "config.yaml", tmp_path / "link"
+    link.symlink_to(tmp_path / "run" / "adapter")
+    for text, problem in (
+        ("- 1\n", "isn't known"),
+        ("model: {storage: none}\n", r"was not quantised \(as .*config\.yaml says\)"),
+        ("model: {storage: nf4, double_quant: 'false'}\n", r"model\.double_quant is 'false'"),
+    ):
+        config.write_text(text)
+        with pytest.raises(NibbleError, match=problem):
+            merge_adapter(glm / "hub", link, tmp_path / "out", onto="dequantised")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_adapter_that_names_another_base(glm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    random_adapter(glm / "hub", tmp_path / "adapter", ("attention",))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    for number, (named, told) in enumerate((("org/hub", False), ("org/Other-Model", True), (None, False))):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": named}))
+        caplog.clear()
+        merge_adapter(glm / "hub", tmp_path / "adapter", tmp_path / f"out{number}")
+        assert ("names org/Other-Model as its base" in caplog.text) == told
+
+
+def test_an_adapter_that_has_diverged(glm: Path, tmp_path: Path) -> None:
+    shutil.copytree(glm / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[max(tensors)].view(-1)[3] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(NibbleError, match=r"lora_B\.weight: some of its values are inf or NaN"):
+        merge_adapter(glm / "hub", tmp_path / "adapter", tmp_path / "out")
+    assert not list(tmp_path.glob("out*")), "refused before anything is written"
 
 
 def test_quantization_config_goes(glm: Path, tmp_path: Path) -> None:

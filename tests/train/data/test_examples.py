@@ -141,14 +141,14 @@ def test_bad_rows_are_skipped_and_reported(tmp_path: Path) -> None:
     assert [(row.line, row.reason) for row in report.skipped_rows] == [
         (2, "nothing_to_learn"),
         (3, "template_error"),
-        (4, "not_utf8"),
+        (4, "malformed_json"),
         (6, "malformed_json"),
     ]
     assert told[1] == (
         f"{setup.path}:3: the chat template refuses the row: Conversation roles must alternate "
         "user/assistant/user/assistant/...; row skipped (data.on_bad_row: skip). 1 such row so far."
     )
-    assert told[2].startswith(f"{setup.path}:4: half of a surrogate pair ('\\ud800') in the text; row skipped")
+    assert told[2].startswith(f"{setup.path}:4: not valid JSON: half of a surrogate pair ")
 
     with pytest.raises(NibbleError) as caught:
         setup.build(*rows, on_bad_row="error")

@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, Path]:
 def test_the_hub_reads_it() -> None:
     rows = "data.train=[a/rows.jsonl, {path: b|.csv, weight: 2}]"
     config = parse_config(MINIMAL, ["adapter.rank={attention: 8, experts: 4}", rows])
-    losses = (("before the first step", 2.5), ("of this adapter", 1.25))
+    losses = (("before the first step", 2.5), ("of this result", 1.25))
     unserved = ["vLLM can't serve LoRA on x."]
     text = model_card(config, Trained("zai-org/GLM-4.7-Flash", 30, 40, losses, unserved=unserved))
     card = ModelCard(text)
@@ -37,7 +37,7 @@ def test_the_hub_reads_it() -> None:
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.tags == ["lora", "qlora", "mixture-of-experts", "nibble"]
     assert "| held-out loss, nats per labelled token | |" in card.text
-    assert "| of this adapter | 1.2500 |" in card.text
+    assert "| of this result | 1.2500 |" in card.text
     assert "Step 30 of 40" in card.text
     assert "| training rows | `rows.jsonl`, `b\\|.csv` × 2 (messages) |" in card.text
     assert "| rank | attention 8, experts 4 |" in card.text
@@ -55,11 +55,23 @@ def test_a_base_that_is_a_folder_is_no_hub_id(tmp_path: Path) -> None:
     assert 'AutoModelForImageTextToText.from_pretrained("BASE"), "ADAPTER")' in card.text
 
 
+def test_a_checkpoint_and_a_run_that_was_extended() -> None:
+    config = parse_config(MINIMAL, ["adapter.kind=none", "model.storage=none", "train.learning_rate=1e-5"])
+    card = ModelCard(model_card(config, Trained("runs/base/model", 3, 3, extension="extended from step 2 to 3: …")))
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["mixture-of-experts", "nibble"]
+    assert "# `base/model`, fully fine-tuned\n" in card.text
+    assert "| adapted | nothing: all weights are trained |" in card.text
+    assert "| learning rate, then | extended from step 2 to 3: … |" in card.text
+    assert "rank" not in card.text and "PeftModel" not in card.text and "BASE" not in card.text
+    assert 'model = AutoModelForCausalLM.from_pretrained("MODEL")' in card.text
+
+
 def test_a_run_writes_it(run: tuple[World, Path]) -> None:
     world, out = run
     text = (out / "adapter" / "README.md").read_text()
     before, after = losses(out, "eval")
-    assert f"| before the first step | {before:.4f} |\n| of this adapter | {after:.4f} |\n" in text
+    assert f"| before the first step | {before:.4f} |\n| of this result | {after:.4f} |\n" in text
     assert "Step 2 of 2" in text and "`rows.jsonl`" in text
     assert str(world.rows.parent) not in text
     # GLM-4.7-Flash's latent attention.

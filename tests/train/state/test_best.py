@@ -85,7 +85,7 @@ def test_the_lowest_is_kept_beside_the_last(through: Path) -> None:
     assert weights(through, "adapter-best") != weights(through, "adapter")
     record = json.loads((through / "run.json").read_text())
     assert (record["best"]["step"], record["best"]["loss"], record["best"]["saved"]) == (4, held_out[4], "adapter-best")
-    assert f"| of this adapter | {held_out[4]:.4f} |" in (through / "adapter-best" / "README.md").read_text()
+    assert f"| of this result | {held_out[4]:.4f} |" in (through / "adapter-best" / "README.md").read_text()
 
 
 def test_patience_ends_the_run(early: Path, through: Path) -> None:
