@@ -102,7 +102,7 @@ def key_map_of(model: CausalLM) -> KeyMap:
     keys = tuple(_keys(model, "", None, model, set()))
     tied = not any(key.native == HEAD for key in keys)
     key_map = KeyMap(keys, (*model.hub.carried, *([re.escape(HEAD)] if tied else ())))
-    form = bool(model.hub.vision_language)
+    form = model.hub.vision_language
     return key_map.laid_out(Layout(wrapped=form, fused=form))
 
 

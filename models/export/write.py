@@ -67,7 +67,7 @@ def export_adapter(
     check_free(out)
     base, named = base_of(adapter, model)
     meta = _meta_model(base)
-    if names and meta.hub.vision_language is None:
+    if names and not meta.hub.two_classes:
         raise NibbleError(f"--names {names}: {meta.model_type} has one class, with names of its own. Leave it out.")
     names = names or ("vision-language" if meta.hub.vision_language else "text")
     key_map = respelled(key_map_of(meta), names)
