@@ -72,7 +72,7 @@ def measure(arch: str, tokens: int, pairs: int, folder: Path, *, tiny: bool = Fa
 
 def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
-        prog="python -m benchmarks.usage", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m benchmarks.usage", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     add = arguments.add_argument
     add("--arch", choices=sorted(SETTINGS), default="glm4_moe_lite")

@@ -8,7 +8,6 @@ if __name__ == "__main__":  # before the imports that take their time
     end_on_interrupt()
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ _EXAMPLE = """\
 example:
   python -m models.adapter_names outputs/qwen35-qlora/adapter outputs/qwen35-qlora/adapter-text --to text"""
 
-_NAME_LISTS = ("target_modules", "target_parameters")
+_NAME_LISTS = ("target_modules", "target_parameters", "exclude_modules")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
@@ -41,10 +40,11 @@ def parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = arguments.add_argument
     add("adapter", metavar="ADAPTER", help="folder with adapter_config.json and adapter_model.safetensors")
-    add("out", metavar="OUT", help="folder for the renamed adapter; it must not hold one")
+    add("out", metavar="OUT", help="folder for the renamed adapter: empty, or not there yet")
     add("--to", choices=("text", "vision-language"), required=True, help="whose names to give it")
     return arguments
 
@@ -64,37 +64,29 @@ def main(argv: list[str] | None = None) -> int:
 def rename_adapter(source: Path, destination: Path, to: Spelling) -> int:
     """Write the adapter in `source` to `destination` with its names in the spelling `to`; returns the tensors' number.
 
-    Raises NibbleError, before anything is written, where an adapter is in `destination`, and for names that aren't all
+    Raises NibbleError, before anything is written, where `destination` isn't free, and for names that aren't all
     in the other spelling.
     """
     from safetensors import safe_open
 
+    from models.adapters.files import check_free, write_new_adapter
     from models.adapters.peft_config import CONFIG, WEIGHTS, read_config
     from models.checkpoint.layout import respell
-    from models.checkpoint.tensorfile import DTYPES, TensorWriter, read_header
-    from quant.common.files import disk_error, write_atomically
+    from models.checkpoint.tensorfile import DTYPES, read_header
 
     raise_on_interrupt()
     config = read_config(source)
-    for name in (CONFIG, WEIGHTS):
-        if (destination / name).exists():
-            raise NibbleError(f"{destination} holds {name} already. Choose another folder, or remove it.")
+    check_free(destination)
     header = read_header(source / WEIGHTS)
     _check_names(source, list(header), to)
     strange = sorted({info.dtype for info in header.values()} - DTYPES.keys())
     if strange:
         raise NibbleError(f"{source / WEIGHTS} holds {', '.join(strange)}, which can't be copied.")
-    text = json.dumps(_renamed_config(config, to, str(source / CONFIG)), indent=2, sort_keys=True) + "\n"
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, destination) from error
+    renamed = _renamed_config(config, to, str(source / CONFIG))
     tensors = {respell(name, to): (info.shape, DTYPES[info.dtype]) for name, info in header.items()}
-    with TensorWriter(destination / WEIGHTS, tensors) as writer, safe_open(source / WEIGHTS, framework="pt") as file:
-        for name in header:
-            writer.write(respell(name, to), file.get_tensor(name))
-        writer.finish()
-    write_atomically(destination / CONFIG, text.encode())
+    with safe_open(source / WEIGHTS, framework="pt") as file:
+        values = ((respell(name, to), file.get_tensor(name)) for name in header)
+        write_new_adapter(destination, renamed, tensors, values)
     return len(tensors)
 
 

@@ -56,12 +56,14 @@ class HubForm:
     carried: patterns (full match) of keys that nothing here computes with (prediction layers, vision towers).
     counted_buffers: ends of the names of buffers that are parameters in transformers.
     vision_language: the checkpoint is a vision-language model: keys under `model.language_model`, experts fused.
+    two_classes: transformers has a class of the vision-language model and one of its text model, with names of its own.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
     counted_buffers: tuple[str, ...] = ()
     vision_language: bool = False
+    two_classes: bool = False
 
 
 def prediction_layers(layers: int, extra: int) -> tuple[str, ...]:

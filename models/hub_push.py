@@ -157,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = arguments.add_argument
     add("folder", metavar="FOLDER", help="an adapter, a checkpoint in the hub's format, or a converted one")

@@ -272,5 +272,5 @@ def build(config: Qwen3_5MoeConfig, factory: Factory) -> CausalLM:
     layers = [DecoderLayer(c, index, factory) for index in range(c.layers)]
     decoder = Decoder(c, layers, ZeroCentredRMSNorm(c.hidden, c.eps, factory), factory)
     model_type = "qwen3_5_moe" if c.vision_language else "qwen3_5_moe_text"
-    hub = HubForm(carried=(r"model\.visual\..*", r"mtp\..*"), vision_language=c.vision_language)
+    hub = HubForm(carried=(r"model\.visual\..*", r"mtp\..*"), vision_language=c.vision_language, two_classes=True)
     return CausalLM(c, decoder, factory, model_type=model_type, hub=hub)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from models.adapters.config_targets import config_targets
 from models.adapters.layouts import (
     PREFIX,
     Stored,
@@ -23,12 +24,12 @@ from models.adapters.layouts import (
     prefixes_of,
 )
 from models.adapters.packing import Packing
-from models.adapters.peft_config import CONFIG, PACKING, WEIGHTS, config_targets, read_config
+from models.adapters.peft_config import CONFIG, PACKING, WEIGHTS, read_config
 from models.adapters.targets import Target, module_name
 from models.blocks.groups import GROUP_WORDS, TARGET_GROUPS
 from models.blocks.linear import scaling
-from models.checkpoint.keymap import KeyMap
-from models.checkpoint.layout import Layout, Spelling, spellings
+from models.checkpoint.keymap import Key, KeyMap
+from models.checkpoint.layout import Layout, Spelling, spelling_of, spellings
 from models.checkpoint.tensorfile import DTYPES, MappedFolder, TensorInfo, read_header
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag
@@ -58,6 +59,21 @@ def respelled(key_map: KeyMap, to: Spelling) -> KeyMap:
     return key_map.laid_out(Layout(wrapped=to == "vision-language", fused=True))
 
 
+def _as_in_file(key_map: KeyMap, tensors: Iterable[str]) -> KeyMap:
+    """The same table, with the native names of what the file has under those: vLLM has Trinity's router at `mlp.gate`,
+    as other models, where the hub has `mlp.router.gate`.
+    """
+    there = {tensor.removeprefix(PREFIX).rpartition(".lora_")[0] for tensor in tensors}
+
+    def is_native(key: Key) -> bool:
+        names = module_name(key.native), module_name(key.hub)
+        return names[0] in there and names[1] not in there and spelling_of(key.native) == spelling_of(key.hub)
+
+    return KeyMap(
+        tuple(replace(key, hub=key.native) if is_native(key) else key for key in key_map.keys), key_map.carried
+    )
+
+
 class AdapterFile:
     """An adapter's matrices, whose tensors are read when they are asked for.
 
@@ -83,6 +99,7 @@ class AdapterFile:
         spelt = spellings(self._header)
         if len(spelt) == 1:
             key_map = respelled(key_map, *spelt)
+        key_map = _as_in_file(key_map, self._header)
         self.rslora = flag(self.config, "use_rslora", False, self._where)
         self.stored, self.swapped = self._stored(key_map, model_type)
         _check_tensors(self.stored, self._header, key_map, self._where)

@@ -1,11 +1,12 @@
-"""Adapters on disk: writing one in PEFT's layout (≥ 0.19.1), and giving a model one that was written in any."""
+"""Adapters on disk: writing one in PEFT's layout (≥ 0.19.1) or any other, and giving a model one of any layout."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from models.adapters.packing import Packing
 from models.adapters.peft_config import CONFIG, WEIGHTS, describe, peft_config
 from models.adapters.targets import AdapterSpec, Target, resolve
 from models.blocks.linear import LoRA
+from models.checkpoint.conversion import locked
 from models.checkpoint.export import Gather, local_value
 from models.checkpoint.keymap import Key, key_map_of
 from models.checkpoint.layout import Spelling
@@ -24,7 +26,7 @@ from models.checkpoint.tensorfile import TensorWriter
 from models.decoder import CausalLM
 from quant.choices import named_dtype
 from quant.common.errors import NibbleError
-from quant.common.files import disk_error, write_atomically
+from quant.common.files import PARTIAL, disk_error, disk_errors, sync_folder, write_atomically
 
 # --- writing
 
@@ -66,8 +68,7 @@ def save_adapter(
     except OSError as error:
         raise disk_error(error, directory) from error
     config = peft_config(key_map, found, base_model_name_or_path)
-    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    config_path = directory / CONFIG
+    text, config_path = _as_text(config), directory / CONFIG
     tensors = {}
     for key, lora in found:
         for name, shape in zip(tensor_names(prefixes[key.native]), peft_shapes(key, lora.rank), strict=True):
@@ -87,6 +88,52 @@ def _file_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     for key, lora in found:
         yield from zip(tensor_names(prefixes[key.native]), to_peft(gather(lora.A), gather(lora.B)), strict=True)
+
+
+def _as_text(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def check_free(out: Path) -> None:
+    """Raises NibbleError unless `out` is an empty folder, or nothing."""
+    if out.exists() and not out.is_dir():
+        raise NibbleError(f"{out} is a file. Name a folder that is empty or isn't there.")
+    if out.exists() and (held := sorted(path.name for path in out.iterdir())):
+        raise NibbleError(f"{out} holds {held[0]} already. Name a folder that is empty or isn't there.")
+
+
+def write_new_adapter(
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    values: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Write an adapter's two files to a folder that is free (`check_free`), both or neither: the folder has another
+    name until they are whole. tensors: shapes and dtypes of `values`, which are taken one at a time.
+
+    Raises NibbleError, for a full disk too, after which nothing is left.
+    """
+    check_free(out)
+    real = out.resolve()
+    partial = real.with_name(real.name + PARTIAL)
+    with locked(partial):
+        if others := {path.name.removesuffix(PARTIAL) for path in partial.iterdir()} - {WEIGHTS, CONFIG}:
+            raise NibbleError(f"{partial} holds {min(others)}, and isn't an unfinished adapter. Move it away.")
+        try:
+            with TensorWriter(partial / WEIGHTS, tensors) as writer:
+                for name, tensor in values:
+                    writer.write(name, tensor)
+                writer.finish()
+            write_atomically(partial / CONFIG, _as_text(config))
+            with disk_errors(out):
+                partial.rename(real)
+        except BaseException:
+            for name in (WEIGHTS, CONFIG):
+                (partial / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.rmdir()
+            raise
+        sync_folder(real.parent)
 
 
 # --- reading

@@ -49,14 +49,19 @@ class Key:
     fused: bool = False
     counted: bool = True
 
+    def matrices(self) -> Iterator[tuple[str, int | None, slice]]:
+        """Of stacked experts each matrix: its key when unfused, its expert and its rows; otherwise (hub, None, all)."""
+        if not self.parts:
+            yield self.hub, None, slice(None)
+            return
+        height = self.shape[1] // len(self.parts)
+        for expert in range(self.shape[0]):
+            for index, part in enumerate(self.parts):
+                yield part.format(e=expert), expert, slice(index * height, (index + 1) * height)
+
     def part_keys(self) -> Iterator[str]:
         """The keys under which the hub may hold this tensor unfused: one, or E × parts for stacked experts."""
-        if not self.parts:
-            yield self.hub
-            return
-        for expert in range(self.shape[0]):
-            for part in self.parts:
-                yield part.format(e=expert)
+        return (name for name, _, _ in self.matrices())
 
     def hub_keys(self) -> Iterator[str]:
         """The keys that an export writes."""

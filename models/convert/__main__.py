@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = arguments.add_argument
     add("source", nargs="?", metavar="SRC", help="a checkpoint folder, or a hub id (which is downloaded)")

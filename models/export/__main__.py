@@ -42,10 +42,11 @@ def parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = arguments.add_argument
     add("adapter", metavar="ADAPTER", help="folder with adapter_config.json and adapter_model.safetensors")
-    add("out", metavar="OUT", help="folder for what is written; it must not hold an adapter")
+    add("out", metavar="OUT", help="folder for what is written: empty, or not there yet")
     add("--for", dest="server", choices=("peft", "vllm", "sglang", "llamacpp"), required=True, help="who is to read it")
     add("--model", metavar="MODEL", help="folder of the base (config.json is enough); default: the adapter says it")
     add(
@@ -69,14 +70,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from models.export.verify import require_transformers, verify
+    from models.export.verify import check_verifiable, verify
     from models.export.write import export_adapter
 
     raise_on_interrupt()
     check_push(arguments.push, public=arguments.public)
     adapter, out = Path(arguments.adapter), Path(arguments.out)
     if arguments.verify:
-        require_transformers()
+        check_verifiable(adapter, arguments.model, arguments.drop)
     done = export_adapter(
         adapter,
         out,

@@ -121,22 +121,11 @@ def per_expert(updates: Sequence[Update], rename: Callable[[str], str] = lambda 
     """One LoRA per expert and matrix. rename: of a module's name, for servers that have another."""
     for update in updates:
         *_, out, into = update.key.shape
-        for name, expert, rows in _matrices(update.key):
+        for name, expert, rows in update.key.matrices():
             height = len(range(*rows.indices(out)))
-            name_a, name_b = tensor_names(f"{PREFIX}{rename(name)}")
+            name_a, name_b = tensor_names(f"{PREFIX}{rename(module_name(name))}")
             yield FileTensor(name_a, (update.rank, into), update.dtype, update, _of_expert(expert))
             yield FileTensor(name_b, (height, update.rank), update.dtype, update, _of_expert(expert, rows))
-
-
-def _matrices(key: Key) -> Iterator[tuple[str, int | None, slice]]:
-    """Name, expert and rows of each matrix of a stack; of a matrix, itself."""
-    if not key.parts:
-        yield module_name(key.hub), None, slice(None)
-        return
-    height = key.shape[1] // len(key.parts)
-    for expert in range(key.shape[0]):
-        for index, part in enumerate(key.parts):
-            yield module_name(part.format(e=expert)), expert, slice(index * height, (index + 1) * height)
 
 
 def _of_expert(expert: int | None, rows: slice | None = None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +22,12 @@ from models.adapters.files import load_adapter
 from models.adapters.layouts import PREFIX
 from models.adapters.packing import Packing
 from models.adapters.peft_config import CONFIG, WEIGHTS
+from models.checkpoint.hub import HubCheckpoint
 from models.checkpoint.native import is_converted
-from models.export.write import Exported
+from models.export.write import Exported, base_of
 from models.load import load_model
 from quant.common.errors import NibbleError
+from quant.common.words import printable
 
 TOLERANCE = 1e-4  # of the largest logit. Tiny models differ by 1e-6; forty layers of float32 by some 1e-5.
 _TOKENS = 24
@@ -46,44 +49,44 @@ class Compared:
         )
 
 
-def require_transformers() -> None:
+def check_verifiable(adapter: Path, model: Path | None, drop: Collection[str]) -> None:
+    """Raises NibbleError for what is known before exporting: that these can't be compared, or not here."""
     missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
     if missing:
         raise NibbleError(
             f"--verify loads the result with transformers and PEFT, and {' and '.join(missing)} isn't installed here.\n"
             "pip install transformers peft, or leave --verify out."
         )
+    if drop:
+        raise NibbleError(
+            f"--verify with --drop: without {', '.join(drop)} the result computes something else than {adapter}.\n"
+            "Leave --verify out, and compare the losses of both with python -m train.evaluate."
+        )
+    base, _ = base_of(adapter, model)
+    if is_converted(base):
+        raise NibbleError(
+            f"--verify: {base} is a converted checkpoint, which transformers can't load.\n"
+            "Name the hub's with --model, or leave --verify out."
+        )
+    HubCheckpoint(base).close()  # its weights are there
 
 
 def verify(adapter: Path, out: Path, done: Exported, layout: Packing | None = None) -> Compared:
     """Compare the logits of base + `adapter` with those of base + what was written to `out`.
 
-    Both models are loaded one after the other, in float32. Raises NibbleError where they differ, where the adapter
-    has no effect, by which nothing would be shown, and where the base's weights aren't there.
+    Both models are loaded one after the other, in float32. `check_verifiable` has found nothing. Raises NibbleError
+    where they differ, where the adapter has no effect, by which nothing would be shown, and where transformers or PEFT
+    can't load theirs.
     """
-    if is_converted(done.base):
-        raise NibbleError(
-            f"{out} is written, but not verified: {done.base} is a converted checkpoint, which transformers can't "
-            "load.\nName the hub's with --model."
-        )
-    if done.dropped:
-        raise NibbleError(
-            f"{out} is written, but not verified: without {', '.join(done.dropped)} it computes something else than "
-            f"{adapter}.\nCompare the losses of both with python -m train.evaluate."
-        )
     expected, vocabulary = _native_logits(done.base, adapter, layout)
     gc.collect()
-    reference = _reference(done)
     tokens = _tokens(vocabulary)
-    base = _logits(reference, tokens)
-    if done.stacked:
-        how = "with PEFT on transformers"
-        found = _with_peft(reference, out, tokens)
-    else:
-        how = "added to the weights of transformers by the names in the file"
-        with torch.no_grad():
-            _add_to_weights(reference, out)
-        found = _logits(reference, tokens)
+    how = f"{'with PEFT on' if done.stacked else 'by the names in the file added to the weights of'} transformers"
+    try:
+        base, found = _reference_logits(done, out, tokens)
+    except Exception as error:  # they differ between versions of transformers and PEFT
+        why = printable(f"{type(error).__name__}: {error}", 300)
+        raise NibbleError(f"{out} is written, but not verified, as transformers or PEFT failed: {why}") from error
     size = expected.abs().max().item()
     compared = Compared(how, _largest(found, expected), _largest(expected, base), size)
     if compared.effect <= TOLERANCE * size:
@@ -107,11 +110,18 @@ def _native_logits(base: Path, adapter: Path, layout: Packing | None) -> tuple[T
         return model(_tokens(vocabulary)), vocabulary
 
 
-def _reference(done: Exported) -> Any:
+def _reference_logits(done: Exported, out: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the base, and with what was written."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = AutoModelForImageTextToText if done.names == "vision-language" else AutoModelForCausalLM
-    return kind.from_pretrained(done.base, dtype=torch.float32, trust_remote_code=False).eval()
+    reference = kind.from_pretrained(done.base, dtype=torch.float32, trust_remote_code=False).eval()
+    base = _logits(reference, tokens)
+    if done.stacked:
+        return base, _with_peft(reference, out, tokens)
+    with torch.no_grad():
+        _add_to_weights(reference, out)
+    return base, _logits(reference, tokens)
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:

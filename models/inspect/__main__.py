@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = arguments.add_argument
     add("path", metavar="PATH", help="folder of a checkpoint or of an adapter, or a hub id (which is downloaded)")

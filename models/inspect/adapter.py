@@ -118,7 +118,8 @@ def base_norms(folder: ModelFolder, adapted: list[Adapted], progress: Progress) 
     reader, _ = open_checkpoint(folder)
     keys: dict[str, tuple[Key, int | None]] = {}
     for key in reader.keys:
-        keys[respell(module_name(key.hub), "text")] = key, None
+        for name in (key.native, key.hub):  # vLLM's of Trinity's router is the native one
+            keys[respell(module_name(name), "text")] = key, None
         for number, part in enumerate(key.parts if len(key.parts) > 1 else ()):
             keys[respell(module_name(part.replace(".{e}", "")), "text")] = key, number
     names = [respell(one.name, "text") for one in adapted]

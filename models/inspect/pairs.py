@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
+from models.adapters.config_targets import ends_with, ranks_and_alphas
 from models.adapters.packing import Packing
 from models.adapters.patterns import Budget
-from models.adapters.peft_config import CONFIG, WEIGHTS, ends_with, ranks_and_alphas
+from models.adapters.peft_config import CONFIG, WEIGHTS
 from models.adapters.targets import layer_of, within_layer
 from models.blocks.linear import scaling
 from models.checkpoint.tensorfile import TensorInfo, read_header

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = arguments.add_argument
     add("model", metavar="MODEL", help="the base: a folder in the hub's format, or a hub id (which is downloaded)")

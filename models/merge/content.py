@@ -197,13 +197,9 @@ Place = tuple[Key, int | None, slice]
 
 
 def _places(key: Key, base: HubCheckpoint) -> Iterator[tuple[str, Place]]:
-    if not key.parts or key.hub in base:
-        yield key.hub, (key, None, slice(None))
-        return
-    height = key.shape[1] // len(key.parts)
-    for expert in range(key.shape[0]):
-        for index, part in enumerate(key.parts):
-            yield part.format(e=expert), (key, expert, slice(index * height, (index + 1) * height))
+    whole = [(key.hub, None, slice(None))]
+    for name, expert, rows in whole if key.hub in base else key.matrices():
+        yield name, (key, expert, rows)
 
 
 def data_of(tensor: Tensor) -> memoryview:

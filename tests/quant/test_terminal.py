@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import signal
@@ -26,6 +27,20 @@ COMMANDS = {
 INTERRUPT = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
 HOSTILE = "a\x1b[31m\x07\x9b\u202eb"  # colours, a bell, C1's CSI, text from right to left
 HARMLESS = r"a\x1b[31m\x07\x9b\u202eb"
+
+
+def test_options_are_not_abbreviated() -> None:
+    """An option that is added later must not change what a script's option means. Of every command's parsers."""
+    made = []
+    for package in ("quant", "models", "parallel", "train", "benchmarks"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                name = getattr(node.func, "attr", None) if isinstance(node, ast.Call) else None
+                if name in ("ArgumentParser", "add_parser"):
+                    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                    made.append((f"{path.relative_to(ROOT)}:{node.lineno}", given.get("allow_abbrev")))
+    assert len(made) > 15
+    assert [place for place, value in made if value != "False"] == []
 
 
 def command(

@@ -73,14 +73,19 @@ def parser() -> argparse.ArgumentParser:
         description="What `make demo` starts from, and what its runs came to.",
         epilog="example:\n  python -m train.demo prepare outputs/demo-afmoe --arch afmoe",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = made.add_subparsers(dest="command", required=True)
-    first = commands.add_parser("prepare", help="write a small checkpoint with random weights, and rows to train on")
+    first = commands.add_parser(
+        "prepare", help="write a small checkpoint with random weights, and rows to train on", allow_abbrev=False
+    )
     first.add_argument("folder", type=Path)
     known = f"the checkpoint's architecture: {', '.join(sorted(MODELS))} (default: {DEFAULT})"
     first.add_argument("--arch", default=DEFAULT, metavar="MODEL_TYPE", help=known)
     first.add_argument("--seed", type=int, default=0, help="of weights and rows (default: 0)")
-    last = commands.add_parser("report", help="show losses before and after the fine-tuning, and where its results are")
+    last = commands.add_parser(
+        "report", help="show losses before and after the fine-tuning, and where its results are", allow_abbrev=False
+    )
     last.add_argument("folder", type=Path)
     return made
 

@@ -271,11 +271,11 @@ def test_errors_of_folders(
         f"{tmp_path} is no adapter: it has no {CONFIG}.\nAn adapter is {CONFIG} and {WEIGHTS}."
     )
     assert error_of(source, source, "vision-language", capsys) == (
-        f"{source} holds {CONFIG} already. Choose another folder, or remove it."
+        f"{source} holds {CONFIG} already. Name a folder that is empty or isn't there."
     )
     (tmp_path / "taken").write_text("")
     assert error_of(source, tmp_path / "taken", "vision-language", capsys) == (
-        f"{tmp_path / 'taken'} can't be written: File exists."
+        f"{tmp_path / 'taken'} is a file. Name a folder that is empty or isn't there."
     )
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.adapters.files import save_adapter
+from models.adapters.files import load_adapter, save_adapter
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.servers import Server
 from models.adapters.targets import AdapterSpec
 from models.export.__main__ import main
 from models.export.verify import verify
 from models.export.write import export_adapter
+from models.inspect.adapter import inspect_adapter
+from models.merge.__main__ import main as merge
 from quant.common.errors import NibbleError
 from tests.export_helpers import LATENT, PREFIX, TOKENS, World, copied, served
 from tests.helpers import assert_close, relative_error
@@ -138,6 +142,91 @@ def test_folding_never_rounds(worlds: dict[str, World], tmp_path: Path, alpha: f
     assert {value.dtype for value in tensors.values()} == {dtype}
     save_file({name: value.float() for name, value in tensors.items()}, tmp_path / "out" / WEIGHTS)
     assert_close(logits_of(served(copied(world), tmp_path / "out"), TOKENS), logits)
+
+
+def truncated(folder: Path, out: Path, lost: str, excluded: bool) -> Path:
+    """A copy without those tensors that `lost` fits, with exclude_modules or without."""
+    shutil.copytree(folder, out)
+    tensors = {name: value for name, value in load_file(folder / WEIGHTS).items() if not re.search(lost, name)}
+    save_file(tensors, out / WEIGHTS)
+    config = config_of(folder)
+    (out / "adapter_config.json").write_text(
+        json.dumps({**config, "exclude_modules": config["exclude_modules"] if excluded else None})
+    )
+    return out
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang", "llamacpp"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_what_servers_read_is_read_here_too(
+    worlds: dict[str, World], tmp_path: Path, model_type: str, server: str
+) -> None:
+    """Experts, attention and router: the experts' names fit the dense and shared MLPs too, which have no tensors."""
+    if server == "vllm" and model_type == "qwen3_5_moe":
+        pytest.skip("it is in PEFT's layout")
+    world, out = worlds[model_type], tmp_path / "out"
+    drop = [
+        option for name in ("shared_experts", "dense_mlp") if name in world.spec.targets for option in ("--drop", name)
+    ]
+    keep = refused(model_type, server)
+    keep = keep if "shared_expert_gate" not in keep else keep[:-2]
+    assert main([str(world.adapter), str(out), "--for", server, *keep, *drop]) == 0
+    expected = logits_of(served(copied(world), out), TOKENS)
+    assert relative_error(expected, logits_of(world.reference, TOKENS)) > 0.1
+    for excluded in (True, False):  # without, as older files and those of others are
+        model = native(world.base)
+        load_adapter(model, truncated(out, tmp_path / f"{excluded}", "^$", excluded))
+        assert_close(logits_of(model, TOKENS), expected)
+
+
+def test_what_is_missing_is_still_told(
+    worlds: dict[str, World], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world, out = worlds["glm4_moe"], tmp_path / "out"
+    assert main([str(world.adapter), str(out), "--for", "vllm", "--drop", "shared_experts", "--drop", "dense_mlp"]) == 0
+    everywhere = (
+        r"experts\.3\.",
+        r"experts\.3\.up_proj",
+        r"experts\.0\.down_proj\.lora_B",
+        r"0\.self_attn\.o_proj",
+        "q_proj",
+    )
+    cases = [(lost, excluded) for lost in everywhere for excluded in (True, False)]
+    # Of a whole kind only the file's own list of what it leaves out tells.
+    cases += [(r"experts\..*up_proj", True)]
+    for number, (lost, excluded) in enumerate(cases):
+        with pytest.raises(NibbleError, match=r"adapter_model\.safetensors lacks base_model\.model\.model\.layers\."):
+            load_adapter(native(world.base), truncated(out, tmp_path / str(number), lost, excluded))
+    caplog.clear()
+    load_adapter(native(world.base), truncated(out, tmp_path / "older", "^$", False))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'older'}: target_modules also fit mlp.gate_proj, mlp.up_proj, mlp.down_proj, "
+        "mlp.shared_experts.gate_proj, mlp.shared_experts.up_proj and 1 more, of which the file has no tensors; they "
+        "stay the base's"
+    ]
+
+
+def test_matrices_of_some_layers_are_read_again(worlds: dict[str, World], tmp_path: Path) -> None:
+    world, adapter, out = worlds["qwen3_moe"], tmp_path / "adapter", tmp_path / "out"
+    model = native(world.base)
+    targets = ("q_proj", "model.layers.0.self_attn.o_proj", "model.layers.1.mlp.experts.down_proj")
+    add_lora(model, AdapterSpec(targets, 3, 5.0))
+    randomise(trainable_parameters(model))
+    save_adapter(model, adapter, str(world.base))
+    assert main([str(adapter), str(out), "--for", "vllm"]) == 0
+    again = native(world.base)
+    load_adapter(again, out)
+    assert_close(logits_of(again, TOKENS), logits_of(model, TOKENS))
+
+
+def test_trinity_for_vllm_is_merged_and_inspected(worlds: dict[str, World], tmp_path: Path) -> None:
+    world, out = worlds["afmoe"], tmp_path / "out"
+    assert main([str(world.adapter), str(out), "--for", "vllm", "--drop", "shared_experts"]) == 0
+    expected = logits_of(served(copied(world), out), TOKENS)
+    report = inspect_adapter(out, base=world.base)
+    assert [one["share"] > 0 for one in report["matrices"] if one["kind"] == "mlp.gate"] == [True]
+    assert merge([str(world.base), str(out), str(tmp_path / "merged")]) == 0
+    assert_close(logits_of(native(tmp_path / "merged"), TOKENS), expected)
 
 
 def test_an_adapter_of_others_with_experts_one_by_one(worlds: dict[str, World], tmp_path: Path) -> None:
