@@ -272,7 +272,7 @@ def test_bad_rows_are_named_and_nothing_is_written(base: str, tmp_path: Path, mo
         (8, "prompt and messages"),
         (9, "the chat template refuses the conversation: roles are"),
         (10, "the model is made for 512"),
-        (11, "which is no character"),
+        (11, "is no character"),
     ):
         assert lines[number - 2].startswith(f"{rows}:{number}: ") and what in lines[number - 2], lines[number - 2]
     assert lines[10] == f"error: {rows}: 10 rows can't be answered; nothing was generated."
