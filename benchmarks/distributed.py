@@ -34,6 +34,7 @@ from benchmarks.report import MiB, table
 from benchmarks.setting import DEFAULT, RANK, SETTINGS
 from benchmarks.step import ROOT, _positive, default_threads
 from quant.common.errors import NibbleError
+from quant.common.files import check_outputs
 from quant.common.terminal import print_error
 
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # relative: N processes add up in another order than one
@@ -256,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = SETTINGS[arguments.arch].sized(arguments.tiny)
     threads = arguments.threads or default_threads()
     try:
+        check_outputs({"--json": arguments.json}, [])
         if arguments.processes % arguments.expert:
             raise NibbleError(f"--expert {arguments.expert} doesn't divide --processes {arguments.processes}.")
         head = header(arguments, config, threads)

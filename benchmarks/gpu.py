@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.gpu_cases import CASES, NOT_HERE, Case, NamedCase
 from benchmarks.report import table
 from quant.common.errors import NibbleError
+from quant.common.files import check_outputs
 
 ROOT = Path(__file__).resolve().parent.parent
 GiB = 1 << 30
@@ -251,6 +252,7 @@ def kernels_text(outcomes: Sequence[Outcome]) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
+    check_outputs({"--json": arguments.json}, [])
     require_device(arguments.device, arguments.tiny)
     head = header(arguments.device)
     print(head, flush=True)

@@ -18,6 +18,7 @@ from benchmarks.peer_env import BITSANDBYTES, peer_python, requirements
 from benchmarks.report import Result, check_equal_work, profile_text, step_table, tokens_per_second, verdict
 from benchmarks.setting import DEFAULT, RANK, SETTINGS, Request
 from quant.common.errors import NibbleError
+from quant.common.files import check_outputs
 from quant.common.terminal import print_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = SETTINGS[arguments.arch].sized(arguments.tiny)
     threads = arguments.threads or default_threads()
     try:
+        check_outputs({"--json": arguments.json}, [])
         if arguments.profile and arguments.arch != DEFAULT:
             raise NibbleError(f"--profile knows the parts of {DEFAULT} only; leave out --arch or --profile.")
         head = header(arguments, config, threads)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant.common.errors import NibbleError
 from quant.common.interrupts import raise_on_interrupt
-from quant.common.terminal import exit_code, run_command, say
+from quant.common.terminal import exit_code, refuse_empty, run_command, say
 
 if TYPE_CHECKING:
     from models.checkpoint.layout import Spelling
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
 
     def body() -> int:
+        refuse_empty(arguments)
         count = rename_adapter(Path(arguments.adapter), Path(arguments.out), arguments.to)
         say(f"{arguments.out}: {count} tensors with the names of the {arguments.to} model", sys.stdout)
         return 0

@@ -224,7 +224,16 @@ class CausalLM(nn.Module):
         seed: int | None = None,
         on_token: Callable[[int, int], bool] | None = None,
     ) -> list[Generated]:
-        """Continues prompts of any lengths, together and without padding: see models/generation/engine.py."""
+        """Continues prompts of any lengths, together and without padding: see models/generation/engine.py.
+
+        Raises NibbleError for a model that is cut over processes: each would have to compute the same steps as all.
+        """
+        meshes = (getattr(parameter, "device_mesh", None) for parameter in self.parameters())  # of a DTensor
+        if any(mesh is not None and mesh.size() > 1 for mesh in meshes):
+            raise NibbleError(
+                "the model is cut over several processes, where generating isn't offered.\n"
+                "Load it whole in one process: load_model, or python -m train.generate without torchrun."
+            )
         return generate(self, prompts, max_new_tokens, sampling=sampling, stop=stop, seed=seed, on_token=on_token)
 
     def _run(self, layer: Callable[..., Any], *inputs: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from models.hub_contents import Contents, contents
 from quant.common.errors import NibbleError
 from quant.common.interrupts import raise_on_interrupt
-from quant.common.terminal import exit_code, run_command, say
+from quant.common.terminal import exit_code, refuse_empty, run_command, say
 from quant.common.words import printable, some
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
 
     def body() -> int:
+        refuse_empty(arguments)
         _check_name(arguments.repository)
         found = contents(Path(arguments.folder))
         raise_on_interrupt()

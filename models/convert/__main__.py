@@ -18,7 +18,7 @@ from models.hub_push import add_push_options, check_push, push_and_say
 from quant.common.errors import NibbleError
 from quant.common.interrupts import INTERRUPTED, raise_on_interrupt
 from quant.common.progress import Bar
-from quant.common.terminal import exit_code, run_command, say, write
+from quant.common.terminal import exit_code, refuse_empty, run_command, say, write
 
 if TYPE_CHECKING:
     from models.checkpoint.conversion import Summary
@@ -64,8 +64,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
-    body = _verify if arguments.verify else _convert
-    return exit_code(lambda: body(arguments), "interrupted; the same command starts again")
+    return exit_code(lambda: _body(arguments), "interrupted; the same command starts again")
+
+
+def _body(arguments: argparse.Namespace) -> int:
+    refuse_empty(arguments)
+    return _verify(arguments) if arguments.verify else _convert(arguments)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from models.adapters.packing import add_layout_option
 from models.hub_push import add_push_options, check_push, push_and_say
 from quant.common.interrupts import raise_on_interrupt
-from quant.common.terminal import exit_code, run_command, say, write
+from quant.common.terminal import exit_code, refuse_empty, run_command, say, write
 
 if TYPE_CHECKING:
     from models.export.write import Exported
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    refuse_empty(arguments)
     from models.export.verify import check_verifiable, verify
     from models.export.write import export_adapter
 

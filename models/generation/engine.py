@@ -66,13 +66,15 @@ def generate(
     if not prompts:
         return []
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    seen = [torch.tensor(list(prompt), device=model.device) for prompt in prompts]
+    # Growing tensors, for what needs them alone.
+    penalised = sampling.repetition_penalty != 1
+    seen = [torch.tensor(list(prompt), device=model.device) for prompt in prompts] if penalised else []
     results = [Generated() for _ in prompts]
     rows = list(range(len(prompts)))  # of `prompts`, those that go on
     continuation = Continuation(model, prompts)
     logits = continuation.logits
     while True:
-        chosen = sampling.choose(logits, [seen[row] for row in rows], generator)
+        chosen = sampling.choose(logits, [seen[row] for row in rows] if penalised else [], generator)
         going_on = []
         for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             result = results[row]
@@ -83,7 +85,8 @@ def generate(
             if on_token is not None and on_token(row, token):
                 result.finish = "stop"
             elif len(result.tokens) < max_new_tokens:
-                seen[row] = torch.cat((seen[row], chosen[index : index + 1]))
+                if penalised:
+                    seen[row] = torch.cat((seen[row], chosen[index : index + 1]))
                 going_on.append(index)
         if not going_on:
             return results

@@ -69,7 +69,7 @@ class Sampling:
         """The next token of each row, int64 [B].
 
         logits: float32 [B, V]. seen: for each row the tokens before it, int64 [T], prompt and new ones; used only with
-        a repetition penalty. generator: on the logits' device; torch's own where it is None.
+        a repetition penalty, empty without one. generator: on the logits' device; torch's own where it is None.
         Raises NibbleError where the logits are not finite.
         """
         if not bool(logits.amax(-1).isfinite().all()):  # the largest is NaN if any is

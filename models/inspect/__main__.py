@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from models.adapters.packing import add_layout_option
 from quant.common.errors import NibbleError
+from quant.common.files import check_outputs
 from quant.common.interrupts import raise_on_interrupt
 from quant.common.progress import Bar
-from quant.common.terminal import exit_code, run_command, say, write
+from quant.common.terminal import exit_code, refuse_empty, run_command, say, write
 
 if TYPE_CHECKING:
     from models.inspect.diff import Compared
@@ -64,9 +65,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _body(arguments: argparse.Namespace) -> int:
+    refuse_empty(arguments)
     from models.inspect.adapter import is_adapter
 
     raise_on_interrupt()
+    check_outputs({"--png": arguments.png}, [arguments.path, arguments.model])
     adapter = is_adapter(Path(arguments.path))
     given = [f"--{name}" for name in ("model", "layout", "png", "experts") if getattr(arguments, name)]
     if given and (not adapter or arguments.diff):

@@ -18,7 +18,7 @@ from models.hub_push import add_push_options, check_push, push_and_say
 from models.merge import merge_adapter
 from quant.common.errors import NibbleError
 from quant.common.interrupts import INTERRUPTED, raise_on_interrupt
-from quant.common.terminal import exit_code, run_command, say, write
+from quant.common.terminal import exit_code, refuse_empty, run_command, say, write
 
 if TYPE_CHECKING:
     from models.merge.merging import Summary
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
+    refuse_empty(arguments)
     if arguments.single_quant and arguments.storage not in ("nf4", "fp4"):
         raise NibbleError("--single-quant is about 4-bit results: add --storage nf4 or fp4, or drop it.")
     from models.checkpoint.conversion import Interrupted

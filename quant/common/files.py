@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,46 @@ def user_path(path: str | Path) -> Path:
         raise NibbleError(
             f"{path}: this machine has no user {Path(path).parts[0][1:]}, whose folder ~ means."
         ) from error
+
+
+def check_outputs(outputs: Mapping[str, str | Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """Before long work: can the files that options name be written, and without loss?
+
+    outputs: names by option. inputs: files and folders that the work reads. None: not given. A file may be replaced,
+    but not by two options, and not one that is read. Raises NibbleError naming the option.
+    """
+    read = [Path(name) for name in inputs if name is not None]
+    kept = {where for path in read for where in (path.resolve(), path.parent.resolve() / path.name)}
+    folders = {path.resolve() for path in read if path.is_dir()}
+    taken: dict[Path, str] = {}
+    for option, name in outputs.items():
+        if name is None:
+            continue
+        path = Path(name)
+        with disk_errors(path):
+            if path.is_dir() or not path.absolute().parent.is_dir():
+                what = "is a folder" if path.is_dir() else "is in a folder that is not there"
+                raise NibbleError(f"{option}: {path} {what}.")
+            if path.exists() and not path.is_file():
+                raise NibbleError(f"{option}: {path} is no regular file, and would be replaced by one.")
+            place, partial = (path.parent.resolve() / (path.name + mark) for mark in ("", PARTIAL))
+            if path.exists() and not folders.isdisjoint(place.parents):
+                raise NibbleError(f"{option}: {path} is in a folder that this command reads, and isn't replaced.")
+            for written in (place, partial):
+                if written in kept:
+                    raise NibbleError(f"{option}: {path} would replace {written}, which this command reads.")
+                if written in taken:
+                    raise NibbleError(f"{taken[written]} and {option} can't both be {path}. Choose another name.")
+                taken[written] = option
+            _try_to_write(partial)
+
+
+def _try_to_write(path: Path) -> None:
+    there = path.exists()
+    with path.open("ab"):
+        pass
+    if not there:
+        path.unlink(missing_ok=True)  # by another process of the same command
 
 
 def sha256_file(path: Path) -> str:

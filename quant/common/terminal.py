@@ -5,6 +5,7 @@ Commands print through this file, since what they print has names, keys and text
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -87,6 +88,15 @@ def exit_code(body: Callable[[], int], interrupted: str = "interrupted") -> int:
     except KeyboardInterrupt:
         say(interrupted, sys.stderr)
         return INTERRUPTED
+
+
+def refuse_empty(arguments: argparse.Namespace, *but: str) -> None:
+    """Raises NibbleError for an argument that is "" (as of a shell's unset variable): as a path it would mean the
+    current folder. but: those that may be empty.
+    """
+    for name, value in vars(arguments).items():
+        if value == "" and name not in but:
+            raise NibbleError(f"{name.replace('_', '-')} is given as an empty text. Give a name, or leave it out.")
 
 
 class _Warnings(logging.Handler):

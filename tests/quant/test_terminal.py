@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import importlib
 import logging
 import os
 import signal
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from quant.common.errors import NibbleError
-from quant.common.terminal import LONGEST, error_text, exit_code, legible
+from quant.common.terminal import LONGEST, error_text, exit_code, legible, refuse_empty
 from tests.processes import LIMIT
 
 ROOT = Path(__file__).parents[2]
@@ -134,3 +136,28 @@ def test_warnings_of_a_command_are_escaped_too() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=LIMIT, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", HARMLESS.encode() + b"\n")
     assert logging.getLogger("nibble").handlers == []
+
+
+def test_an_empty_name_is_refused() -> None:
+    given = argparse.Namespace(model="m", by_row="", prompt="", device=None, stop=[])
+    with pytest.raises(NibbleError, match="by-row is given as an empty text"):
+        refuse_empty(given, "prompt")
+    refuse_empty(argparse.Namespace(**vars(given) | {"by_row": "x"}), "prompt")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("models.adapter_names", ["", "out", "--to", "text"]),
+        ("models.convert.__main__", ["model", ""]),
+        ("models.export.__main__", ["adapter", "", "--for", "peft"]),
+        ("models.hub_push", ["", "USER/NAME"]),
+        ("models.inspect.__main__", [""]),
+        ("models.merge.__main__", ["model", "", "out"]),
+    ],
+)
+def test_every_command_refuses_empty_names(
+    module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert importlib.import_module(module).main(arguments) == 2
+    assert "is given as an empty text. Give a name, or leave it out." in capsys.readouterr().err

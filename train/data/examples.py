@@ -154,9 +154,10 @@ def build_examples(
                 if progress is not None:
                     progress((number + row.done) / len(files))
         builder.file_rows.append(count)
-        if not count and warn is not None:
-            warn(f"{key}: {file} holds no rows.")
     builder.add(pending)
+    for file, count in zip(files, builder.file_rows, strict=True):
+        if not count and warn is not None and builder.rows:  # without any it is an error
+            warn(f"{key}: {file} holds no rows.")
     if progress is not None:
         progress(1.0)
     names = some([str(file) for file in files], 3)

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from models.adapters.packing import add_layout_option
+from quant.common.files import check_outputs
 from quant.common.interrupts import raise_on_interrupt
-from quant.common.terminal import exit_code, run_command
+from quant.common.terminal import exit_code, refuse_empty, run_command
 from train.__main__ import describe, several_processes
+from train.config.row_paths import row_files
 from train.evaluate.request import request_of
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ examples:
       --data outputs/demo/data/tuning_eval.jsonl --json scores.json --by-row rows.jsonl
   python -m train.evaluate --config outputs/demo/qlora/config.yaml
   torchrun --nproc-per-node 2 -m train.evaluate MODEL --data FILE"""
+
+
+MOST_TOKENS = 2**30  # computed at a time
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add("--storage", choices=("none", "nf4", "fp4", "int8"), help="of frozen matrices (default: nf4, or as converted)")
     add("--dtype", choices=("bfloat16", "float32"), help="of everything else (default: bfloat16, or as converted)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--batch-tokens", type=positive, default=8192, metavar="N", help="tokens computed at a time (default: 8192)")
+    add("--batch-tokens", type=_tokens, default=8192, metavar="N", help="tokens computed at a time (default: 8192)")
     add("--json", metavar="FILE", help="write the figures to FILE, as one JSON object")
     add("--by-row", metavar="FILE", help="write a line of JSON for each row to FILE, the worst first")
     add(
@@ -67,12 +72,10 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def positive(text: str) -> int:
-    """An option's value; argparse says its name where it isn't one."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens from 1 to {MOST_TOKENS:,}, got {text!r}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, world: World | None = None) -> int:
+    refuse_empty(arguments)
     request = request_of(arguments)
+    files = [file.path for file in row_files(request.rows or request.config.data.train, request.key)]
+    outputs = {"--json": arguments.json, "--by-row": arguments.by_row}
+    check_outputs(outputs, [arguments.config, request.model.path, request.adapter, *files])
     # Only now: importing torch takes seconds.
     from parallel.world import ALONE
     from train.evaluate.run import evaluate

@@ -50,8 +50,10 @@ def parse_question(values: Mapping[str, Any], file: str = "", line: int = 0) -> 
             has = printable(", ".join(values), 200) or "nothing"
             raise BadRow("missing_field", f"no field '{name}'; the row has {has}")
     text, choices, answer = (values[name] for name in CHOICES)
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str):
         raise BadRow("wrong_type", f"question must be text, got {kind_of(text)}")
+    if not text.strip():
+        raise BadRow("empty", "question is empty")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
         raise BadRow("wrong_type", f"choices must be a list of two or more texts, got {shown(choices)}")
     if len(set(choices)) < len(choices):

@@ -165,15 +165,27 @@ class NibbleLM(TemplateLM):
         ending = self._tokens.token(self.eot_token_id)
         stops = [handle_stop_sequences(list(one["until"]), ending) for one in settings]
         most = [one["max_gen_toks"] for one in settings]
+        if max(most) >= self.max_length:
+            raise NibbleError(
+                f"the task asks for up to {max(most):,} new tokens (max_gen_toks), which leaves nothing of max_length "
+                f"{self.max_length:,} for the prompt.\nGive --gen_kwargs max_gen_toks=…, or model_args max_length=…."
+            )
+        whole = [self.tok_encode(text) for text, _ in requests]
         # The prompt's end counts, as for `hf`.
-        prompts = [
-            self.tok_encode(text)[-(self.max_length - limit) :] for (text, _), limit in zip(requests, most, strict=True)
-        ]
+        prompts = [ids[-(self.max_length - limit) :] for ids, limit in zip(whole, most, strict=True)]
+        cut = sum(len(prompt) < len(ids) for prompt, ids in zip(prompts, whole, strict=True))
+        if cut:
+            log.warning(
+                f"{cut:,} prompts are longer than max_length {self.max_length:,} less max_gen_toks: their beginning is "
+                "left out."
+            )
         new: list[list[int]] = [[] for _ in requests]
+        # A token that says anything says a byte or more, so a stop text that has just come is in so many tokens.
+        reach = [max(len(stop.encode()) for stop in row) + 4 for row in stops]
 
         def ends(row: int, token: int) -> bool:
             new[row].append(token)
-            text = self._tokens.decode(new[row])
+            text = self._tokens.decode(new[row][-reach[row] :])
             return len(new[row]) >= most[row] or any(stop in text for stop in stops[row] if stop)
 
         generated = self.model.generate(prompts, max(most), stop=self._tokens.eos_ids, on_token=ends)

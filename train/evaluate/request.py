@@ -55,6 +55,8 @@ def request_of(arguments: argparse.Namespace) -> Request:
     model, adapter = _model(arguments, config)
     if arguments.layout is not None and arguments.adapter is None:
         raise NibbleError("--layout is about an adapter: give --adapter.")
+    task = _task(arguments, config, rows, key)
+    _check_overrides(arguments, config, rows, task)
     return Request(
         config=config,
         model=model,
@@ -65,7 +67,7 @@ def request_of(arguments: argparse.Namespace) -> Request:
         rows=rows,
         key=key,
         length_given=arguments.config is not None or "sequence_length" in settings.model_fields_set,
-        task=_task(arguments, config, rows, key),
+        task=task,
     )
 
 
@@ -80,6 +82,40 @@ def _config(arguments: argparse.Namespace) -> Config:
     # What isn't evaluated has to be there all the same. JSON is YAML.
     values = {"model": {"path": arguments.model}, "data": {"train": arguments.data}, "output": {"dir": "."}}
     return parse_config(json.dumps(values, ensure_ascii=False), overrides, "the command")
+
+
+def _check_overrides(arguments: argparse.Namespace, config: Config, rows: RowFiles | None, task: Task) -> None:
+    """Raises NibbleError for a --set without effect: of a key that only a training reads, or that another option or the
+    kind of task decides. (Of multiple choice, data.fields is refused wherever it comes from.)
+    """
+    of_run, lora = arguments.config is not None, config.adapter.kind == "lora"
+    of_result = of_run and (arguments.adapter if lora else arguments.model) is None
+    has_effect = {
+        "model.path": of_run and arguments.model is None and lora,
+        "model.storage": arguments.storage is None,
+        "model.double_quant": arguments.storage is None,
+        "model.dtype": arguments.dtype is None,
+        "adapter.kind": of_run,
+        "data.train": rows is None,
+        "data.eval_fraction": rows is None,
+        "data.eval": arguments.data is None,
+        "data.format": arguments.format is None and task == "rows",
+        "data.fields": True,
+        "data.template_variables": True,
+        "data.sequence_length": True,
+        "data.on_bad_row": True,
+        "train.seed": not isinstance(rows, str),
+        "train.keep_best": of_result,
+        "train.device": arguments.device is None,
+        "parallel.cpu_offload": True,
+        "parallel.lost_after": True,
+        "output.dir": of_result,
+    }
+    for override in arguments.overrides:
+        key = ".".join(override.partition("=")[0].strip().split(".")[:2])
+        if not has_effect.get(key, False):
+            why = "it is decided by what else is given" if key in has_effect else "only a training reads that key"
+            raise NibbleError(f"--set {override} has no effect on this evaluation: {why}.\nLeave it out.")
 
 
 def _model(arguments: argparse.Namespace, config: Config) -> tuple[ModelConfig, Path | None]:

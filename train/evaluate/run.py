@@ -25,7 +25,6 @@ from parallel.mesh import make_meshes, mesh_sizes
 from parallel.shards import Shards
 from parallel.world import World, collectives_within, process_group
 from quant.choices import named_dtype
-from quant.common.errors import NibbleError
 from quant.common.files import write_atomically
 from quant.common.progress import Bar
 from quant.common.terminal import say
@@ -62,9 +61,6 @@ class Task(Protocol):
 
 def evaluate(request: Request, batch_tokens: int, json_path: str | None, by_row: str | None, world: World) -> int:
     """Carry out `request` on all processes of `world`; returns the exit code, 0. Raises NibbleError."""
-    for path in (json_path, by_row):
-        if path is not None and not Path(path).parent.is_dir():
-            raise NibbleError(f"{path} can't be written: {Path(path).parent} is no folder.")
     device = choose_device(request.device, world.local_rank if world.size > 1 else None)
     with contextlib.ExitStack() as stack:
         if world.size > 1 or request.config.parallel.cpu_offload:

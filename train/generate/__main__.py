@@ -16,7 +16,8 @@ from models.adapters.packing import add_layout_option
 from quant.common.errors import NibbleError
 from quant.common.interrupts import raise_on_interrupt
 from quant.common.jsonfile import JsonError, parse_json
-from quant.common.terminal import exit_code, run_command, say, show_text
+from quant.common.terminal import exit_code, refuse_empty, run_command, say, show_text
+from train.__main__ import several_processes
 
 if TYPE_CHECKING:
     from train.generate.answers import Answerer
@@ -96,19 +97,24 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
-    return exit_code(lambda: _carry_out(arguments))
+    kept = "; the same command goes on after the batches that are done" if arguments.prompts is not None else ""
+    return exit_code(lambda: _carry_out(arguments), f"interrupted{kept}")
 
 
 def _carry_out(arguments: argparse.Namespace) -> int:
+    refuse_empty(arguments, "prompt")  # which has a message of its own
     _check_together(arguments)
     if arguments.prompts is not None:
         from train.generate.prompts import answer_file, check_names
 
-        check_names(arguments.prompts, arguments.out)
+        check_names(arguments.prompts, arguments.out, [arguments.model, arguments.adapter, arguments.config])
     answerer = _load(arguments)
     if arguments.prompt is not None:
-        answerer.answer([answerer.tokens_of_prompt(arguments.prompt)], show=lambda text: show_text(text, sys.stdout))
+        prompt = answerer.tokens_of_prompt(arguments.prompt)
+        (answer,) = answerer.answer([prompt], show=lambda text: show_text(text, sys.stdout))
         show_text("\n", sys.stdout)
+        if answer.finish == "length":
+            say(answerer.cut_off, sys.stderr)
     elif arguments.prompts is not None:
         answer_file(answerer, arguments.prompts, arguments.out, arguments.batch_size)
     else:
@@ -119,6 +125,12 @@ def _carry_out(arguments: argparse.Namespace) -> int:
 
 
 def _check_together(arguments: argparse.Namespace) -> None:
+    if several_processes():
+        raise NibbleError(
+            "generating is the work of one process; this one is one of several (WORLD_SIZE).\n"
+            "Give the command without torchrun. A model that is too large for one GPU: --storage nf4, or merge it and "
+            "serve it (docs/serving.md)."
+        )
     if (arguments.model is None) == (arguments.config is None):
         raise NibbleError("either MODEL or --config FILE is needed (see --help).")
     if arguments.prompt is not None and arguments.prompts is not None:

@@ -16,7 +16,7 @@ from train.data.chat import Message, RenderError
 from train.data.template_files import missing_template
 from train.data.template_process import TemplateProcess
 from train.data.tokenizer import Tokenizer
-from train.generate.settings import Settings
+from train.generate.settings import FILE, Settings
 from train.generate.stream import TextStream
 
 
@@ -38,7 +38,8 @@ class Answerer:
 
     load: gives the model, when it is first asked; what is wrong with a prompt shows before that. folder: named in
     messages. template: None where the checkpoint has none. plain: prompts are given to the model as they are, without
-    the template. context: the positions that the model is made for, None where that isn't known.
+    the template. context: the positions that the model is made for, None where that isn't known. made_of: changes when
+    the model does, or how it is stored.
     """
 
     load: Callable[[], CausalLM]
@@ -48,10 +49,23 @@ class Answerer:
     folder: Path
     plain: bool = False
     context: int | None = None
+    made_of: str = ""
 
     @cached_property
     def model(self) -> CausalLM:
         return self.load()
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of a prompt with its answer; None: any number."""
+        return min((one for one in (self.context, self.settings.max_length) if one is not None), default=None)
+
+    @property
+    def cut_off(self) -> str:
+        """What to say of an answer that ended by its length."""
+        name = "max_length" if self.settings.max_length is not None else "--max-new-tokens"
+        value = self.settings.max_length or self.settings.max_new_tokens
+        return f"(cut off: {name} {value}, or the model's last position)"
 
     def tokens_of_prompt(self, prompt: str) -> list[int]:
         """The tokens that ask for an answer to a text: as the user's message, or, `plain` or without a template, for
@@ -79,10 +93,9 @@ class Answerer:
         tokens = [*prefix, *self.tokenizer.encode(text)]
         if not tokens:
             raise NibbleError("the prompt is empty.")
-        if self.context is not None and len(tokens) >= self.context:
-            raise NibbleError(
-                f"the prompt has {len(tokens):,} tokens; the model is made for {self.context:,}, the answer included."
-            )
+        if self.longest is not None and len(tokens) >= self.longest:
+            what = "the model is made for" if self.longest == self.context else f"max_length of {FILE} is"
+            raise NibbleError(f"the prompt has {len(tokens):,} tokens; {what} {self.longest:,}, the answer included.")
         return tokens
 
     def answer(
@@ -96,8 +109,8 @@ class Answerer:
         settings, decode = self.settings, self._decode
         streams = [TextStream(decode, settings.stop_texts) for _ in prompts]
         most = [settings.max_new_tokens] * len(prompts)
-        if self.context is not None:
-            most = [min(longest, self.context - len(prompt)) for longest, prompt in zip(most, prompts, strict=True)]
+        if self.longest is not None:
+            most = [min(longest, self.longest - len(prompt)) for longest, prompt in zip(most, prompts, strict=True)]
 
         def take(row: int, token: int) -> bool:
             piece = streams[row].add(token)

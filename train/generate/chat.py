@@ -7,10 +7,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from quant.common.errors import NibbleError
-from quant.common.files import write_atomically
+from quant.common.files import check_outputs, user_path, write_atomically
 from quant.common.terminal import print_error, say, show_text
 from train.data.chat import Message
 from train.data.template_files import missing_template
@@ -22,6 +21,7 @@ HELP = """\
 /save FILE    write the conversation to a new file, as a row that can be trained on
 /help         show this
 /exit         leave, as Ctrl-D does
+//TEXT        ask /TEXT, which would be a command
 Ctrl-C stops an answer; at the prompt, twice, it leaves."""
 
 
@@ -78,8 +78,8 @@ class Chat:
 
     def take(self, line: str) -> None:
         """Carry out a command, or answer a message. Raises NibbleError; the conversation is then as before."""
-        if not line.startswith("/"):
-            self._answer(line)
+        if not line.startswith("/") or line.startswith("//"):
+            self._answer(line.removeprefix("/"))
             return
         command, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -110,9 +110,7 @@ class Chat:
         end = ""
         try:
             if self.answerer.answer([prompt], turn, show)[0].finish == "length":
-                end = (
-                    f"(cut off: --max-new-tokens {self.answerer.settings.max_new_tokens}, or the model's last position)"
-                )
+                end = self.answerer.cut_off
         except KeyboardInterrupt:
             end = "(stopped)"
         show_text("\n", sys.stdout)
@@ -122,15 +120,14 @@ class Chat:
         self.turns += [user, as_message("".join(pieces), reasoning)]
 
     def _save(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not name:
             raise NibbleError("/save needs the name of a file.")
         if path.exists():
             raise NibbleError(f"{path} is there already. Choose another name.")
         if not self.turns:
             raise NibbleError("there is nothing to save yet.")
-        if not path.absolute().parent.is_dir():
-            raise NibbleError(f"{path} is in a folder that is not there.")
+        check_outputs({"/save": path}, [])
         write_atomically(path, json.dumps({"messages": self.messages}, ensure_ascii=False).encode() + b"\n")
         say(f"(Saved in {path}.)", sys.stderr)
 

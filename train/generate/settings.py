@@ -19,7 +19,8 @@ SAMPLING = tuple(field.name for field in fields(Sampling))
 _NAMES = (*SAMPLING, "max_new_tokens")
 _OFF = {"top_k": 0, "top_p": 1, "min_p": 0}  # what switches a filter off
 _NEUTRAL = {"repetition_penalty": 1}  # what needn't be said
-# Settings of transformers that change which tokens are chosen and don't exist here, with their value for "off".
+# Settings of transformers that change which tokens are chosen and don't exist here, with their value for "off"; each
+# is off, too, as null or an empty list.
 _NOT_HERE: dict[str, Any] = {
     "assistant_early_exit": None,
     "bad_words_ids": None,
@@ -31,12 +32,12 @@ _NOT_HERE: dict[str, Any] = {
     "exponential_decay_length_penalty": None,
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
-    "guidance_scale": None,
+    "guidance_scale": 1,
     "min_length": 0,
-    "min_new_tokens": None,
+    "min_new_tokens": 0,
     "no_repeat_ngram_size": 0,
     "num_beams": 1,
-    "penalty_alpha": None,
+    "penalty_alpha": 0,
     "sequence_bias": None,
     "stop_strings": None,
     "suppress_tokens": None,
@@ -44,14 +45,18 @@ _NOT_HERE: dict[str, Any] = {
     "typical_p": 1.0,
     "watermarking_config": None,
 }
+_OF_DRAWING = ("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """stop_ids, stop_texts: what ends an answer. seed: None draws anew every time. said: all of this in one line."""
+    """max_length: of prompt and answer together, where the file has that instead of max_new_tokens. stop_ids,
+    stop_texts: what ends an answer. seed: None draws anew every time. said: all of this in one line.
+    """
 
     sampling: Sampling
     max_new_tokens: int
+    max_length: int | None
     stop_ids: frozenset[int]
     stop_texts: tuple[str, ...]
     seed: int | None
@@ -95,11 +100,19 @@ def read_settings(
         raise NibbleError(f"--seed must be from 0 to 2⁶³ - 1, got {shown(seed)}.")
     if "" in stop_texts:
         raise NibbleError("--stop is empty: every answer would end before it begins.")
+    max_length = None
+    if "max_new_tokens" not in found and file.get("max_length") is not None:
+        max_length = file["max_length"]
+        max_length = min(max_length, LARGEST) if isinstance(max_length, int) else max_length
+        _check("max_new_tokens", max_length, f"{path}: max_length")
+        found["max_new_tokens"] = max_length
     longest = found.setdefault("max_new_tokens", LONGEST_ANSWER)
     ends = [tokenizer.token(index) for index in sorted(tokenizer.eos_ids)] + [shown(text) for text in stop_texts]
     parts = [
         *(
-            _in_words(name, found[name]) + sources.get(name, "")
+            f"at most {counted(max_length, 'token')} with the prompt ({FILE})"
+            if name == "max_new_tokens" and max_length is not None
+            else _in_words(name, found[name]) + sources.get(name, "")
             for name in _NAMES
             if name in found and found[name] != _NEUTRAL.get(name)
         ),
@@ -108,17 +121,17 @@ def read_settings(
     warnings = [
         f"{path}: {name} is {shown(file[name])}, which isn't computed here: answers differ from transformers'"
         for name, off in _NOT_HERE.items()
-        if file.get(name) not in (None, off)
+        if file.get(name) not in (None, off, [], {}) and not (found["temperature"] == 0 and name in _OF_DRAWING)
     ]
     sampling = Sampling(**{name: value for name, value in found.items() if name in SAMPLING})
-    settings = Settings(sampling, longest, tokenizer.eos_ids, tuple(stop_texts), seed, ", ".join(parts))
+    settings = Settings(sampling, longest, max_length, tokenizer.eos_ids, tuple(stop_texts), seed, ", ".join(parts))
     return settings, warnings
 
 
 def _check(name: str, value: Any, label: str) -> None:
     if name == "max_new_tokens":
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
-            raise NibbleError(f"{label} must be an integer of at least 1, got {shown(value)}.")
+            raise NibbleError(f"{label} must be an integer from 1 to {LARGEST:,}, got {shown(value)}.")
     elif name not in _OFF or value != _OFF[name]:
         check_setting(name, value, label)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from models.adapters.packing import Packing
+from models.checkpoint.remembered import State, state_of
 from models.load import load_model, open_folder
 from parallel.device import choose_device
 from quant.common.errors import NibbleError
 from train.config.load import load_config
 from train.config.model_length import longest_context
-from train.config.result import finished_result, result_folder
+from train.config.result import finished_result
 from train.data.template_files import load_chat_template
 from train.data.tokenizer import load_tokenizer
 from train.generate.answers import Answerer
@@ -25,7 +27,8 @@ from train.generate.settings import read_settings
 class Source:
     """A checkpoint and an adapter for it; storage, double_quant, dtype and device where a config says them, else None.
 
-    plain, variables: of a run whose rows are no conversations, and of its chat template.
+    result: what a config's run made, where that is asked. plain, variables: of a run whose rows are no conversations,
+    and of its chat template.
     """
 
     model: str
@@ -35,6 +38,7 @@ class Source:
     dtype: str | None = None
     device: str | None = None
     layout: Packing | None = None
+    result: str | None = None
     plain: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,15 +54,16 @@ def source_of(model: str | None, adapter: str | None, config_file: str | None, l
         return Source(model, adapter, layout=layout)
     config = load_config(config_file)
     lora = config.adapter.kind == "lora"
-    result = result_folder(config) if adapter else finished_result(config, config_file)
+    result = None if lora and adapter else str(finished_result(config, config_file))
     return Source(
-        config.model.path if lora else str(result),
-        adapter or (str(result) if lora else None),
+        config.model.path if lora or result is None else result,
+        adapter or (result if lora else None),
         config.model.storage,
         config.model.double_quant,
         config.model.dtype,
         config.train.device,
         layout,
+        result,
         plain=config.data.format == "text",
         variables=config.data.template_variables,
     )
@@ -96,6 +101,8 @@ def load_source(
         except NibbleError as error:
             where_given = "--template-variable:" if variables else "data.template_variables:"
             raise NibbleError(str(error).replace("data.template_variables:", where_given, 1)) from error
+    if source.result is not None:
+        note(f"result of the run: {source.result}")
     settings, warnings = read_settings(given, folder.path, tokenizer, stop_texts=stop_texts, seed=seed)
     for warning in warnings:
         note(f"warning: {warning}")
@@ -106,4 +113,11 @@ def load_source(
     stored = (folder.path, kind, kept, where)
     load = partial(load_model, *stored, source.adapter, double_quant=double, layout=source.layout, progress=True)
     longest = longest_context(folder.config, str(folder.path / "config.json"))
-    return Answerer(load, tokenizer, template, settings, folder.path, plain, longest)
+    weights = [_state(Path(path)) for path in (folder.path, source.adapter) if path is not None]
+    made_of = json.dumps([weights, kind, double, kept, source.layout])
+    return Answerer(load, tokenizer, template, settings, folder.path, plain, longest, made_of)
+
+
+def _state(folder: Path) -> State:
+    """Changes when a file of weights or settings does."""
+    return state_of(folder, (path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors")))

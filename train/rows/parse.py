@@ -38,6 +38,9 @@ _COMPLETIONS = ("completion", "answer", "output", "response", "solution", "chose
 _WRAPPERS = ("data", "rows", "examples", "train")
 
 
+_MAPS = " (data.fields maps names)"
+
+
 @dataclass(frozen=True)
 class Chat:
     """A checked conversation. trained: for each message, whether it is an assistant's turn to learn."""
@@ -101,10 +104,15 @@ def parse_row(
     return Completion(*checked) if form == "prompt_completion" else Text(*checked)
 
 
-def parse_question(values: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
-    """The messages of a row that are to be answered, and its tools. Raises BadRow naming the field."""
+def parse_unanswered(values: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """The messages of a row that are to be answered, and its tools, without data.fields. Raises BadRow naming the
+    field.
+    """
     name = _own_name("messages", values)
-    messages, _ = _parse_messages(_listed(values, name), name, {})
+    try:
+        messages, _ = _parse_messages(_listed(values, name), name, {})
+    except BadRow as problem:
+        raise BadRow(problem.reason, str(problem).removesuffix(_MAPS)) from problem
     if messages[-1]["role"] == "assistant":
         raise BadRow(
             "nothing_to_answer", f"{name} ends with the assistant's turn; leave out what is to be answered anew"
@@ -122,7 +130,7 @@ def missing(name: str, present: Iterable[str], owner: str, form: Format | None =
         ", ".join(printable(key, 60) for key in names[:12]) + (", …" if len(names) > 12 else "") if names else "nothing"
     )
     have = "have" if owner.endswith("rows") else "has"
-    return f"no field {shown(name)}{near}; {owner} {have} {has}{advice or ' (data.fields maps names)'}"
+    return f"no field {shown(name)}{near}; {owner} {have} {has}{advice or _MAPS}"
 
 
 def _advice(form: Format, names: Sequence[str]) -> str:

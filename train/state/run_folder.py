@@ -31,7 +31,7 @@ from quant.common.errors import NibbleError
 from quant.common.files import disk_error, disk_errors, identity, moved_error, write_atomically
 from quant.common.words import some
 from train.config.load import Config
-from train.config.result import ADAPTER, MODEL
+from train.config.result import ADAPTER, BEST, MODEL
 from train.state.checkpoint_folder import folders
 from train.state.fingerprint import flat_config
 
@@ -57,8 +57,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / ADAPTER
         self.model = path / MODEL
-        self.best_adapter = path / f"{ADAPTER}-best"
-        self.best_model = path / f"{MODEL}-best"
+        self.best_adapter = path / f"{ADAPTER}{BEST}"
+        self.best_model = path / f"{MODEL}{BEST}"
 
     def result(self, config: Config, best: bool = False) -> Path:
         """The folder of the run's result, or of its best one."""

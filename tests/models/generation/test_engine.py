@@ -38,7 +38,7 @@ PROMPTS = [random_tokens((length,), seed=length).tolist() for length in (5, 43, 
 NEW = 6
 
 
-def recording(calls: list[tuple[Tensor, list[list[int]]]]) -> Sampling:
+def recording(calls: list[tuple[Tensor, list[list[int]]]], penalty: float = 1.0) -> Sampling:
     """Greedy; appends the logits, and the tokens that were seen, of each call."""
 
     class Recording(Sampling):
@@ -46,7 +46,7 @@ def recording(calls: list[tuple[Tensor, list[list[int]]]]) -> Sampling:
             calls.append((logits, [row.tolist() for row in seen]))
             return super().choose(logits, seen, generator)
 
-    return Recording()
+    return Recording(repetition_penalty=penalty)
 
 
 @dataclass(frozen=True)
@@ -258,9 +258,29 @@ def test_seeds(small: CausalLM) -> None:
 
 def test_what_was_seen_is_the_prompt_and_the_new_tokens(small: CausalLM) -> None:
     calls: list[tuple[Tensor, list[list[int]]]] = []
-    results = small.generate(PROMPTS[:2], 3, sampling=recording(calls))
+    results = small.generate(PROMPTS[:2], 3, sampling=recording(calls, 1.1))
     for step, (_, seen) in enumerate(calls):
         assert seen == [p + r.tokens[:step] for p, r in zip(PROMPTS[:2], results, strict=True)]
+    small.generate(PROMPTS[:2], 3, sampling=recording(calls))
+    assert [seen for _, seen in calls[3:]] == [[]] * 3  # only a penalty needs it
+
+
+def test_a_model_that_is_cut_over_processes_is_refused(tmp_path: Path) -> None:
+    """The other process of two is a pretended one."""
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    save_tiny(tmp_path, "glm4_moe_lite")
+    model = load_model(tmp_path, "none", "float32")
+    init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        fully_shard(model.model.layers[0], mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(NibbleError, match="cut over several processes, where generating isn't offered"):
+            model.generate(PROMPTS[:1], 3)
+    finally:
+        destroy_process_group()
 
 
 @pytest.mark.parametrize(

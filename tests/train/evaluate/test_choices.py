@@ -135,6 +135,7 @@ def test_a_choice_s_text_comes_before_its_letter() -> None:
         ({"answer": 1.0}, "got 1.0"),
         ({"answer": None}, "got None"),
         ({"question": ["?"]}, "question must be text, got a list"),
+        ({"question": " "}, "question is empty"),
         ({"choices": ["one"]}, "choices must be a list of two or more texts"),
         ({"choices": "one"}, "choices must be a list of two or more texts"),
         ({"choices": ["one", 2]}, "choices must be a list of two or more texts"),
@@ -145,3 +146,18 @@ def test_what_is_wrong_with_a_question(changes: dict[str, Any], text: str) -> No
     with pytest.raises(BadRow) as error:
         parse_question({"question": "?", "choices": ["one", "two", "three"], "answer": 0, **changes})
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.fields={messages: question}", "data.fields and data.eval_fraction have no meaning for it"),
+        ("data.format=text", "--set data.format=text has no effect"),
+    ],
+)
+def test_settings_of_rows_are_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, message: str
+) -> None:
+    data = write(tmp_path / "questions.jsonl", QUESTIONS)
+    assert main([str(world.model), "--data", str(data), "--format", "choices", "--set", setting]) == 2
+    assert message in capsys.readouterr().err

@@ -168,7 +168,7 @@ def test_rows_that_do_not_fit_are_counted_and_said(
 ) -> None:
     world, _ = run
     turns = [("short", "fine"), ("long question " * 30, "never seen"), ("short too", "a long answer " * 30)]
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / "held.jsonl"
     file.write_text(messages(turns) + "not JSON\n" + json.dumps({"messages": []}) + "\n")
     options = ["--data", file, "--storage", "none", "--set", "data.sequence_length=64"]
     found, rows = evaluated(tmp_path, world.model, *options)
@@ -189,7 +189,23 @@ def test_rows_that_do_not_fit_are_counted_and_said(
         (lambda run, tmp: [run[0].model, "--data", run[0].rows, "--adapter", tmp / "no"], "no: no such folder"),
         (
             lambda run, tmp: [run[0].model, "--data", run[0].rows, "--json", tmp / "no" / "x.json"],
-            "no/x.json can't be written",
+            "--json: ",
+        ),
+        (lambda run, tmp: [run[0].model, "--data", run[0].rows, "--by-row", run[0].rows], "which this command reads"),
+        (lambda run, tmp: [run[0].model, "--data", run[0].rows, "--adapter", ""], "adapter is given as an empty text"),
+        (lambda run, tmp: ["", "--data", run[0].rows], "model is given as an empty text"),
+        (
+            lambda run, tmp: [run[0].model, "--data", run[0].rows, "--set", "data.eval_fraction=0.5"],
+            "--set data.eval_fraction=0.5 has no effect on this evaluation: it is decided by what else is given",
+        ),
+        (
+            lambda run, tmp: [run[0].model, "--data", run[0].rows, "--set", "train.learning_rate=5"],
+            "--set train.learning_rate=5 has no effect on this evaluation: only a training reads that key",
+        ),
+        (lambda run, tmp: [run[0].model, "--data", run[0].rows, "--set", "model.path=x"], "--set model.path=x has no"),
+        (
+            lambda run, tmp: ["--config", run[1] / "config.yaml", "--storage", "nf4", "--set", "model.storage=int8"],
+            "--set model.storage=int8 has no effect",
         ),
         (
             lambda run, tmp: [run[0].model, "--data", run[0].rows, "--set", "data.fromat=text"],

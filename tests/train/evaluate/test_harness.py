@@ -159,6 +159,22 @@ def test_greedy_continuations(model: Any, reference: Any, adapter: Path, world: 
         model.generate_until([request("add", {**options, "do_sample": True, "temperature": 0.7})])
 
 
+def test_a_prompt_that_does_not_fit(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Its end is what counts; where nothing of it would be left it is refused."""
+    text, options = "add 1 and 2 and 7 and 4", {"until": [], "max_gen_toks": 3}
+    last = model.tok_encode(text)[-5:]
+    model.max_length = 8
+    assert model.generate_until([request(text, options)]) == model.generate_until(
+        [request(model._tokens.decode(last), options)]
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 prompts are longer than max_length 8 less max_gen_toks: their beginning is left out."
+    ]
+    model.max_length = 3
+    with pytest.raises(NibbleError, match="leaves nothing of max_length 3 for the prompt"):
+        model.generate_until([request(text, options)])
+
+
 def test_a_continuation_longer_than_the_model_s_context(model: Any) -> None:
     model.max_length = 4
     with pytest.raises(NibbleError, match="a continuation has 5 tokens, more than max_length 4"):

@@ -70,13 +70,13 @@ def test_answers_and_what_is_remembered(base: str, asked: list[str], tmp_path: P
 
 
 def test_a_conversation_goes_on(base: str, asked: list[str]) -> None:
-    shown, said = chat(base, BUTTONS, "More?", options=("--max-new-tokens", "3"))
+    shown, said = chat(base, BUTTONS, "//More?", options=("--max-new-tokens", "3"))
     tokenizer = load_tokenizer(base)
     beginning = tokenizer.decode(tokenizer.encode(PROSE[BUTTONS])[:3])
     assert shown[0] == beginning
     assert said[0] == "(cut off: --max-new-tokens 3, or the model's last position)"
     assert asked[1] == (
-        f"[gMASK]<sop><|user|>{BUTTONS}<|assistant|></think>{beginning.strip()}<|user|>More?<|assistant|></think>"
+        f"[gMASK]<sop><|user|>{BUTTONS}<|assistant|></think>{beginning.strip()}<|user|>/More?<|assistant|></think>"
     )
 
 
@@ -96,7 +96,7 @@ def test_mistakes_do_not_end_it(base: str, asked: list[str], tmp_path: Path) -> 
         "error: there is nothing to save yet.",
         "error: /reset now is no command. /help shows those that there are.",
         "error: the prompt has 1,204 tokens; the model is made for 512, the answer included.",
-        f"error: {tmp_path}/no/new is in a folder that is not there.",
+        f"error: /save: {tmp_path}/no/new is in a folder that is not there.",
     ]
     assert said[-len(HELP.splitlines()) :] == HELP.splitlines()
     assert mine.read_text() == "x" and [*tmp_path.iterdir()] == [mine]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import torch
 import yaml
 
+from quant.common.errors import NibbleError
 from tests.generate_helpers import BUTTONS, CUPS, PROSE, YAML, run, write_rows
 from tests.peft_helpers import packed_by_expert
 from tests.processes import LIMIT
+from train.generate.answers import Answerer
 
 ROOT = Path(__file__).parents[3]
 GREEDY = "greedy, at most 512 new tokens, stops at <|endoftext|>, <|user|>, <|observation|>\n"
@@ -154,13 +157,26 @@ def test_a_run_by_its_config(base: str, taught_demo: Path, tmp_path: Path, monke
         file.write_text(yaml.safe_dump(config))
         return run(["--config", str(file), "--prompt", BUTTONS, *options])
 
-    assert asked()[:2] == (0, f"{YAML[BUTTONS]}\n")
+    code, shown, said = asked()
+    assert (code, shown) == (0, f"{YAML[BUTTONS]}\n")
+    assert said == f"result of the run: {taught_demo}/qlora/adapter\n{GREEDY}"
     code, _, said = asked("--storage", "int8")
     assert code == 2 and "is converted to nf4" in said
     config["adapter"] = {"kind": "none"}
     config["model"] = {"path": "not read", "storage": "none", "dtype": "float32"}
     config["output"] = {"dir": str(taught_demo / "base")}
     assert asked()[:2] == (0, f"{PROSE[BUTTONS]}\n")
+    # Of two results the one with the lower held-out loss, as the run's last line and --push have it.
+    run_folder = tmp_path / "kept"
+    run_folder.mkdir()
+    (run_folder / "model").symlink_to("nowhere", target_is_directory=True)
+    (run_folder / "model-best").symlink_to(taught_demo / "base" / "model")
+    config["output"] = {"dir": str(run_folder)}
+    config["train"] = {"keep_best": True, "eval_every": 1}
+    assert "no result yet" in asked()[2]
+    (run_folder / "nowhere").mkdir()
+    code, shown, said = asked()
+    assert shown == f"{PROSE[BUTTONS]}\n" and said.startswith(f"result of the run: {run_folder}/model-best\n")
     config["output"] = {"dir": str(tmp_path / "unfinished")}
     code, _, said = asked()
     assert code == 2 and "the run has no result yet" in said and f"python -m train --config {file}" in said
@@ -182,6 +198,8 @@ def test_a_hub_folder_in_any_storage(taught_demo: Path, storage: str) -> None:
         (["BASE", "--out", "y"], "--prompts FILE and --out FILE go together"),
         (["BASE", "--prompts", "y", "--out", "nowhere/z"], "--out: nowhere/z is in a folder that is not there"),
         (["BASE", "--prompts", "y", "--out", "."], "--out: . is a folder"),
+        (["", "--prompt", "x"], "model is given as an empty text"),
+        (["BASE", "--adapter", "", "--prompt", "x"], "adapter is given as an empty text"),
         (["BASE", "--prompts", "y.parquet", "--out", "z"], "is a parquet file"),
         (["BASE", "--prompts", "y.jsonl", "--out", "z"], "--prompts: y.jsonl"),
         (["BASE", "--prompt", "x", "--batch-size", "0"], "--batch-size must be from 1"),
@@ -247,17 +265,80 @@ def test_bad_rows_are_named_and_nothing_is_written(base: str, tmp_path: Path, mo
     for number, what in (
         (2, "not valid JSON"),
         (3, "prompt is a number, expected text"),
-        (4, "no field 'messages'"),
+        (4, "no field 'prompt' or 'messages'; the row has question"),
         (5, "messages is empty"),
         (6, "messages ends with the assistant's turn"),
         (7, "the row has a field 'text'"),
         (8, "prompt and messages"),
         (9, "the chat template refuses the conversation: roles are"),
         (10, "the model is made for 512"),
-        (11, "which is no character"),
+        (11, "is no character"),
     ):
         assert lines[number - 2].startswith(f"{rows}:{number}: ") and what in lines[number - 2], lines[number - 2]
     assert lines[10] == f"error: {rows}: 10 rows can't be answered; nothing was generated."
+
+
+@pytest.mark.usefixtures("signals_heeded")
+def test_an_interrupted_file_goes_on(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same draws, whatever was done before; and not with another file's answers."""
+    rows = [{"prompt": "x " * count, "id": count} for count in range(1, 6)]
+    prompts, out = write_rows(tmp_path / "p.jsonl", *rows), tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    command = [base, "--prompts", str(prompts), "--temperature", "3", "--seed", "4", "--batch-size", "2"]
+    command += ["--max-new-tokens", "4", "--out"]
+    assert run([*command, str(tmp_path / "whole.jsonl")])[0] == 0
+    expected = (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl", "whole.jsonl"]
+
+    real = Answerer.answer
+    asked: list[int] = []
+
+    def answer(self: Answerer, batch: Any, turn: int = 0, *rest: Any) -> Any:
+        asked.append(turn)
+        if asked == [0, 2]:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, batch, turn, *rest)
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    code, _, said = run([*command, str(out)])
+    assert code == 130 and said.endswith("interrupted; the same command goes on after the batches that are done\n")
+    assert not out.exists()
+    begun = partial.read_bytes()
+    assert begun.count(b"\n") == 2
+
+    for other in (["--top-k", "3"], ["--batch-size", "1"], ["--seed", "5"], ["--stop", "x"], ["--plain"]):
+        code, _, said = run([*command, str(out), *other])
+        assert code == 2 and f"error: {partial} is there already, and holds no answers to these prompts" in said, other
+    write_rows(prompts, *rows[1:])
+    assert run([*command, str(out)])[0] == 2 and partial.read_bytes() == begun
+    write_rows(prompts, *rows)
+    partial.write_bytes(begun + b'{"start": 2, "answers": [{"te')  # killed while it was written
+
+    code, _, said = run([*command, str(out)])
+    assert code == 0 and f"{partial}: 2 rows of 5 are done already\n" in said
+    assert asked == [0, 2, 2, 4]
+    assert out.read_bytes() == expected
+    assert not partial.exists() and len(list(tmp_path.iterdir())) == 3
+
+    out.unlink()
+    partial.write_bytes(begun[:20])  # killed in its first line
+    with monkeypatch.context() as full:
+        full.setattr("train.generate.prompts.write_atomically", lambda *_: (_ for _ in ()).throw(NibbleError("full")))
+        assert run([*command, str(out)])[0] == 2
+    assert not out.exists() and partial.read_bytes().startswith(begun)
+    monkeypatch.setattr("train.generate.source.load_model", pytest.fail)  # nothing is left to be computed
+    assert run([*command, str(out)])[0] == 0 and out.read_bytes() == expected
+
+
+def test_an_answer_that_is_cut_off_says_so(base: str) -> None:
+    code, _, said = run([base, "--prompt", BUTTONS, "--max-new-tokens", "3"])
+    assert code == 0 and said.splitlines()[1:] == ["(cut off: --max-new-tokens 3, or the model's last position)"]
+
+
+def test_several_processes_are_refused(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, shown, said = run([base, "--prompt", "x"])
+    assert (code, shown) == (2, "") and "error: generating is the work of one process" in said
 
 
 def test_an_answer_file_is_not_overwritten(base: str, tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def test_every_known_end_stops(checkpoint: Path, tmp_path: Path) -> None:
         ({"top_p": 0.0}, "--top-p must be above 0"),
         ({"min_p": -0.1}, "--min-p must be from 0 to 1"),
         ({"repetition_penalty": 0.0}, "--repetition-penalty must be above 0"),
-        ({"max_new_tokens": 0}, "--max-new-tokens must be an integer of at least 1, got 0."),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be an integer from 1 to 16,777,216, got 0."),
+        ({"max_new_tokens": 10**11}, "--max-new-tokens must be an integer from 1 to 16,777,216, got 100000000000."),
         ({"seed": -1}, "--seed must be"),
         ({"stops": ("x", "")}, "--stop is empty"),
         # Given with nothing to draw, it would have no effect.
@@ -121,3 +122,21 @@ def test_what_is_not_computed_is_said(checkpoint: Path, tmp_path: Path) -> None:
     assert [warning.partition(": ")[2] for warning in warnings] == [
         "no_repeat_ngram_size is 3, which isn't computed here: answers differ from transformers'"
     ]
+
+
+def test_settings_that_are_off_bring_no_warning(checkpoint: Path, tmp_path: Path) -> None:
+    off = {"bad_words_ids": [], "min_new_tokens": 0, "guidance_scale": 1.0, "sequence_bias": {}, "penalty_alpha": 0.0}
+    assert read(checkpoint, tmp_path, off | {"typical_p": 0.5})[1] == []  # greedy: nothing is drawn
+    assert len(read(checkpoint, tmp_path, off | {"typical_p": 0.5, "do_sample": True, "min_new_tokens": 1})[1]) == 2
+
+
+def test_a_length_that_counts_the_prompt(checkpoint: Path, tmp_path: Path) -> None:
+    """As transformers: where max_new_tokens isn't given."""
+    settings, _ = read(checkpoint, tmp_path, {"max_length": 40})
+    assert (settings.max_length, settings.max_new_tokens) == (40, 40)
+    assert settings.said.startswith("greedy, at most 40 tokens with the prompt (generation_config.json), ")
+    for file, given in (({"max_length": 40, "max_new_tokens": 9}, {}), ({"max_length": 40}, {"max_new_tokens": 9})):
+        settings, _ = read(checkpoint, tmp_path, file, **given)
+        assert (settings.max_length, settings.max_new_tokens) == (None, 9)
+    with pytest.raises(NibbleError, match="max_length must be an integer from 1"):
+        read(checkpoint, tmp_path, {"max_length": 0})
