@@ -73,14 +73,19 @@ def main() -> int:
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     tallies, begun, number = {target.name: Tally() for target in made}, time.monotonic(), options.seed
-    while time.monotonic() - begun < 60 * options.minutes:
-        for target in made:
-            _open_some(target, tallies[target.name], number)
-        number += 1
-    seconds = time.monotonic() - begun
-    for name, tally in tallies.items():
-        print(f"{name:12} {tally.inputs:8,} inputs, the slowest {tally.slowest:.2f} s")
-    print(f"{sum(tally.inputs for tally in tallies.values()):,} inputs in {seconds:.0f} s, no fault")
+    fault = True
+    try:
+        while time.monotonic() - begun < 60 * options.minutes:
+            for target in made:
+                _open_some(target, tallies[target.name], number)
+            number += 1
+        fault = False
+    finally:
+        seconds = time.monotonic() - begun
+        for name, tally in tallies.items():
+            print(f"{name:12} {tally.inputs:8,} inputs, the slowest {tally.slowest:.2f} s")
+        total = sum(tally.inputs for tally in tallies.values())
+        print(f"{total:,} inputs in {seconds:.0f} s, {'a' if fault else 'no'} fault", flush=True)
     return 0
 
 
