@@ -34,8 +34,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PY) -m pip install --disable-pip-version-check --no-input --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-test: $(INSTALLED)  ## run the tests, two at a time (ARGS="-k quant" passes options to pytest)
-	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+test: $(INSTALLED)  ## run the tests, three at a time, since some wait for others (ARGS="-k quant" passes options to pytest)
+	$(PY) -m pytest -n 3 --dist worksteal $(ARGS)
 
 test-slow: $(INSTALLED)  ## run the tests that take minutes, which `make test` leaves out
 	$(PY) -m pytest -m slow $(ARGS)

@@ -85,8 +85,10 @@ def test_an_argument_with_an_escape_sequence(module: str) -> None:
     assert not any(byte < 0x20 and byte != 0x0A for byte in done.stdout + done.stderr)
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-@pytest.mark.parametrize(("module", "arguments"), [("train", ["--help"]), ("models.convert", ["ä…", "–"])])
+@pytest.mark.parametrize(
+    ("module", "arguments", "encoding"),
+    [("train", ["--help"], "latin-1"), ("train", ["--help"], "ascii"), ("models.convert", ["ä…", "–"], "ascii")],
+)
 def test_a_terminal_that_is_not_utf8(module: str, arguments: list[str], encoding: str) -> None:
     done = command(module, arguments, {"PYTHONIOENCODING": encoding})
     assert b"Traceback" not in done.stderr

@@ -52,7 +52,7 @@ class TemplateProcess:
         self._where = where
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__],
+            [sys.executable, "-P", "-m", __name__, str(CPU_SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -136,7 +136,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 class _Limited(ChatTemplate):
     @contextmanager
     def _limits(self, where: str) -> Iterator[None]:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF ends the process, whatever it is doing
+        signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))  # SIGPROF ends the process, whatever it is doing
         try:
             with super()._limits(where):
                 yield

@@ -27,6 +27,7 @@ CHANGES = {
     "adapter.alpha": "8",
     "adapter.targets": "[experts]",
     "adapter.init_from": "old",
+    "adapter.init_layout": "expert-major",
     "adapter.rslora": "true",
     "adapter.layers": "[1]",
     "adapter.dtype": "bfloat16",
@@ -90,7 +91,11 @@ def test_every_key_is_either_fixed_or_free_on_resume() -> None:
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_resume_names_the_key_that_changed(key: str) -> None:
-    companions = {"adapter.kind": ["model.storage=none"], "train.balance_rate": ["train.balance=aux_loss"]}
+    companions = {
+        "adapter.kind": ["model.storage=none"],
+        "adapter.init_layout": ["adapter.init_from=old"],
+        "train.balance_rate": ["train.balance=aux_loss"],
+    }
     companion = companions.get(key, [])
     before = resume_fingerprint(parse_config(MINIMAL, companion))
     after = resume_fingerprint(parse_config(MINIMAL, [*companion, f"{key}={CHANGES[key]}"]))
