@@ -22,7 +22,8 @@ def trained_storage(adapter: Path, given: Trained | None) -> tuple[StorageSpec, 
     if given is not None:
         kind, _, single = given.partition("-")
         return StorageSpec(cast(Kind, kind), not single), "as given"
-    path = adapter.resolve().parent / _RUN
+    plain = adapter.name not in ("", "..") and not adapter.is_symlink()
+    path = (adapter if plain else adapter.resolve()).parent / _RUN
     model = _model_section(path)
     if "storage" in model:
         double = model.get("double_quant")  # null: true for 4 bits
