@@ -95,6 +95,8 @@ class Record:
         """Raises NibbleError naming what of `state` is missing or of another type."""
         where, state = str(self.path), self.state
         require_keys(state, ("fingerprint", "started", "base", "batches", "held_out"), where)
+        if state["fingerprint"] is None:  # `mapping` reads null as an absent one
+            raise NibbleError(f"{where}: fingerprint must be an object, got null.")
         mapping(state, "fingerprint", where)
         base, batches = mapping(state, "base", where), mapping(state, "batches", where)
         require_keys(base, ("name", "fingerprint"), f"{where}: base")

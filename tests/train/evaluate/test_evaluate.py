@@ -257,15 +257,24 @@ def test_weights_that_are_not_finite(run: Run, tmp_path: Path, capsys: pytest.Ca
     assert "rows.jsonl:1 is nan, and that of 96 documents of 96" in error_of(capsys, *options)
 
 
-def test_the_commands_of_the_documentation_are_commands(run: Run, tmp_path: Path) -> None:
-    """And what its JSON has is what is written."""
+def test_the_commands_of_the_documentation_are_commands(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what its table and its JSON have is what is printed and written; the figures are those of the demo."""
+
+    def masked(shown: str) -> str:
+        table = shown[shown.index(" the base") :].partition("\n\n")[0]
+        return re.sub(r"\d[\d.,]*", "#", " ".join(table.split()))
+
     text = (ROOT / "docs" / "evaluate.md").read_text()
     commands = re.findall(r"-m train\.evaluate (.*)", text.replace("\\\n", " "))
     assert len(commands) == 4
     for command in commands:
         parser().parse_args(shlex.split(command))
     shown = json.loads(text[text.index("    {\n") : text.index("    }\n") + 6])
+    capsys.readouterr()
     found, rows = evaluated(tmp_path, "--config", run[1] / "config.yaml")
+    assert masked(capsys.readouterr().out) == masked(text)
     assert list(shown) == list(found) and list(shown["base"]) == list(found["base"])
     row = json.loads(next(line for line in text.splitlines() if line.startswith('    {"file"')))
     assert list(row) == list(rows[0])

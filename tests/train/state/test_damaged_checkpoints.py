@@ -145,6 +145,7 @@ STATE = {
     ("key", "value", "problem"),
     [
         ("fingerprint", [], "x: fingerprint must be an object, got []."),
+        ("fingerprint", None, "x: fingerprint must be an object, got null."),
         ("started", "yesterday", "x: started is no date: 'yesterday'."),
         ("started", 3, "x: started must be text, got 3."),
         ("base", {"name": "n"}, "x: base lacks fingerprint: it is damaged, or of another version of nibble."),
