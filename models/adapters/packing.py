@@ -10,7 +10,7 @@ Packing = Literal["peft", "expert-major"]
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 
 
-def add_layout_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_layout_option(parser: argparse.ArgumentParser) -> None:
     """--layout: a `Packing`, or None."""
     parser.add_argument(
         "--layout",

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from models.adapters.packing import Packing
 from models.checkpoint.conversion import Interrupted, convert_content
-from models.checkpoint.hub import HubCheckpoint
+from models.checkpoint.hub import HubCheckpoint, meta_model
 from models.checkpoint.hub_id import resolve_model
 from models.checkpoint.native import Manifest, is_converted
+from models.checkpoint.side_files import CONFIG
 from models.merge.content import Merged, Onto
 from models.merge.error import Row, summary
 from models.merge.folder import write_folder
@@ -75,16 +75,12 @@ def merge(
             f"--onto dequantised: the base that {adapter} was trained against {how}.\n"
             "Say how it was stored with --trained-with, or merge onto the base."
         )
-    options: dict[str, Any] = {"onto": onto, "layout": layout, "device": device, "progress": progress}
     with HubCheckpoint(folder) as base:
-        try:
-            merged = Merged(base, str(model), str(adapter), trained=spec, **options)
-        except NibbleError:
-            if why != UNKNOWN:
-                raise
-            # nf4, which was only supposed, may not be able to store these shapes.
+        if why == UNKNOWN and not _stores(spec, base):
             spec, why = StorageSpec(), "as its shapes can't be stored as nf4"
-            merged = Merged(base, str(model), str(adapter), trained=spec, **options)
+        merged = Merged(
+            base, str(model), str(adapter), trained=spec, onto=onto, layout=layout, device=device, progress=progress
+        )
         if storage is None:
             stored, nbytes = "as the base", base.nbytes
             try:
@@ -108,6 +104,15 @@ def merge(
             report=summary(rows, spec, why, onto == "dequantised"),
             seconds=time.monotonic() - begun,
         )
+
+
+def _stores(spec: StorageSpec, base: HubCheckpoint) -> bool:
+    """Whether the base's shapes can be stored so. What else is wrong with it is told where it is opened."""
+    try:
+        meta_model(base.config, base.shapes, str(base.path / CONFIG), spec, torch.float32)
+    except NibbleError:
+        return False
+    return True
 
 
 def _arguments(adapter: str | Path, onto: Onto, trained: Trained | None, layout: Packing | None) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ def trained_storage(adapter: Path, given: Trained | None) -> tuple[StorageSpec, 
     if "storage" in model:
         double = model.get("double_quant")  # null: true for 4 bits
         try:
-            if double not in (None, True, False):
+            if not isinstance(double, bool | None):
                 raise NibbleError(f"model.double_quant is {shown(double)}")
             return StorageSpec(model["storage"], double is not False), f"as {path} says"
         except NibbleError as error:

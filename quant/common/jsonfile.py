@@ -159,10 +159,13 @@ def texts(config: Mapping[str, Any], key: str, where: str) -> list[str]:
     return value
 
 
-def mapping(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """An object; absent or null, an empty one."""
+def mapping(config: Mapping[str, Any], key: str, where: str, *, null: bool = True) -> dict[str, Any]:
+    """An object; an empty one where it is absent, or null, as transformers' configs leave things out.
+
+    null: whether null may stand for it; in files of this project it is damage.
+    """
     value = config.get(key)
-    if value is None:
+    if value is None and (null or key not in config):
         return {}
     if not isinstance(value, dict):
         raise NibbleError(f"{where}: {key} must be an object, got {shown(value)}.")

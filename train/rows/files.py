@@ -270,8 +270,8 @@ def _read_parquet(
 
 
 def _rows_at_a_time(table: Any, most: int) -> int:
-    """How many rows to decode at once, so that they take 256 MiB at most: a dictionary stores a value once for all the
-    rows that have it, and a file of 500 bytes may be 60 GB of text.
+    """How many rows to decode at once, so that a column takes about 256 MiB at most: a dictionary stores a value once
+    for all the rows that have it, and a file of 500 bytes may be 60 GB of text. The file's metadata is believed.
     """
     groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
     largest = max(

@@ -287,9 +287,12 @@ def read_checkpoint(path: Path, world: World = ALONE) -> Checkpoint:
     try:
         saved = read_json(path / STATE, dict)
         require_keys(saved, ("step", "run", "optimizer"), where)
-        step, optimizer = integer(saved, "step", 0, where, least=0, most=2**48), mapping(saved, "optimizer", where)
+        step, optimizer = (
+            integer(saved, "step", 0, where, least=0, most=2**48),
+            mapping(saved, "optimizer", where, null=False),
+        )
         check_values(optimizer, where)
-        return Checkpoint(path, step, mapping(saved, "run", where), optimizer)
+        return Checkpoint(path, step, mapping(saved, "run", where, null=False), optimizer)
     except NibbleError as error:
         raise UnusableCheckpointError(f"{error}\nContinue from another one, or {START_OVER}.") from error
 

@@ -95,10 +95,7 @@ class Record:
         """Raises NibbleError naming what of `state` is missing or of another type."""
         where, state = str(self.path), self.state
         require_keys(state, ("fingerprint", "started", "base", "batches", "held_out"), where)
-        if state["fingerprint"] is None:  # `mapping` reads null as an absent one
-            raise NibbleError(f"{where}: fingerprint must be an object, got null.")
-        mapping(state, "fingerprint", where)
-        base, batches = mapping(state, "base", where), mapping(state, "batches", where)
+        _, base, batches = (mapping(state, key, where, null=False) for key in ("fingerprint", "base", "batches"))
         require_keys(base, ("name", "fingerprint"), f"{where}: base")
         require_keys(batches, ("epoch", "position", "seed", "sequences", "data"), f"{where}: batches")
         for key in ("name", "fingerprint"):

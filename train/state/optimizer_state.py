@@ -76,16 +76,13 @@ def check_values(values: dict[str, Any], where: str) -> None:
     """Raises NibbleError where the JSON values of a saved state are not what `optimizer_state` gives."""
     require_keys(values, ("kind", "steps"), f"{where}: optimizer")
     text(values, "kind", "x", where)
-    steps, blocks = mapping(values, "steps", where), mapping(values, "blocks", where)
+    steps, blocks = (mapping(values, key, where, null=False) for key in ("steps", "blocks"))
     for name in steps:
         integer(steps, name, 0, f"{where}: steps", least=0, most=2**48)
     for name, layout in blocks.items():
         usable = isinstance(layout, list) and len(layout) == len(_layout(None))
         if not usable or not all(type(entry) is int and 0 <= entry < 2**48 for entry in layout):
             raise NibbleError(f"{where}: blocks: {name} must be a list of integers, got {shown(layout)}.")
-    for name in ("steps", "blocks"):
-        if values.get(name, {}) is None:  # `mapping` reads null as an absent one
-            raise NibbleError(f"{where}: {name} must be an object, got null.")
 
 
 def room_for_state(

@@ -231,6 +231,7 @@ def test_what_the_training_saw_has_to_be_known(glm: Path, tmp_path: Path) -> Non
         ("- 1\n", "isn't known"),
         ("model: {storage: none}\n", r"was not quantised \(as .*config\.yaml says\)"),
         ("model: {storage: nf4, double_quant: 'false'}\n", r"model\.double_quant is 'false'"),
+        ("model: {storage: nf4, double_quant: 0}\n", r"model\.double_quant is 0"),
     ):
         config.write_text(text)
         with pytest.raises(NibbleError, match=problem):
