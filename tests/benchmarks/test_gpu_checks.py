@@ -7,7 +7,7 @@ import itertools
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -215,7 +215,13 @@ def test_checks_of_blocks_notice_what_is_left_out(monkeypatch: pytest.MonkeyPatc
 WHOLE = dict(zip(gpu_checks_models.TINY, ("none", "nf4", "none", "int8", "nf4", "int8"), strict=True))
 
 
-@pytest.mark.parametrize("model_type", WHOLE)
+def some_slow(names: Iterable[str]) -> list[Any]:
+    """Two that differ most are tried on every change."""
+    quick = ("glm4_moe_lite", "qwen3_5_moe_text")
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("model_type", some_slow(WHOLE))
 def test_checks_of_models_pass_on_the_cpu_and_can_fail(model_type: str, monkeypatch: pytest.MonkeyPatch):
     spec = next(spec for spec in gpu_checks_models.SPECS if spec.kind == WHOLE[model_type])
     assert passes(gpu_checks_models.whole_model(model_type, spec, CPU))
@@ -230,7 +236,7 @@ def test_checks_of_models_pass_on_the_cpu_and_can_fail(model_type: str, monkeypa
     assert gradients.passed is False, "those of a copy in float32 that is another one"
 
 
-@pytest.mark.parametrize("model_type", gpu_checks_models.TINY)
+@pytest.mark.parametrize("model_type", some_slow(gpu_checks_models.TINY))
 def test_checks_of_models_do_not_hang_on_rounding(model_type: str):
     """A device that rounds otherwise makes the same choices of experts and keys, and gradients within the tolerance."""
     model = gpu_checks_models.tiny_model(model_type, gpu_checks_models.NF4, torch.float32, CPU)
