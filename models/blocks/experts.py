@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import ExpertWeights, trained
+from quant.common.devices import on_cpu
 from quant.kinds import new_storage
 from quant.products import (
     Groups,
@@ -177,7 +178,7 @@ class Experts(nn.Module):
         return _Compute.apply(saved, lambda: _forward(self, x, weights, routing))
 
     def chunk_size(self, device: torch.device) -> int:
-        return self.experts_at_a_time or (1 if device.type == "cpu" else EXPERTS_AT_A_TIME)
+        return self.experts_at_a_time or (1 if on_cpu(device) else EXPERTS_AT_A_TIME)
 
 
 # The block is two autograd functions in a row. `_SaveForBackward` comes first and computes nothing: it saves what the
