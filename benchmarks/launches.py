@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         description="One training step (forward, loss, backward, with recomputation) of a full-size model on meta\n"
         "tensors, which have shapes and no values and take the accelerator's way. Counts the operations that would\n"
         "launch a kernel, follows the memory that is live, and adds up the least time of each operation. Every\n"
-        "combination of the options is a case; one takes 10 to 60 s. Needs no GPU.",
+        "combination of the options is a case; one takes 10 to 60 s of one CPU. Needs no GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -56,11 +56,11 @@ def case_row(name: str, case: LaunchCase, step: Step) -> list[str]:
         f"{step.weights / GiB:.2f}",
         f"{step.peak / GiB:.2f}",
         f"{step.total.seconds:.2f}",
-        f"{step.host_seconds:.0f}",
+        f"{step.cpu_seconds:.0f}",
     ]
 
 
-HEAD = ("case", "per MoE layer", "all / layers", "step", "waits", "weights", "peak", "device s", "counted in s")
+HEAD = ("case", "per MoE layer", "all / layers", "step", "waits", "weights", "peak", "device s", "CPU s")
 
 
 def kinds_table(name: str, step: Step) -> str:
@@ -96,10 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
         rows.append(case_row(name, case, step))
         kept.append({"model": name, **asdict(case), **asdict(step), "total": asdict(step.total)})
         print(kinds_table(rows[-1][0], step) + "\n", flush=True)
-    print(
-        f"{arguments.sequences} × {arguments.length} tokens, bfloat16, recomputation, adamw_8bit, rank {arguments.rank}\n"
-        "memory in GiB; device s: at least, by bytes and products"
-    )
+    tokens = f"{arguments.sequences} × {arguments.length} tokens"
+    print(f"{tokens}, bfloat16, recomputation, adamw_8bit, LoRA r{arguments.rank}; memory in GiB; device s: at least")
     print(table(HEAD, rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu_cases import BOTH, MODELS, RANK, TRINITY
 
-# By architecture: the model's name, and its sizes as config.json spells them. What is absent has the defaults of models/.
+# By architecture: the model's name, and its sizes in config.json's words. What is absent has the defaults of models/.
 FULL: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": ("GLM-4.7-Flash", {}),
     "glm4_moe": ("GLM-4.5-Air", {"head_dim": 128}),

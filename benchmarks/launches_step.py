@@ -46,7 +46,7 @@ class Step:
     weights: int
     trained: int
     peak: int
-    host_seconds: float
+    cpu_seconds: float
 
     @property
     def total(self) -> Total:
@@ -99,7 +99,7 @@ def supply_rows(model: CausalLM) -> list[EqualShares]:
 
 def measure(case: LaunchCase) -> Step:
     """Forward, loss and backward of one step with recomputation; weights, adapters and optimiser states are there."""
-    began = time.perf_counter()
+    began = time.process_time()
     model = build(case)
     named = trainable_parameters(model)
     optimizer = build_optimizer(case.optimizer, named, learning_rate=2e-4)
@@ -138,7 +138,7 @@ def measure(case: LaunchCase) -> Step:
         weights=sum(t.numel() * t.element_size() for t in tensors if id(t) not in adapter),
         trained=sum(parameter.numel() for _, parameter in named),
         peak=recorder.peak,
-        host_seconds=time.perf_counter() - began,
+        cpu_seconds=time.process_time() - began,
     )  # fmt: skip
 
 
