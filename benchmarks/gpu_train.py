@@ -79,16 +79,20 @@ def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.uniform_(0.03, 0.05, generator=generator)
 
 
-def train_step(model: CausalLM, named: Parameters, optimizer: Optimizer, tokens: Tensor, documents: Documents) -> float:
-    """One optimiser step, as a run makes it (train/loop.py, which needs the packages of a run)."""
+def loss_of(model: CausalLM, tokens: Tensor, documents: Documents) -> Tensor:
+    """The mean loss of all tokens that another one of their document follows."""
     ends = documents.offsets[1:].long() - 1
     labels = torch.roll(tokens, -1)
     labels[ends] = -100
     labelled = len(tokens) - len(documents.lengths)
     head = model.head.weight
     assert isinstance(head, DenseStorage)
-    hidden = model.hidden(tokens, documents)
-    loss = linear_cross_entropy(hidden, head.value, labels, labelled, labelled=labelled)
+    return linear_cross_entropy(model.hidden(tokens, documents), head.value, labels, labelled, labelled=labelled)
+
+
+def train_step(model: CausalLM, named: Parameters, optimizer: Optimizer, tokens: Tensor, documents: Documents) -> float:
+    """One optimiser step, as a run makes it (train/loop.py, which needs the packages of a run)."""
+    loss = loss_of(model, tokens, documents)
     loss.backward()
     value = loss.item()
     clip_gradients(named, 1.0, 0)

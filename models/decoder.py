@@ -23,6 +23,7 @@ from models.blocks.linear import Linear
 from models.blocks.usage import ExpertUsage, RouterWatch
 from models.generation.engine import Generated, generate
 from models.generation.sampling import GREEDY, Sampling
+from quant.common.devices import on_cpu
 from quant.common.errors import FLOAT16, NibbleError
 from quant.products import without_autocast
 from quant.storage import DenseStorage, Storage
@@ -259,7 +260,7 @@ def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
     if len(shape) != 2 or 0 in shape or kind not in ("int64", "int32"):
         single = "\nA single document is tokens[None]." if len(shape) == 1 else ""
         raise NibbleError(f"tokens are {kind} {shape}; the model takes int64 [B, T], a document per row.{single}")
-    if not tokens.is_cpu:
+    if not on_cpu(tokens.device):
         return
     low, high = map(int, tokens.aminmax())
     if low < 0 or high >= vocabulary:

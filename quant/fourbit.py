@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.common.devices import on_cpu
 from quant.common.errors import NibbleError
 from quant.storage import Storage, StorageSpec, TensorSpecs
 
@@ -107,7 +108,7 @@ class FourBitStorage(Storage):
     ) -> Tensor:
         packed = self.packed
         out = self._result(which, dtype, out, packed.device)
-        if out.numel() and not out.is_meta:
+        if out.numel():
             _dequantise(self.kind, packed if which is None else packed[which], self._scales(which), out)
         return out
 
@@ -132,7 +133,7 @@ def _decode_scales(absmax: Tensor, nested: Tensor) -> Tensor:
     """map[absmax] · nested, float32 of absmax's shape: the first half of undoing double quantisation."""
     code = dynamic_map(absmax.device)
     absmax, nested = absmax.contiguous(), nested.contiguous()
-    kernel = _cpu_kernel("cdequantize_blockwise_cpu_fp32") if absmax.is_cpu else None
+    kernel = _cpu_kernel("cdequantize_blockwise_cpu_fp32") if on_cpu(absmax.device) else None
     if kernel is None:
         ops = bitsandbytes_ops()
         return ops.dequantize_blockwise.default(absmax, nested, code, NESTED_BLOCK, torch.float32)
@@ -146,7 +147,7 @@ def _dequantise(kind: str, packed: Tensor, scales: Tensor, out: Tensor) -> None:
     columns = out.shape[-1]
     rows = out.numel() // columns
     packed, scales = packed.contiguous(), scales.contiguous()
-    kernel = _cpu_kernel(f"cdequantize_blockwise_cpu_{kind}_{_SUFFIX[out.dtype]}") if out.is_cpu else None
+    kernel = _cpu_kernel(f"cdequantize_blockwise_cpu_{kind}_{_SUFFIX[out.dtype]}") if on_cpu(out.device) else None
     if kernel is not None:
         kernel(*map(_pointer, (packed, scales, out)), _long(BLOCK), _long(rows), _long(columns))
         return
@@ -156,8 +157,11 @@ def _dequantise(kind: str, packed: Tensor, scales: Tensor, out: Tensor) -> None:
     for start in range(0, rows, step):
         part = out[start : start + step]
         arguments = (packed[start : start + step], scales[start : start + step], BLOCK, kind, part.shape, part.dtype)
-        if out.is_cpu:
+        if on_cpu(out.device):
             part.copy_(ops.dequantize_4bit.default(*arguments))
+        elif out.is_meta:
+            # Nothing to write. bitsandbytes' `out` form compares a torch.Size with a list on meta, and always raises.
+            ops.dequantize_4bit.default(*arguments)
         else:
             ops.dequantize_4bit.out(*arguments, out=part)
 

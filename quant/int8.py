@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant.common.devices import on_cpu
 from quant.storage import Storage, StorageSpec, TensorSpecs
 
 # 1/127 as bitsandbytes writes it; dividing by 127 would round differently.
@@ -72,7 +73,7 @@ class Int8Storage(Storage):
 def _dequantise(packed: Tensor, scale: Tensor, out: Tensor) -> None:
     """packed · scale · (1/127) → out, in this order, in float32. packed [n, in], scale [n, 1], out [n, in]."""
     work = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    if out.is_cpu:
+    if on_cpu(out.device):
         # A product of mixed dtypes would convert into a second workspace.
         work.copy_(packed).mul_(scale)
     else:
@@ -81,4 +82,4 @@ def _dequantise(packed: Tensor, scale: Tensor, out: Tensor) -> None:
 
 
 def _rows_at_once(matrix: Tensor) -> int:
-    return max(1, (_AT_ONCE_CPU if matrix.is_cpu else _AT_ONCE) // matrix.shape[-1])
+    return max(1, (_AT_ONCE_CPU if on_cpu(matrix.device) else _AT_ONCE) // matrix.shape[-1])

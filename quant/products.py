@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.common.devices import on_cpu
+
 
 @functools.cache
 def _cpu_multiplies_bfloat16() -> bool:
@@ -28,7 +30,7 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     bfloat16 units emulates it 5 to 10 times slower than it multiplies float32, so there the operands are widened
     (exactly) and the result is rounded (once): the same numbers up to the order of summation.
     """
-    if device.type == "cpu" and dtype == torch.bfloat16 and not _cpu_multiplies_bfloat16():
+    if on_cpu(device) and dtype == torch.bfloat16 and not _cpu_multiplies_bfloat16():
         return torch.float32
     return dtype
 
@@ -39,7 +41,7 @@ def row_padding(dtype: torch.dtype, device: torch.device) -> int:
     On CPU, oneDNN builds one bfloat16 kernel per distinct shape, and building costs more than multiplying when every
     expert has another number of rows in every layer and step. Sixteen keeps the set of shapes small.
     """
-    return 16 if device.type == "cpu" and dtype == torch.bfloat16 else 1
+    return 16 if on_cpu(device) and dtype == torch.bfloat16 else 1
 
 
 P = ParamSpec("P")

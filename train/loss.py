@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quant.common.devices import on_cpu
 from quant.common.errors import NibbleError
 from quant.products import product_dtype, without_autocast
 from train.data import IGNORED
@@ -107,13 +108,13 @@ def label_losses(
 
 
 def _chunk_bytes(hidden: Tensor) -> int:
-    return CUDA_CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES
+    return CPU_CHUNK_BYTES if on_cpu(hidden.device) else CUDA_CHUNK_BYTES
 
 
 def _labelled_rows(labels: Tensor, labelled: int | None) -> Tensor:
     """Indices [n] of the rows with a label."""
     mask = labels != IGNORED
-    if labels.is_cuda and labelled is not None:
+    if not on_cpu(labels.device) and labelled is not None:
         torch._assert_async(mask.sum() == labelled, "linear_cross_entropy: `labelled` isn't the number of labels")
         return torch.nonzero_static(mask, size=labelled).squeeze(1)
     return mask.nonzero().squeeze(1)
@@ -123,7 +124,7 @@ def _check_targets(targets: Tensor, rows: Tensor, vocabulary: int) -> None:
     if targets.numel() == 0:
         return
     wrong = (targets < 0) | (targets >= vocabulary)
-    if targets.is_cuda:
+    if not on_cpu(targets.device):
         torch._assert_async(~wrong.any(), f"linear_cross_entropy: a label lies outside 0..{vocabulary - 1}")
     elif wrong.any():
         first = int(wrong.nonzero()[0])
@@ -266,7 +267,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out (float32) = a @ b, accumulated in float32; a CPU rounds a bfloat16 product to bfloat16 on the way."""
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
-    if a.is_cuda:
+    if not on_cpu(a.device):
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return out.copy_(torch.mm(a, b))
 
@@ -275,7 +276,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total (float32) += a @ b."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    elif not on_cpu(a.device):
         total.add_(torch.mm(a, b, out_dtype=torch.float32))
     else:
         total.add_(torch.mm(a, b))

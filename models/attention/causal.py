@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.blocks.documents import Documents
+from quant.common.devices import on_cpu
 from quant.products import product_dtype
 
 
@@ -25,7 +26,7 @@ def causal_attention(
     document, and no [N, N] mask exists.
     """
     value_width = value.shape[-1]
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if not on_cpu(query.device) and query.dtype in (torch.bfloat16, torch.float16):
         # Unlike scaled_dot_product_attention, the variable-length kernel doesn't pad to the multiples of 8 it needs.
         out = _flash(*_same_width(query, key, value, multiple=8), documents, scale, window)
     else:

@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from models.attention.fla import uses_fla
 from models.blocks.documents import Documents
+from quant.common.devices import on_cpu
 from quant.products import without_autocast
 
 NORM_EPS = 1e-6  # under the root when keys and queries are scaled to unit length
@@ -87,7 +88,7 @@ def chunked_gated_delta_rule(
     """The chunked form in torch on any device. Arguments and result as of `gated_delta_rule`."""
     if value.shape[1] % key.shape[1]:
         raise ValueError(f"{value.shape[1]} value heads are not a multiple of {key.shape[1]} key heads")
-    blocking = blocking or (ON_CPU if value.device.type == "cpu" else ON_CUDA)
+    blocking = blocking or (ON_CPU if on_cpu(value.device) else ON_CUDA)
     result: Tensor = _Chunked.apply(blocking, query, key, value, decay, beta, documents.positions)
     return result
 
@@ -101,7 +102,7 @@ def chunks_from_state(
     The state, in the dtype of the computation, is overwritten with that after the last token. positions: int64 [N].
     Arguments and result otherwise as of `gated_delta_rule`.
     """
-    blocking = ON_CPU if value.device.type == "cpu" else ON_CUDA
+    blocking = ON_CPU if on_cpu(value.device) else ON_CUDA
     return _outputs(_Inputs((query, key, value, decay, beta, positions), blocking), state=state)
 
 

@@ -26,6 +26,7 @@ from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
+from quant.common.devices import on_cpu
 from quant.products import product_dtype, without_autocast
 
 # Scores that exist at a time, over all heads: 128 MiB in float32, whatever the length of a document.
@@ -250,7 +251,7 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two batches without rounding the sums to the operands' dtype, as fused attention kernels have them."""
     if a.dtype == torch.float32:
         return torch.bmm(a, b)
-    if a.is_cuda:
+    if not on_cpu(a.device):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a.to(torch.float32), b.to(torch.float32))
 

@@ -13,9 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from models.attention.cache import Continued
 from models.blocks.documents import Documents
+from quant.common.devices import on_cpu
 
 # Scratch in float32 is a few times this many rows of C channels.
-TOKENS_AT_A_TIME = {"cpu": 128, "cuda": 4096}
+TOKENS_ON_CPU, TOKENS_ELSEWHERE = 128, 4096
 
 
 def short_convolution(x: Tensor, weight: Tensor, documents: Documents) -> Tensor:
@@ -87,7 +88,7 @@ class _ShortConvolution(torch.autograd.Function):
 
 
 def _blocks(x: Tensor) -> list[tuple[int, int]]:
-    size = TOKENS_AT_A_TIME["cpu" if x.device.type == "cpu" else "cuda"]
+    size = TOKENS_ON_CPU if on_cpu(x.device) else TOKENS_ELSEWHERE
     return [(start, min(start + size, len(x))) for start in range(0, len(x), size)]
 
 

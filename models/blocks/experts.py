@@ -18,6 +18,7 @@ c experts at a time.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import ExpertWeights, trained
+from quant.common.devices import on_cpu
 from quant.kinds import new_storage
 from quant.products import (
     Groups,
@@ -40,9 +42,10 @@ from quant.products import (
     without_autocast,
 )
 
-# Experts whose weights are dense at a time on an accelerator: 16 of GLM-4.7-Flash are 288 MiB in bfloat16, enough
-# to keep a grouped product busy. On CPU one expert fits the caches best.
-EXPERTS_AT_A_TIME = 16
+# On an accelerator so many experts are dense at a time that those of the larger stack fit in here. By bytes, since an
+# expert of GLM-5 is twelve times one of Qwen3.5, and every chunk launches the same few dozen kernels: of few small
+# experts they would end before the host has launched the next. On CPU one expert fits the caches best.
+DENSE_BYTES_AT_A_TIME = 512 * 2**20
 # Tokens whose choices are summed at a time: bounds the float32 workspace of the sum.
 TOKENS_AT_A_TIME = 2048
 
@@ -176,8 +179,15 @@ class Experts(nn.Module):
         x, weights = x.detach(), weights.detach()
         return _Compute.apply(saved, lambda: _forward(self, x, weights, routing))
 
-    def chunk_size(self, device: torch.device) -> int:
-        return self.experts_at_a_time or (1 if device.type == "cpu" else EXPERTS_AT_A_TIME)
+    def chunk_size(self, device: torch.device, dtype: torch.dtype) -> int:
+        """How many experts are dense in `dtype` at a time: alike in all chunks, but for the last."""
+        if self.experts_at_a_time is not None:
+            return self.experts_at_a_time
+        if on_cpu(device):
+            return 1
+        values = max(math.prod(stack.weight.shape[1:]) for stack in (self.gate_up_proj, self.down_proj))
+        most = max(1, DENSE_BYTES_AT_A_TIME // (values * dtype.itemsize))
+        return math.ceil(self.experts / math.ceil(self.experts / most))
 
 
 # The block is two autograd functions in a row. `_SaveForBackward` comes first and computes nothing: it saves what the
@@ -246,11 +256,8 @@ class _Scratch:
 class _LowRank:
     """A projection's LoRA on one chunk of experts: the low-rank path x Aᵀ, then Bᵀ, and its gradients."""
 
-    def __init__(self, projection: ExpertWeights, chunk: Chunk, dtype: torch.dtype) -> None:
-        lora = projection.lora
-        assert lora is not None
-        self.a, self.b = lora.A.detach()[chunk.experts].to(dtype), lora.B.detach()[chunk.experts].to(dtype)
-        self.scaling, self.groups = lora.scaling, chunk.groups
+    def __init__(self, a: Tensor, b: Tensor, scaling: float, groups: Groups) -> None:
+        self.a, self.b, self.scaling, self.groups = a, b, scaling, groups
 
     def inner(self, rows: Tensor) -> Tensor:
         """s · x Aᵀ [n, R]. The scale is applied here, on the narrow side."""
@@ -265,6 +272,20 @@ class _LowRank:
 
     def add_input_gradient(self, d_inner: Tensor, dx: Tensor) -> Tensor:
         return grouped_linear_input(d_inner, self.a, self.groups, add_to=dx)
+
+
+class _Adapter:
+    """A projection's LoRA, if it has one, in the dtype of products: cast once for all chunks."""
+
+    def __init__(self, projection: ExpertWeights, dtype: torch.dtype) -> None:
+        self.lora = projection.lora
+        if self.lora is not None:
+            self.a, self.b = self.lora.A.detach().to(dtype), self.lora.B.detach().to(dtype)
+
+    def __call__(self, chunk: Chunk) -> _LowRank | None:
+        if self.lora is None:
+            return None
+        return _LowRank(self.a[chunk.experts], self.b[chunk.experts], self.lora.scaling, chunk.groups)
 
 
 def _gather(source: Tensor, tokens: Tensor, padding: int) -> Tensor:
@@ -304,17 +325,19 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _forward(module: Experts, x: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-    dtype, size, chosen = product_dtype(x.device, x.dtype), module.chunk_size(x.device), weights.shape[1]
+    dtype, chosen = product_dtype(x.device, x.dtype), weights.shape[1]
+    size = module.chunk_size(x.device, dtype)
     gate_up, down = module.gate_up_proj, module.down_proj
     dense_gate_up, dense_down = (_Scratch(part, size, dtype, x.device) for part in (gate_up, down))
+    gate_up_adapter, down_adapter = (_Adapter(part, dtype) for part in (gate_up, down))
     padding = row_padding(dtype, x.device) if size == 1 else 1
     slots = torch.empty(len(routing.slots), x.shape[1], dtype=dtype, device=x.device)
     source = x.to(dtype)
 
-    def project(rows: Tensor, projection: ExpertWeights, dense: _Scratch, chunk: Chunk) -> Tensor:
+    def project(rows: Tensor, dense: _Scratch, adapter: _Adapter, chunk: Chunk) -> Tensor:
         y = grouped_linear(rows, dense(chunk.experts), chunk.groups)
-        if projection.lora is not None:
-            lora = _LowRank(projection, chunk, dtype)
+        lora = adapter(chunk)
+        if lora is not None:
             lora.add_output(lora.inner(rows), y)
         return y
 
@@ -322,14 +345,14 @@ def _forward(module: Experts, x: Tensor, weights: Tensor, routing: Routing) -> T
         chosen_slots = routing.slots[chunk.start : chunk.stop]
         rows = _gather(source, chosen_slots // chosen, padding)
         chunk = _padded(chunk, rows)
-        hidden = _swiglu(project(rows, gate_up, dense_gate_up, chunk))
-        y = project(hidden, down, dense_down, chunk)
+        hidden = _swiglu(project(rows, dense_gate_up, gate_up_adapter, chunk))
+        y = project(hidden, dense_down, down_adapter, chunk)
         slots.index_copy_(0, chosen_slots, y[: len(chosen_slots)])
     return combine(slots, weights, chosen, x.dtype)
 
 
 class _Gradients:
-    """Gradients of one projection's LoRA or weight, filled expert by expert."""
+    """Gradients of one projection's LoRA or weight, filled chunk by chunk; writing casts to their dtype."""
 
     def __init__(self, projection: ExpertWeights, needs_a: bool, needs_b: bool, needs_value: bool) -> None:
         lora = projection.lora
@@ -344,11 +367,11 @@ class _Gradients:
         if lora is not None:
             _, inner, d_inner = lora
             if self.a is not None:
-                self.a[chunk.experts] = grouped_linear_weight(d_inner, rows, chunk.groups).to(self.a.dtype)
+                self.a[chunk.experts] = grouped_linear_weight(d_inner, rows, chunk.groups)
             if self.b is not None:
-                self.b[chunk.experts] = grouped_linear_weight(dy, inner, chunk.groups).to(self.b.dtype)
+                self.b[chunk.experts] = grouped_linear_weight(dy, inner, chunk.groups)
         if self.value is not None:
-            self.value[chunk.experts] = grouped_linear_weight(dy, rows, chunk.groups).to(self.value.dtype)
+            self.value[chunk.experts] = grouped_linear_weight(dy, rows, chunk.groups)
 
 
 def _backward(
@@ -359,9 +382,11 @@ def _backward(
     With h the SwiGLU output of a row, g its routing weight and d the gradient of the token's output, the row's output
     is g · W h. So u = Wᵀ d gives both dh = g · u and dg = <W h, d> = <h, u>: the down projection is not computed again.
     """
-    dtype, size, chosen = product_dtype(x.device, x.dtype), module.chunk_size(x.device), weights.shape[1]
+    dtype, chosen = product_dtype(x.device, x.dtype), weights.shape[1]
+    size = module.chunk_size(x.device, dtype)
     gate_up, down = module.gate_up_proj, module.down_proj
     dense_gate_up, dense_down = (_Scratch(part, size, dtype, x.device) for part in (gate_up, down))
+    gate_up_adapter, down_adapter = (_Adapter(part, dtype) for part in (gate_up, down))
     padding = row_padding(dtype, x.device) if size == 1 else 1
     needs_x, needs_weights = needs[:2]
     gate_up_grads, down_grads = _Gradients(gate_up, *needs[2:5]), _Gradients(down, *needs[5:8])
@@ -379,7 +404,7 @@ def _backward(
         # Forward again, up to h.
         w_gate_up = dense_gate_up(chunk.experts)
         y = grouped_linear(rows, w_gate_up, chunk.groups)
-        gate_up_lora = _LowRank(gate_up, chunk, dtype) if gate_up.lora is not None else None
+        gate_up_lora = gate_up_adapter(chunk)
         gate_up_inner = gate_up_lora.inner(rows) if gate_up_lora is not None else None
         if gate_up_lora is not None and gate_up_inner is not None:
             gate_up_lora.add_output(gate_up_inner, y)
@@ -388,8 +413,7 @@ def _backward(
         # Down: u = Wᵀ d, with the adapter's share.
         u = grouped_linear_input(d_out, dense_down(chunk.experts), chunk.groups)
         down_lora = None
-        if down.lora is not None:
-            adapted = _LowRank(down, chunk, dtype)
+        if (adapted := down_adapter(chunk)) is not None:
             d_inner = adapted.inner_gradient(d_out)
             adapted.add_input_gradient(d_inner, u)
             down_lora = (adapted, adapted.inner(hidden), d_inner.mul_(row_weights))

@@ -50,7 +50,7 @@ def test_block_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = short_convolution(x, weight, documents)
     expected_grads = torch.autograd.grad(expected, (x, weight), grad)
     for size in (1, 2, 3, 16):
-        monkeypatch.setattr(short_conv, "TOKENS_AT_A_TIME", {"cpu": size})
+        monkeypatch.setattr(short_conv, "TOKENS_ON_CPU", size)
         out = short_convolution(x, weight, documents)
         assert_close(out, expected, 1e-6, what=f"output, {size} at a time")
         for ours, theirs in zip(torch.autograd.grad(out, (x, weight), grad), expected_grads, strict=True):

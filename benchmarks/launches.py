@@ -1,0 +1,120 @@
+"""`python -m benchmarks.launches`: what one training step launches and keeps on an accelerator, counted without one."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.launches_cases import ADAPTER_DTYPES, FULL, STORAGES, LaunchCase, full_config, targets_of
+from benchmarks.report import table
+from quant.common.errors import NibbleError
+
+if TYPE_CHECKING:
+    from benchmarks.launches_step import Step
+
+GiB = 1 << 30
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.launches",
+        description="One training step (forward, loss, backward, with recomputation) of a full-size model on meta\n"
+        "tensors, which have shapes and no values and take the accelerator's way. Counts the operations that would\n"
+        "launch a kernel, follows the memory that is live, and adds up the least time of each operation. Every\n"
+        "combination of the options is a case; one takes 10 to 60 s of one CPU. Needs no GPU.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("--arch", nargs="+", choices=tuple(FULL), default=["glm4_moe_lite"], help="default: glm4_moe_lite")
+    add("--all", action="store_true", help="every architecture")
+    add("--storage", nargs="+", choices=STORAGES, default=["nf4"], help="of the frozen weights (default: nf4)")
+    add("--adapter-dtype", nargs="+", choices=ADAPTER_DTYPES, default=["bfloat16"], help="default: bfloat16")
+    add("--targets", nargs="+", metavar="GROUP", help="of LoRA (default: what mixes tokens, and the experts)")
+    add("--rank", type=int, default=LaunchCase.rank, help="of LoRA (default: %(default)s)")
+    add("--layers", type=int, help="fewer layers than the model has")
+    add("--length", type=int, default=LaunchCase.length, help="tokens of a sequence (default: %(default)s)")
+    add("--sequences", type=int, default=LaunchCase.sequences, help="packed into a step (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write everything counted to FILE")
+    return made
+
+
+def case_row(name: str, case: LaunchCase, step: Step) -> list[str]:
+    layers = len(step.layers)
+    return [
+        f"{name}, {layers} layers, {case.storage}, {case.adapter_dtype} LoRA",
+        f"{step.per_moe_layer:,.0f}",
+        f"{step.total.launches / layers:,.0f}",
+        f"{step.total.launches:,}",
+        f"{step.waits:,}",
+        f"{step.weights / GiB:.2f}",
+        f"{step.peak / GiB:.2f}",
+        f"{step.total.seconds:.2f}",
+        f"{step.cpu_seconds:.0f}",
+    ]
+
+
+HEAD = ("case", "per MoE layer", "all / layers", "step", "waits", "weights", "peak", "device s", "CPU s")
+
+
+def kinds_table(name: str, step: Step) -> str:
+    rows = []
+    for kind, total in step.kinds.items():
+        per_layer = step.moe_kinds[kind].launches / max(len(step.moe), 1)
+        cells = (f"{per_layer:,.1f}", f"{total.launches:,}", f"{total.bytes / GiB:,.1f}", f"{1e3 * total.seconds:,.1f}")
+        rows.append([kind, *cells])
+    return table([name, "per MoE layer", "step", "GiB moved", "device ms"], rows)
+
+
+def cases(arguments: argparse.Namespace) -> list[tuple[str, LaunchCase]]:
+    found = []
+    chosen = list(FULL) if arguments.all else arguments.arch
+    for arch, storage, dtype in itertools.product(chosen, arguments.storage, arguments.adapter_dtype):
+        targets = tuple(arguments.targets or targets_of(arch))
+        case = LaunchCase(
+            full_config(arch, arguments.layers), storage, dtype, targets, arguments.rank,
+            sequences=arguments.sequences, length=arguments.length,
+        )  # fmt: skip
+        found.append((FULL[arch][0], case))
+    return found
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if min(arguments.length, arguments.sequences, arguments.rank, arguments.layers or 1) < 1:
+        raise NibbleError("--layers, --length, --sequences and --rank are numbers from 1 on.")
+    from benchmarks.launches_step import measure  # imports torch
+
+    rows, kept = [], []
+    for name, case in cases(arguments):
+        step = measure(case)
+        rows.append(case_row(name, case, step))
+        kept.append({"model": name, **asdict(case), **asdict(step), "total": asdict(step.total)})
+        print(kinds_table(rows[-1][0], step) + "\n", flush=True)
+    tokens = f"{arguments.sequences} × {arguments.length} tokens"
+    print(f"{tokens}, bfloat16, recomputation, adamw_8bit, LoRA r{arguments.rank}; memory in GiB; device s: at least")
+    print(table(HEAD, rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        return run(arguments)
+    except NibbleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

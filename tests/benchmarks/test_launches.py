@@ -1,0 +1,130 @@
+"""benchmarks.launches: what a training step launches per layer today, its waits, and the counting itself."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import launches
+from benchmarks.launches_cases import LaunchCase, full_config, targets_of
+from benchmarks.launches_step import META, build, measure, supply_rows
+from benchmarks.operations import ALLOCATION, Recorder, Total
+from models.blocks.documents import Documents
+from models.blocks.experts import Experts
+from models.blocks.factory import Factory
+from quant.storage import StorageSpec
+
+# Launches of each of the first layers at full width, 2 × 2048 tokens, nf4, bfloat16 LoRA of rank 32, recomputation.
+# The first layer needs no gradient for its input. What changes a number here changes docs/performance.md too.
+FEW_LAYERS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "glm4_moe_lite": ({"num_hidden_layers": 2}, [323, 563]),
+    "glm4_moe": ({"num_hidden_layers": 2}, [233, 776]),
+    "glm_moe_dsa": ({"num_hidden_layers": 2, "first_k_dense_replace": 1}, [325, 2342]),
+    # In a window, full.
+    "afmoe": ({"num_hidden_layers": 2, "num_dense_layers": 0, "global_attn_every_n_layers": 2}, [554, 532]),
+    "qwen3_moe": ({"num_hidden_layers": 2}, [432, 464]),
+    # Gated delta rule, attention.
+    "qwen3_5_moe": ({"num_hidden_layers": 2, "full_attention_interval": 2}, [2105, 571]),
+}
+
+
+@pytest.mark.parametrize("arch", FEW_LAYERS)
+def test_launches_of_every_architecture(arch: str) -> None:
+    fewer, expected = FEW_LAYERS[arch]
+    step = measure(LaunchCase(full_config(arch) | fewer, targets=targets_of(arch)))
+    assert step.layers == expected
+    # A layer with experts waits for the device once a pass: when it is computed, and when it is computed again.
+    assert step.waits == 2 * len(step.moe) > 0
+    assert step.total.launches == sum(step.layers) + step.rest
+
+
+@pytest.mark.parametrize(("storage", "dtype", "expected"), [("nf4", "float32", 611), ("int8", "bfloat16", 667)])
+def test_launches_of_storages_and_adapter_dtypes(storage: str, dtype: str, expected: int) -> None:
+    step = measure(LaunchCase(full_config("glm4_moe_lite", 2), storage, dtype))
+    assert step.layers[1] == expected
+
+
+def test_the_one_wait_is_for_the_rows_of_experts() -> None:
+    """A tensor without values has nothing to wait for, so whatever asks for a value raises."""
+    model = build(LaunchCase(full_config("qwen3_moe", 1)))
+    tokens, documents = torch.empty(64, dtype=torch.int64, device=META), Documents.from_lengths([64], META)
+    with pytest.raises((NotImplementedError, RuntimeError)) as caught:
+        model.hidden(tokens, documents)
+    frames = traceback.extract_tb(caught.value.__traceback__)
+    assert [frame.name for frame in frames if "/models/" in frame.filename][-1] == "by_expert"
+    (share,) = supply_rows(model)
+    model.hidden(tokens, documents).sum().backward()
+    assert share.waits == 2
+
+
+def test_the_command_prints_and_writes_what_it_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "launches.json"
+    argv = ["--arch", "qwen3_moe", "--layers", "1", "--storage", "none", "--length", "256", "--json", str(file)]
+    assert launches.main(argv) == 0
+    (kept,) = json.loads(file.read_text(encoding="utf-8"))
+    printed = capsys.readouterr().out
+    assert f"{kept['total']['launches']:,}" in printed and "Qwen3-30B-A3B, 1 layers, none" in printed
+    assert kept["peak"] > kept["weights"] > 2 * 128 * 3 * 768 * 2048
+    assert "dequantize_4bit" not in kept["names"]
+    assert launches.main(["--layers", "0"]) == 2
+
+
+def test_products_count_the_operations_that_torch_counts() -> None:
+    a, b = (torch.empty(3, 5, 7, device=META), torch.empty(3, 7, 11, device=META))
+    total = torch.empty(5, 9, device=META)
+
+    def multiply() -> None:
+        torch.bmm(a, b)
+        torch.addmm(total, a[0], torch.empty(7, 9, device=META), alpha=0.5)
+        torch.mm(a[1], b[1], out=torch.empty(5, 11, device=META))
+
+    with FlopCounterMode(display=False) as expected:
+        multiply()
+    with Recorder() as recorder:
+        multiply()
+    assert _sum(recorder).operations == expected.get_total_flops()
+
+
+def test_launches_bytes_and_memory_of_single_operations() -> None:
+    x = torch.empty(64, 1024, device=META)
+    recorder = Recorder()
+    recorder.follow([x])
+    before = recorder.live
+    assert before == 4 * 64 * 1024
+    with recorder:
+        y = x.view(-1)[: 10 * 1024].unflatten(0, (10, 1024)).t()  # views and an allocation launch nothing
+        scratch = torch.empty(3, device=META)
+        assert _sum(recorder) == Total()
+        assert recorder.live == before + ALLOCATION
+        doubled = y * 2.0
+        assert _sum(recorder).bytes == 2 * 4 * 10 * 1024
+        doubled.add_(y)
+        assert _sum(recorder).launches == 2 and _sum(recorder).bytes == 5 * 4 * 10 * 1024
+        peak = recorder.peak
+        del doubled, scratch
+    assert recorder.live == before < peak == recorder.peak
+
+
+def _sum(recorder: Recorder) -> Total:
+    total = Total()
+    for one in recorder.totals.values():
+        total.add(one)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("experts", "hidden", "width", "chunk"),
+    [(64, 2048, 1536, 32), (256, 2048, 512, 128), (128, 2048, 1024, 64), (256, 6144, 2048, 10), (8, 128, 64, 8)],
+)
+def test_as_many_experts_at_a_time_as_fit(experts: int, hidden: int, width: int, chunk: int) -> None:
+    """At most 512 MiB of the larger stack, chunks alike."""
+    block = Experts(experts, hidden, width, Factory(StorageSpec("nf4"), torch.bfloat16, META))
+    assert block.chunk_size(META, torch.bfloat16) == chunk
+    assert block.chunk_size(torch.device("cpu"), torch.bfloat16) == 1
+    assert 2 * 2 * chunk * width * hidden <= 512 * 2**20
