@@ -31,10 +31,9 @@ from torch import Tensor
 
 from quant.common.devices import on_cpu
 from quant.common.errors import NibbleError
+from quant.kernels.choice import uses
+from quant.kernels.dequantise import BLOCK, NESTED_BLOCK, dequantise_four_bit
 from quant.storage import Storage, StorageSpec, TensorSpecs
-
-BLOCK = 64  # values that share a scale
-NESTED_BLOCK = 256  # scales that share a nested scale
 
 # On CPU bitsandbytes quantises in plain torch, with some 20 bytes of workspace per value. Blocks are independent.
 _QUANTISE_AT_ONCE = 1 << 20
@@ -108,9 +107,32 @@ class FourBitStorage(Storage):
     ) -> Tensor:
         packed = self.packed
         out = self._result(which, dtype, out, packed.device)
-        if out.numel():
+        if not out.numel():
+            return out
+        if uses(dequantise_four_bit, packed.device):
+            self._dense_at_once(which, out)
+        else:
             _dequantise(self.kind, packed if which is None else packed[which], self._scales(which), out)
         return out
+
+    def _dense_at_once(self, which: int | slice | None, out: Tensor) -> None:
+        """With the kernel that decodes the scales too."""
+        stack = len(self.shape) == 3
+
+        def chosen(tensor: Tensor) -> Tensor:
+            if not stack:
+                return tensor[None]
+            part = slice(which, which + 1) if isinstance(which, int) else which
+            return (tensor if part is None else tensor[part]).contiguous()
+
+        nested, offset = (
+            (chosen(self.nested_absmax), chosen(self.nested_offset)) if self.spec.double_quant else (None, None)
+        )
+        dequantise_four_bit(
+            chosen(self.packed), chosen(self.absmax), nested, offset,
+            code(self.kind, out.device), dynamic_map(out.device),
+            out=out.view(-1, *self.shape[-2:]),
+        )  # fmt: skip
 
     def _scales(self, which: int | slice | None) -> Tensor:
         """float32 scales of `which`, row by row."""
@@ -187,6 +209,16 @@ def _cpu_kernel(name: str) -> Callable[..., Any] | None:
     kernel = getattr(lib, name)
     # What isn't there is a Python function that raises when called.
     return kernel if hasattr(kernel, "argtypes") else None
+
+
+@functools.cache
+def code(kind: str, device: torch.device) -> Tensor:
+    """The values of the sixteen codes of nf4 or fp4, float32 [16], as bitsandbytes decodes them on this device."""
+    pairs = torch.arange(BLOCK // 2, device=device).remainder(8)
+    packed = (32 * pairs + 2 * pairs + 1).to(torch.uint8)[None]  # 0x01, 0x23 … 0xEF
+    values = torch.empty(1, BLOCK, dtype=torch.float32, device=device)
+    _dequantise(kind, packed, torch.ones(1, 1, device=device), values)
+    return values[0, :16].clone()
 
 
 @functools.cache

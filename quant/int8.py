@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from quant.common.devices import on_cpu
+from quant.kernels.choice import uses
+from quant.kernels.dequantise import dequantise_int8
 from quant.storage import Storage, StorageSpec, TensorSpecs
 
 # 1/127 as bitsandbytes writes it; dividing by 127 would round differently.
@@ -58,6 +60,9 @@ class Int8Storage(Storage):
         out = self._result(which, dtype, out, packed.device)
         if which is not None:
             packed, scale = packed[which], scale[which]
+        if uses(dequantise_int8, out.device):
+            dequantise_int8(packed.contiguous(), scale.contiguous(), _INVERSE_127, out=out)
+            return out
         columns = self.shape[-1]
         flat, packed, scale = out.view(-1, columns), packed.reshape(-1, columns), scale.reshape(-1, 1)
         rows, step = flat.shape[0], _rows_at_once(flat)

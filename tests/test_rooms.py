@@ -14,7 +14,9 @@ PACKAGES = ("quant", "models", "parallel", "train")
 # From bottom to top, the order of docs/architecture.md. A room is a folder, less the files named on their own.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("quant/common",),
+    ("quant/kernels",),
     ("quant",),
+    ("models/kernels",),
     ("models/blocks",),
     ("models/attention",),
     ("models/generation",),

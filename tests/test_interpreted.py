@@ -1,0 +1,25 @@
+"""The tests of tests/kernels, a process for each file: a CPU runs Triton's kernels where TRITON_INTERPRET was set
+before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILES = sorted((Path(__file__).parent / "kernels").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_kernels_under_the_interpreter(file: Path) -> None:
+    assert os.environ.get("TRITON_INTERPRET") != "1", "run tests/kernels itself where the variable is set"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
