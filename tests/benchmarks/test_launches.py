@@ -15,10 +15,15 @@ from benchmarks import launches
 from benchmarks.launches_cases import LaunchCase, full_config, targets_of
 from benchmarks.launches_step import META, build, measure, supply_rows
 from benchmarks.operations import ALLOCATION, Recorder, Total
+from models.adapters.lora import trainable_parameters
 from models.blocks.documents import Documents
 from models.blocks.experts import Experts
 from models.blocks.factory import Factory
+from parallel.shards import Shards
 from quant.storage import StorageSpec
+from train.data.batches import make_batch
+from train.loop import training_step
+from train.optim import build_optimizer
 
 # Launches of each of the first layers at full width, 2 × 2048 tokens, nf4, bfloat16 LoRA of rank 32, recomputation.
 # The first layer needs no gradient for its input. What changes a number here changes docs/performance.md too.
@@ -63,6 +68,21 @@ def test_the_one_wait_is_for_the_rows_of_experts() -> None:
     assert share.waits == 2
 
 
+def test_a_step_waits_once_for_loss_and_norm() -> None:
+    """When everything before the update is queued, for micro-batches of any number."""
+    model = build(LaunchCase(full_config("qwen3_moe", 1)))
+    supply_rows(model)
+    optimizer = build_optimizer("adamw_8bit", trainable_parameters(model), 1e-3)
+    batch = make_batch([([1] * 64, [False] + [True] * 63)], [0])
+    with pytest.raises((NotImplementedError, RuntimeError)) as caught:
+        training_step(Shards(model), optimizer, [batch, batch], step=1, max_grad_norm=1.0, device=META)
+    (frame,) = [frame for frame in traceback.extract_tb(caught.value.__traceback__) if "/train/optim" in frame.filename]
+    assert frame.name == "measure_gradients" and frame.line is not None and ".tolist()" in frame.line
+    assert all(parameter.grad is not None for _, parameter in trainable_parameters(model))
+    for _ in range(2):  # the update waits for nothing
+        optimizer.step()
+
+
 def test_the_command_prints_and_writes_what_it_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "launches.json"
     argv = ["--arch", "qwen3_moe", "--layers", "1", "--storage", "none", "--length", "256", "--json", str(file)]
@@ -70,6 +90,7 @@ def test_the_command_prints_and_writes_what_it_counted(capsys: pytest.CaptureFix
     (kept,) = json.loads(file.read_text(encoding="utf-8"))
     printed = capsys.readouterr().out
     assert f"{kept['total']['launches']:,}" in printed and "Qwen3-30B-A3B, 1 layers, none" in printed
+    assert kept["update"] == 4 + 3  # of each stack of experts; attention's side by side: zeros, a copy, one for all
     assert kept["peak"] > kept["weights"] > 2 * 128 * 3 * 768 * 2048
     assert "dequantize_4bit" not in kept["names"]
     assert launches.main(["--layers", "0"]) == 2
