@@ -92,7 +92,7 @@ class BlockwiseAdamW(Optimizer):
         return _Buffer(group, parameters, starts, values, states | tables)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         for group, parameter in self._alone:
             if parameter.grad is not None:
                 self._update_one(group, parameter)
@@ -153,6 +153,11 @@ class BlockwiseAdamW(Optimizer):
                 state[key] = value[start // BLOCK : -(-stop // BLOCK)]
         step = self.state[parameters[0]]["step"]
         _update(buffer.group, buffer.values[start:stop], together, state, step)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "inner"):
+            raise NibbleError("this optimiser's parameters are settled: build another one, over all of them.")
+        super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: Any) -> None:
         raise NibbleError(

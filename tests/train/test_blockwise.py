@@ -179,7 +179,9 @@ def test_parts_of_others_memory_stay_where_they_are() -> None:
     assert moved == {name for name, parameter in parameters.items() if parameter.numel() < blockwise.CPU_TOGETHER // 4}
 
 
-def test_torchs_own_way_of_loading_is_refused() -> None:
+def test_what_torchs_optimisers_do_and_this_one_cannot_is_refused() -> None:
     optimizer = build_optimizer("adamw_8bit", make_parameters(DTYPES).items(), 0.01)
     with pytest.raises(NibbleError, match=r"Use train\.state\.optimizer_state\.load"):
         optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(NibbleError, match="build another one, over all of them"):
+        optimizer.add_param_group({"params": [("new", nn.Parameter(torch.zeros(3)))]})
