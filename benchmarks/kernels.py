@@ -20,7 +20,7 @@ CARDS = {"80": "A100", "86": "RTX 3090", "89": "RTX 4090", "90": "H100", "100": 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels",
-        description="Takes one training step of a full-size model on meta tensors, compiles every kernel that it would\n"
+        description="Takes a training step of a full-size model on meta tensors, compiles every kernel that it would\n"
         "launch, as it would be launched, and shows what that uses on each card. Exit code 1 where registers spill,\n"
         "where shared memory is larger than the card's, or where a product doesn't use the tensor cores. A kernel\n"
         "takes some 2 s of one CPU. Needs Triton and no GPU.",
