@@ -61,8 +61,8 @@ class _Products:
         scaling: float = 1.0,
         to_slots: bool = False,
     ) -> Tensor:
-        """out [n, b] = scaling · (rows @ matrices [c, a, b] + more_rows [n, R] @ more_matrices [E, R, b]) for the rows of
-        the c experts from `first` on. more: both of these. to_slots: `out` is in the order of slots.
+        """out [n, b] = scaling · (rows @ matrices [c, a, b] + more_rows [n, R] @ more_matrices [E, R, b]) for the rows
+        of the c experts from `first` on. more: both of these. to_slots: `out` is in the order of slots.
         """
         more_rows, more_matrices = more or (None, None)
         grouped_product(
