@@ -33,7 +33,7 @@ def _size(gate_up: ExpertWeights, down: ExpertWeights, device: torch.device, dty
     if on_cpu(device):
         return 1
     experts = gate_up.weight.shape[0]
-    return as_fit(experts, max(math.prod(stack.weight.shape[1:]) for stack in (gate_up, down)), dtype)
+    return as_fit(experts, sum(math.prod(stack.weight.shape[1:]) for stack in (gate_up, down)), dtype)
 
 
 class _LowRank:

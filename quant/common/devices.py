@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+_cpu_is_cpu = [True]  # the last counts
 
 
 def on_cpu(device: torch.device) -> bool:
@@ -15,7 +19,20 @@ def on_cpu(device: torch.device) -> bool:
     operations and memory (`python -m benchmarks.launches`), and fails where the host would wait for the device.
     What belongs to CUDA itself (its memory, streams, backends, kernels of libraries) asks for "cuda".
     """
-    return device.type == "cpu"
+    return device.type == "cpu" and _cpu_is_cpu[-1]
+
+
+@contextmanager
+def cpu_as_accelerator() -> Iterator[None]:
+    """Within it what lies on the CPU is computed the accelerator's way, to time the host (`python -m benchmarks.host`).
+
+    Only for what the CPU's libraries can do: no variable-length attention, no 4-bit storage.
+    """
+    _cpu_is_cpu.append(False)
+    try:
+        yield
+    finally:
+        _cpu_is_cpu.pop()
 
 
 def without_waiting(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
