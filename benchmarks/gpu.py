@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--memory-limit", type=float, metavar="GiB", help="let torch allocate no more, as on a smaller card"
     )
     made.add_argument("--minutes", type=float, default=MINUTES, help="when to stop (default: %(default)s)")
+    made.add_argument("--kernels", choices=("auto", "torch"), default="auto", help="as train.kernels (default: auto)")
     made.add_argument("--profile", action="store_true", help="also list the kernels of one step of every case")
     made.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     return made
@@ -162,10 +163,11 @@ def _reason(code: int, said: Sequence[str]) -> str:
     return (errors or lines or [f"exit code {code}"])[-1][:160]
 
 
-def run_checks(device: str, limit: float) -> list[dict[str, Any]]:
+def run_checks(device: str, kernels: str, limit: float) -> list[dict[str, Any]]:
     """Prints each check as it ends."""
     found = []
-    for kind, text in lines_of([sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_checks", device], limit):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_checks", device, kernels]
+    for kind, text in lines_of(command, limit):
         if kind == "line":
             check = json.loads(text)
         elif text:
@@ -259,7 +261,7 @@ def run(arguments: argparse.Namespace) -> int:
     found: list[dict[str, Any]] = []
     if arguments.only is None or arguments.only == "checks":
         print("\nagainst the CPU, tiny models (error and tolerance)", flush=True)
-        found = run_checks(arguments.device, CHECK_SECONDS)
+        found = run_checks(arguments.device, arguments.kernels, CHECK_SECONDS)
     timed: list[dict[str, Any]] = []
     if arguments.only is None or arguments.only == "timings":
         timed = run_timings(arguments.device, arguments.tiny, TIMING_SECONDS)
@@ -283,6 +285,7 @@ def run(arguments: argparse.Namespace) -> int:
             sequences=arguments.sequences,
             steps=arguments.steps,
             profile=arguments.profile,
+            kernels=arguments.kernels,
             memory_limit=arguments.memory_limit,
         )
         outcome = run_case(named, case, min(left, CASE_SECONDS))

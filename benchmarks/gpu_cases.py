@@ -43,7 +43,7 @@ class Case:
     model: of MODELS; with `tiny`, the demo's model of that architecture.
 
     sequences of `length` tokens each are packed into one micro-batch. profile: also list the kernels of one step.
-    memory_limit: GiB that torch may allocate, as on a smaller card.
+    memory_limit: GiB that torch may allocate, as on a smaller card. kernels: as train.kernels.
     """
 
     storage: str
@@ -59,6 +59,7 @@ class Case:
     tiny: bool = False
     profile: bool = False
     memory_limit: float | None = None
+    kernels: str = "auto"
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))

@@ -19,8 +19,11 @@ from benchmarks.gpu_compare import CPU, DTYPES, Check, Group, compare, random, s
 from models.blocks.factory import Factory
 from models.blocks.linear import LoRA
 from models.experts.block import Experts
+from models.use_kernels import use_kernels
 from parallel.device import choose_device
 from quant.fourbit import BLOCK
+from quant.kernels.choice import KERNELS
+from quant.kernels.language import AVAILABLE
 from quant.kinds import new_storage
 from quant.storage import DenseStorage, StorageSpec
 from train.loss import linear_cross_entropy
@@ -41,6 +44,7 @@ EDGE = 1e-6
 def groups() -> list[Group]:
     """Every check of this project's CUDA paths."""
     blocks: list[Group] = [
+        ("kernels", kernels),
         ("storages", storages),
         ("quantising", quantising),
         ("experts", experts),
@@ -59,6 +63,16 @@ def checks(device: torch.device) -> Iterator[Check]:
         except Exception as error:  # noqa: BLE001  (whatever it is, it is this check's result)
             lines = str(error).strip().splitlines() or [""]
             yield Check(name, f"{type(error).__name__}: {lines[0]}", False)
+
+
+def kernels(device: torch.device) -> Iterator[Check]:
+    """Each of our own against its torch form, on the device."""
+    if not AVAILABLE:
+        yield Check("kernels", "Triton is not here", None)
+        return
+    for name, kernel in sorted(KERNELS.items()):
+        failure = kernel.failure(device)
+        yield Check(f"kernel {name}", failure or "as in torch", failure is None)
 
 
 # ---------------------------------------------------------------------------------------------------------- storages
@@ -196,10 +210,13 @@ def loss_in_chunks(device: torch.device) -> Iterator[Check]:
         yield compare(f"loss in chunks, {short(dtype)}", pairs, tolerance)
 
 
-def main(device_name: str) -> None:
-    for check in checks(choose_device(device_name)):
+def main(device_name: str, wanted: str) -> None:
+    """wanted: as train.kernels."""
+    device = choose_device(device_name)
+    use_kernels(device, wanted)
+    for check in checks(device):
         print(json.dumps(asdict(check)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -27,6 +27,7 @@ from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
 from models.load import allocate
 from models.registry import ARCHITECTURES
+from models.use_kernels import use_kernels
 from parallel.device import choose_device, peak_memory_bytes
 from quant.storage import DenseStorage, Storage, StorageSpec
 from train.demo.checkpoint import initial_value
@@ -106,6 +107,7 @@ def measure(case: Case) -> dict[str, Any]:
     if case.memory_limit is not None and device.type == "cuda":
         total_memory = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.memory_limit * 2**30 / total_memory), device)
+    use_kernels(device, case.kernels)
     start = time.perf_counter()
     model = build_random(case, device)
     model.activation_checkpointing = True

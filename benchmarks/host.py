@@ -38,7 +38,7 @@ NARROW = {
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.host",
-        description="Training steps of a model with the real numbers of layers, experts and choices and almost no width,\n"
+        description="Training steps of a model with the real numbers of layers, experts and choices, and narrow,\n"
         "on a CPU that takes the accelerator's way (float32, int8 experts, recomputation): in torch's forms, where\n"
         "the CPU computes too, and with our own kernels, which are prepared and not launched. What is left is the\n"
         "host's work: Python, autograd and torch's dispatcher, without the driver's share of a launch.",
@@ -111,14 +111,10 @@ def run(arguments: argparse.Namespace) -> int:
         layers = len(model.model.layers)
         rows.append(
             [
-                FULL[arch][0],
-                f"{layers}",
-                f"{before:.2f}",
-                f"{after:.2f}",
-                f"{before / after:.1f}",
-                f"{launched / layers:.0f}",
+                FULL[arch][0], f"{layers}", f"{before:.2f}", f"{after:.2f}",
+                f"{before / after:.1f}", f"{launched / layers:.0f}",
             ]
-        )
+        )  # fmt: skip
     print(table(("model", "layers", "torch's forms, s", "our kernels, s", "ratio", "our kernels per layer"), rows))
     return 0
 

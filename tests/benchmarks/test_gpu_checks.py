@@ -72,10 +72,10 @@ def test_every_device_of_a_check_carries_its_index(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gpu_timings, "timings", lambda device, tiny: devices.append(device) or iter(()))
     monkeypatch.setattr(gpu_train, "build_random", lambda case, device: devices.append(device) or sys.exit())
     for name in ("cuda", "cuda:0"):
-        gpu_checks.main(name)
+        gpu_checks.main(name, "torch")
         gpu_timings.main(name, tiny=True)
         with pytest.raises(SystemExit):
-            gpu_train.measure(replace(CASES[0].case, device=name))
+            gpu_train.measure(replace(CASES[0].case, device=name, kernels="torch"))
     assert devices == [torch.device("cuda", 1)] * 3 + [torch.device("cuda", 0)] * 3
 
 
