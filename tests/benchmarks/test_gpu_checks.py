@@ -94,14 +94,14 @@ def passes(found: Any) -> bool:
 
 @pytest.mark.parametrize(
     "group",
-    [*gpu_checks.groups()[:4], *gpu_checks_sequence.groups(), gpu_checks.groups()[-1]],
+    [*gpu_checks.groups()[:5], *gpu_checks_sequence.groups(), gpu_checks.groups()[-1]],
     ids=lambda group: group[0],
 )
 def test_checks_of_blocks_pass_on_the_cpu(group: gpu_compare.Group):
     found = list(group[1](CPU))
     assert all(check.passed is not False for check in found), found
     skipped = [check.name for check in found if check.passed is None]
-    assert bool(skipped) == (group[0] == "flash-linear-attention"), "only that one needs CUDA"
+    assert bool(skipped) == (group[0] in ("kernels", "flash-linear-attention")), "only these need a GPU"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
