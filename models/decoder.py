@@ -20,6 +20,7 @@ from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
+from models.blocks.norm import RMSNorm
 from models.blocks.usage import ExpertUsage, RouterWatch
 from models.generation.engine import Generated, generate
 from models.generation.sampling import GREEDY, Sampling
@@ -88,7 +89,7 @@ class Embedding(nn.Module):
 class PreNormLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): what most architectures' layers are. norm: makes one, by size."""
 
-    def __init__(self, hidden: int, attention: nn.Module, mlp: nn.Module, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, hidden: int, attention: nn.Module, mlp: nn.Module, norm: Callable[[int], RMSNorm]) -> None:
         super().__init__()
         self.input_layernorm = norm(hidden)
         self.self_attn = attention
@@ -97,8 +98,9 @@ class PreNormLayer(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, H] and the rotary tables of its positions: [N, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), documents, tables)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.input_layernorm.after(x)
+        x, normed = self.post_attention_layernorm.after(x, self.self_attn(normed, documents, tables))
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

@@ -179,9 +179,10 @@ class DecoderLayer(nn.Module):
         tables: tuple[Tensor, Tensor],
         selected: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        attended, selected = self.self_attn(self.input_layernorm(x), documents, parts, tables, selected)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), selected
+        x, normed = self.input_layernorm.after(x)
+        attended, selected = self.self_attn(normed, documents, parts, tables, selected)
+        x, normed = self.post_attention_layernorm.after(x, attended)
+        return x + self.mlp(normed), selected
 
 
 class SelectingDecoder(Decoder):

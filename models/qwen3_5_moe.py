@@ -258,12 +258,10 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(c, factory)
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
-        normed = self.input_layernorm(x)
-        if self.linear:
-            x = x + self.linear_attn(normed, documents)
-        else:
-            x = x + self.self_attn(normed, documents, tables)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.input_layernorm.after(x)
+        mixed = self.linear_attn(normed, documents) if self.linear else self.self_attn(normed, documents, tables)
+        x, normed = self.post_attention_layernorm.after(x, mixed)
+        return x + self.mlp(normed)
 
 
 def build(config: Qwen3_5MoeConfig, factory: Factory) -> CausalLM:

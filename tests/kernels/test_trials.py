@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import models.kernels.rms_norm
 import quant.kernels.dequantise  # noqa: F401
 from quant.kernels.choice import KERNELS, Arguments
 

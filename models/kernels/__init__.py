@@ -1,0 +1,1 @@
+"""Kernels for CUDA of what models compute element by element, each beside its torch form (quant/kernels)."""
