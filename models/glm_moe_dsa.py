@@ -141,15 +141,14 @@ class SelectingAttention(LatentAttention):
         parts: of the documents; none where they are continued ones.
         """
         query, compressed = self.query(x, tables)
-        latent, rotated = self.kept(x, tables)
         if isinstance(documents, Continued):
             if self.indexer is not None:
                 selected = self.indexer.continued(x, compressed, documents, tables)
-            out = self.continued(query, torch.cat((latent[:, None], rotated), dim=-1), documents, selected)
+            out = self.continued(query, self.kept(x, tables), documents, selected)
         else:
             if self.indexer is not None:
                 selected = self.indexer(x, compressed, parts, tables)
-            out = selected_attention(query, *self.expanded(latent, rotated), parts, selected, self.config.scale)
+            out = selected_attention(query, *self.keys_and_values(x, tables), parts, selected, self.config.scale)
         return self.o_proj(out.flatten(1)), selected
 
     def continued(self, query: Tensor, kept: Tensor, documents: Continued, selected: Tensor | None = None) -> Tensor:

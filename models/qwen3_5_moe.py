@@ -33,7 +33,7 @@ from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
-from models.blocks.mlp import SwiGLU
+from models.blocks.mlp import SwiGLU, times_silu
 from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm
@@ -217,7 +217,7 @@ class GatedDeltaNet(nn.Module):
         else:
             out = gated_delta_rule(*inputs, documents)
         gate = self.in_proj_z(x).unflatten(-1, (c.value_heads, c.value_dim))
-        return self.out_proj((self.norm(out) * F.silu(gate)).flatten(1))
+        return self.out_proj(times_silu(self.norm(out), gate).flatten(1))
 
 
 class MoE(nn.Module):

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from models.attention.cache import Continued
 from models.attention.causal import causal_attention
 from models.attention.continued import latent_attention
-from models.attention.rope import RopeConfig, partial_rotary_factor, rotate
+from models.attention.rope import RopeConfig, partial_rotary_factor, rotate, rotate_last
 from models.blocks.configjson import refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.norm import RMSNorm
+from models.kernels.latent_keys import latent_keys, latent_keys_forward
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, integer, optional_integer
+from quant.kernels.choice import uses
 
 # The norms inside the attention keep the reference's default instead of following rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -103,11 +105,10 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, H] and the rotary tables float32 [N, rope_dim/2] of its positions: [N, H]."""
         query, _ = self.query(x, tables)
-        latent, rotated = self.kept(x, tables)
         if isinstance(documents, Continued):
-            out = self.continued(query, torch.cat((latent[:, None], rotated), dim=-1), documents)
+            out = self.continued(query, self.kept(x, tables), documents)
         else:
-            out = causal_attention(query, *self.expanded(latent, rotated), documents, self.config.scale)
+            out = causal_attention(query, *self.keys_and_values(x, tables), documents, self.config.scale)
         return self.o_proj(out.flatten(1))
 
     def query(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -118,21 +119,35 @@ class LatentAttention(nn.Module):
         else:
             latent = self.q_a_layernorm(self.q_a_proj(x))
             query = self.q_b_proj(latent)
-        nope, rope = query.unflatten(-1, (c.heads, c.key_dim)).split((c.nope_dim, c.rope_dim), dim=-1)
-        return torch.cat((nope, rotate(rope, tables, interleaved=c.interleaved)), dim=-1), latent
+        return rotate_last(query.unflatten(-1, (c.heads, c.key_dim)), tables, interleaved=c.interleaved), latent
 
-    def kept(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What keys and values are made of: the normed latent [N, latent_rank], the rotated key [N, 1, rope_dim]."""
-        c = self.config
-        latent, shared_key = self.kv_a_proj_with_mqa(x).split((c.latent_rank, c.rope_dim), dim=-1)
-        return self.kv_a_layernorm(latent), rotate(shared_key[:, None], tables, interleaved=c.interleaved)
+    def narrow(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What keys and values are made of: the normed latent [N, latent_rank], the key [N, rope_dim] of all heads."""
+        latent, shared_key = self.kv_a_proj_with_mqa(x).split((self.config.latent_rank, self.config.rope_dim), dim=-1)
+        return self.kv_a_layernorm(latent), shared_key
 
-    def expanded(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+    def kept(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Both, the key rotated, as generation keeps them: [N, 1, latent_rank + rope_dim]."""
+        latent, shared_key = (part[:, None] for part in self.narrow(x))
+        return torch.cat((latent, rotate(shared_key, tables, interleaved=self.config.interleaved)), dim=-1)
+
+    def keys_and_values(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys [N, h, key_dim] and values [N, h, value_dim]."""
         c = self.config
-        expanded = self.kv_b_proj(latent).unflatten(-1, (c.heads, c.nope_dim + c.value_dim))
-        key, value = expanded.split((c.nope_dim, c.value_dim), dim=-1)
+        latent, shared_key = self.narrow(x)
+        if uses(latent_keys_forward, x.device):
+            return latent_keys(self.wide(latent), shared_key, tables, c.nope_dim, interleaved=c.interleaved)
+        return self.expanded(latent, rotate(shared_key[:, None], tables, interleaved=c.interleaved))
+
+    def expanded(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        """`keys_and_values` of a normed latent [N, latent_rank] and a rotated key [N, 1, rope_dim]."""
+        c = self.config
+        key, value = self.wide(latent).split((c.nope_dim, c.value_dim), dim=-1)
         return torch.cat((key, rotated.expand(-1, c.heads, -1)), dim=-1), value
+
+    def wide(self, latent: Tensor) -> Tensor:
+        """[N, h, nope_dim + value_dim]: each head's key without positions, and its value."""
+        return self.kv_b_proj(latent).unflatten(-1, (self.config.heads, -1))
 
     def continued(self, query: Tensor, kept: Tensor, documents: Continued) -> Tensor:
         """Attention of queries [N, h, key_dim] to what the cache has and gets, `kept` [N, 1, latent_rank + rope_dim].

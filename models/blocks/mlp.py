@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
+from models.kernels.gates import gated, gated_forward
+from quant.kernels.choice import uses
 
 
 class SwiGLU(nn.Module):
@@ -21,4 +23,14 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden, factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(times_silu(self.up_proj(x), self.gate_proj(x)))
+
+
+def times_silu(x: Tensor, gate: Tensor) -> Tensor:
+    """silu(gate) · x."""
+    return gated(gate, x, silu=True) if uses(gated_forward, x.device) else F.silu(gate) * x
+
+
+def times_sigmoid(x: Tensor, gate: Tensor) -> Tensor:
+    """sigmoid(gate) · x."""
+    return gated(gate, x, silu=False) if uses(gated_forward, x.device) else x * gate.sigmoid()

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+import models.kernels.gates
+import models.kernels.latent_keys
 import models.kernels.rms_norm
+import models.kernels.rotary
 import quant.kernels.dequantise  # noqa: F401
 from quant.kernels.choice import KERNELS, Arguments
 

@@ -1,0 +1,178 @@
+"""One half times an activation of the other, in one launch each way: SwiGLU, and attention's output gates.
+
+The activation is rounded to the dtype of x before the product, as torch's two operations do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.kernels.rows import VALUES_AT_A_TIME, rows_of
+from quant.kernels.choice import Arguments, kernel
+from quant.kernels.language import blocks, jit, launch, power_of_two, tl
+
+_COLUMNS_AT_A_TIME = 1024
+
+
+@jit
+def _forward(
+    gate, x, out, rows, columns, gate_row, x_row, SILU: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr
+):  # fmt: skip
+    """Program (i, j): ROWS rows, B columns."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * B + tl.arange(0, B)
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    g = tl.load(gate + row[:, None] * gate_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    value = tl.load(x + row[:, None] * x_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    active = 1.0 / (1.0 + tl.exp(-g))
+    if SILU:
+        active = g * active
+    active = active.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row[:, None] * columns + column[None, :], (active * value).to(out.dtype.element_ty), mask=there)
+
+
+@jit
+def _backward(
+    grad, gate, x, d_gate, d_x, rows, columns, grad_row, gate_row, x_row,
+    SILU: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): ROWS rows, B columns."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * B + tl.arange(0, B)
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    d = tl.load(grad + row[:, None] * grad_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    g = tl.load(gate + row[:, None] * gate_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    value = tl.load(x + row[:, None] * x_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    chance = 1.0 / (1.0 + tl.exp(-g))
+    if SILU:
+        active, slope = g * chance, chance * (1.0 + g * (1.0 - chance))
+    else:
+        active, slope = chance, chance * (1.0 - chance)
+    at = row[:, None] * columns + column[None, :]
+    tl.store(d_gate + at, (d * value * slope).to(d_gate.dtype.element_ty), mask=there)
+    tl.store(d_x + at, (d * active).to(d_x.dtype.element_ty), mask=there)
+
+
+def _grid(shape: torch.Size) -> tuple[tuple[int, int], dict[str, int]]:
+    width = min(power_of_two(shape[1], 16), _COLUMNS_AT_A_TIME)
+    rows = VALUES_AT_A_TIME // width
+    return (blocks(shape[0], rows), blocks(shape[1], width)), {"ROWS": rows, "B": width}
+
+
+def _run(gate: Tensor, x: Tensor, silu: bool, *, out: Tensor) -> None:
+    grid, sizes = _grid(x.shape)
+    launch(_forward, grid, gate, x, out, *x.shape, gate.stride(0), x.stride(0), SILU=silu, **sizes)
+
+
+def _reference(gate: Tensor, x: Tensor, silu: bool, *, out: Tensor) -> None:
+    out.copy_((F.silu(gate) if silu else gate.sigmoid()) * x)
+
+
+def _run_backward(grad: Tensor, gate: Tensor, x: Tensor, silu: bool, *, d_gate: Tensor, d_x: Tensor) -> None:
+    grid, sizes = _grid(x.shape)
+    strides = (grad.stride(0), gate.stride(0), x.stride(0))
+    launch(_backward, grid, grad, gate, x, d_gate, d_x, *x.shape, *strides, SILU=silu, **sizes)
+
+
+def _reference_backward(grad: Tensor, gate: Tensor, x: Tensor, silu: bool, *, d_gate: Tensor, d_x: Tensor) -> None:
+    d, g = grad.float(), gate.float()
+    backward = torch.ops.aten.silu_backward if silu else lambda d, g: torch.ops.aten.sigmoid_backward(d, g.sigmoid())
+    d_gate.copy_(backward(d * x.float(), g))
+    d_x.copy_(d * (F.silu(g) if silu else g.sigmoid()))
+
+
+def _run_swiglu(gate_up: Tensor, *, out: Tensor) -> None:
+    _run(*gate_up.chunk(2, dim=-1), True, out=out)
+
+
+def _reference_swiglu(gate_up: Tensor, *, out: Tensor) -> None:
+    _reference(*gate_up.chunk(2, dim=-1), True, out=out)
+
+
+def _random(device: torch.device) -> Iterator[tuple[Tensor, bool]]:
+    """Both halves of a row beside each other, and whether SwiGLU's."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, dtype in ((7, 1536, torch.bfloat16), (33, 40, torch.float32), (1, 256, torch.bfloat16)):
+        for silu in (True, False):
+            yield torch.randn(rows, 2 * columns, generator=generator).to(device, dtype), silu
+
+
+def _trials(device: torch.device) -> Iterator[Arguments]:
+    for both, silu in _random(device):
+        gate, x = both.chunk(2, dim=-1)
+        yield (gate, x, silu), {"out": x.new_empty(x.shape)}
+
+
+def _trials_backward(device: torch.device) -> Iterator[Arguments]:
+    for both, silu in _random(device):
+        gate, x = both.chunk(2, dim=-1)
+        yield (x.flip(-1), gate, x, silu), {"d_gate": x.new_empty(x.shape), "d_x": x.new_empty(x.shape)}
+
+
+def _trials_swiglu(device: torch.device) -> Iterator[Arguments]:
+    for both, silu in _random(device):
+        if silu:
+            yield (both,), {"out": both.new_empty(len(both), both.shape[1] // 2)}
+
+
+# gate, x [n, d] with any distance between rows; silu: else sigmoid; out contiguous [n, d]: activation(gate) · x.
+gated_forward = kernel(
+    "gated",
+    "(Tensor gate, Tensor x, bool silu, *, Tensor(a!) out) -> ()",
+    run=_run,
+    reference=_reference,
+    trials=_trials,
+    tolerance=2**-6,  # a value between two of bfloat16 may be rounded to either, twice
+)
+
+# grad: of out. d_gate, d_x contiguous [n, d].
+gated_backward = kernel(
+    "gated_backward",
+    "(Tensor grad, Tensor gate, Tensor x, bool silu, *, Tensor(a!) d_gate, Tensor(b!) d_x) -> ()",
+    run=_run_backward,
+    reference=_reference_backward,
+    trials=_trials_backward,
+    tolerance=2**-7,
+)
+
+# gate_up [n, 2 I], a row's gate before its up; out contiguous [n, I]: silu(gate) · up.
+swiglu = kernel(
+    "swiglu",
+    "(Tensor gate_up, *, Tensor(a!) out) -> ()",
+    run=_run_swiglu,
+    reference=_reference_swiglu,
+    trials=_trials_swiglu,
+    tolerance=2**-6,
+)
+
+
+def gated(gate: Tensor, x: Tensor, *, silu: bool) -> Tensor:
+    """silu(gate) · x, or sigmoid(gate) · x, of two tensors [..., d] alike: contiguous. Keeps both."""
+    out: Tensor = _Gated.apply(gate, x, silu)
+    return out
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, x: Tensor, silu: bool) -> Tensor:
+        out = x.new_empty(x.shape)
+        gated_forward(rows_of(gate), rows_of(x), silu, out=rows_of(out))
+        ctx.save_for_backward(gate, x)
+        ctx.silu = silu
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, x = ctx.saved_tensors
+        d_gate, d_x = (x.new_empty(x.shape) for _ in range(2))
+        gated_backward(
+            rows_of(grads[0]), rows_of(gate), rows_of(x), ctx.silu, d_gate=rows_of(d_gate), d_x=rows_of(d_x)
+        )
+        return d_gate, d_x, None

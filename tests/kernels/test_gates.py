@@ -1,0 +1,53 @@
+"""SwiGLU and output gates with their kernels = in torch's operations: values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.blocks.factory import Factory
+from models.blocks.mlp import SwiGLU, times_sigmoid, times_silu
+from models.kernels.gates import swiglu
+from quant.kernels.choice import KERNELS, using
+from quant.storage import StorageSpec
+from tests.helpers import assert_close
+
+
+@pytest.mark.parametrize("function", [times_silu, times_sigmoid])
+@pytest.mark.parametrize("shape", [(5, 40), (1, 1100), (3, 4, 16)], ids=str)
+def test_gates(function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]) -> None:
+    """The two lie beside each other, as Qwen3.5's queries and gates do."""
+    both = torch.randn(*shape[:-1], 2, shape[-1], generator=torch.Generator().manual_seed(0), requires_grad=True)
+    grad = torch.randn(*shape[:-1], 2 * shape[-1], generator=torch.Generator().manual_seed(1))[..., ::2]
+    right = function(*both.unbind(-2))
+    with using(KERNELS):
+        given = function(*both.unbind(-2))
+    assert_close(given, right)
+    expected, ours = (torch.autograd.grad(out, both, grad)[0] for out in (right, given))
+    assert_close(ours, expected)
+
+
+def test_swiglu_of_one_tensor() -> None:
+    gate_up = torch.randn(7, 72, generator=torch.Generator().manual_seed(0))
+    out = torch.empty(7, 36)
+    swiglu(gate_up, out=out)
+    assert_close(out, F.silu(gate_up[:, :36]) * gate_up[:, 36:])
+
+
+def test_the_feed_forward_layer() -> None:
+    layer = SwiGLU(24, 40, "dense_mlp", Factory(StorageSpec("none"), torch.float32, "cpu"))
+    for number, parameter in enumerate(layer.requires_grad_(True).parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(9), requires_grad=True)
+    right = layer(x)
+    with using(KERNELS):
+        given = layer(x)
+    assert_close(given, right)
+    inputs = (x, *layer.parameters())
+    pairs = zip(*(torch.autograd.grad(out.square().sum(), inputs) for out in (given, right)), strict=True)
+    for ours, expected in pairs:
+        assert_close(ours, expected)
