@@ -14,6 +14,7 @@ import models.kernels.gates
 import models.kernels.latent_keys
 import models.kernels.rms_norm
 import models.kernels.rotary
+import models.kernels.router
 import quant.kernels.dequantise  # noqa: F401
 from quant.kernels.choice import KERNELS, Arguments
 
