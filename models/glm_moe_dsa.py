@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models.attention.cache import Continued
@@ -140,15 +139,15 @@ class SelectingAttention(LatentAttention):
 
         parts: of the documents; none where they are continued ones.
         """
-        query, compressed = self.query(x, tables)
+        query, compressed, narrow = self.projected(x, tables)
         if isinstance(documents, Continued):
             if self.indexer is not None:
                 selected = self.indexer.continued(x, compressed, documents, tables)
-            out = self.continued(query, self.kept(x, tables), documents, selected)
+            out = self.continued(query, self.kept(narrow, tables), documents, selected)
         else:
             if self.indexer is not None:
                 selected = self.indexer(x, compressed, parts, tables)
-            out = selected_attention(query, *self.keys_and_values(x, tables), parts, selected, self.config.scale)
+            out = selected_attention(query, *self.keys_and_values(narrow, tables), parts, selected, self.config.scale)
         return self.o_proj(out.flatten(1)), selected
 
     def continued(self, query: Tensor, kept: Tensor, documents: Continued, selected: Tensor | None = None) -> Tensor:

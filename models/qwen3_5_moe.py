@@ -32,7 +32,7 @@ from models.blocks.documents import Documents
 from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
+from models.blocks.linear import Linear, together
 from models.blocks.mlp import SwiGLU, times_silu
 from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
@@ -205,18 +205,19 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """x [N, H]: [N, H]."""
         c = self.config
-        mixed = self.conv1d(self.in_proj_qkv(x), documents)
+        mixed, gate, beta, step = together(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        mixed = self.conv1d(mixed, documents)
         query, key, value = mixed.split((c.keys, c.keys, c.values), dim=-1)
         query, key = (part.unflatten(-1, (c.key_heads, c.key_dim)) for part in (query, key))
         value = value.unflatten(-1, (c.value_heads, c.value_dim))
-        beta = self.in_proj_b(x).to(torch.float32).sigmoid()
-        step = F.softplus(self.in_proj_a(x).to(torch.float32) + self.dt_bias)
+        beta = beta.to(torch.float32).sigmoid()
+        step = F.softplus(step.to(torch.float32) + self.dt_bias)
         inputs = (query, key, value, -self.A_log.exp() * step, beta)
         if isinstance(documents, Continued):
             out = continued_gated_delta_rule(*inputs, documents, self)
         else:
             out = gated_delta_rule(*inputs, documents)
-        gate = self.in_proj_z(x).unflatten(-1, (c.value_heads, c.value_dim))
+        gate = gate.unflatten(-1, (c.value_heads, c.value_dim))
         return self.out_proj(times_silu(self.norm(out), gate).flatten(1))
 
 

@@ -21,7 +21,7 @@ from models.attention.rope import normed_and_rotated
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
+from models.blocks.linear import Linear, together
 from models.blocks.mlp import times_sigmoid
 from models.blocks.norm import RMSNorm
 from quant.common.errors import NibbleError
@@ -98,14 +98,11 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, documents: Documents, tables: Tables | None) -> Tensor:
         """x [N, H] and the rotary tables of its positions (None: no positions): [N, H]."""
         c = self.config
-        query, key, value = (
-            project(x).unflatten(-1, (-1, c.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        gate = None
+        projections = [self.q_proj, self.k_proj, self.v_proj, *((self.gate_proj,) if c.gate == "gate_proj" else ())]
+        query, key, value, *gates = (part.unflatten(-1, (-1, c.head_dim)) for part in together(x, *projections))
+        gate = gates[0] if gates else None
         if c.gate == "q_proj":
             query, gate = query.unflatten(1, (c.heads, 2)).unbind(2)
-        elif c.gate == "gate_proj":
-            gate = self.gate_proj(x).unflatten(-1, (-1, c.head_dim))
         query, key = normed_and_rotated(query, key, (self.q_norm, self.k_norm) if c.norms else None, tables)
         scale = c.head_dim**-0.5
         if isinstance(documents, Continued):

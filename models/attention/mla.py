@@ -24,7 +24,7 @@ from models.blocks.configjson import refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
+from models.blocks.linear import Linear, together
 from models.blocks.norm import RMSNorm
 from models.kernels.latent_keys import latent_keys, latent_keys_forward
 from quant.common.errors import NibbleError
@@ -104,38 +104,40 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, H] and the rotary tables float32 [N, rope_dim/2] of its positions: [N, H]."""
-        query, _ = self.query(x, tables)
+        query, _, narrow = self.projected(x, tables)
         if isinstance(documents, Continued):
-            out = self.continued(query, self.kept(x, tables), documents)
+            out = self.continued(query, self.kept(narrow, tables), documents)
         else:
-            out = causal_attention(query, *self.keys_and_values(x, tables), documents, self.config.scale)
+            out = causal_attention(query, *self.keys_and_values(narrow, tables), documents, self.config.scale)
         return self.o_proj(out.flatten(1))
 
-    def query(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries [N, h, key_dim], and what they are expanded from: [N, query_rank], or x."""
+    def projected(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, h, key_dim]; what they are expanded from, [N, query_rank] or x; what keys and values are made of,
+        [N, latent_rank + rope_dim]: their latent before its norm, and the key of all heads before its rotation.
+        """
         c = self.config
         if c.query_rank is None:
-            latent, query = x, self.q_proj(x)
+            latent = x
+            query, narrow = together(x, self.q_proj, self.kv_a_proj_with_mqa)
         else:
-            latent = self.q_a_layernorm(self.q_a_proj(x))
+            latent, narrow = together(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+            latent = self.q_a_layernorm(latent)
             query = self.q_b_proj(latent)
-        return rotate_last(query.unflatten(-1, (c.heads, c.key_dim)), tables, interleaved=c.interleaved), latent
+        query = rotate_last(query.unflatten(-1, (c.heads, c.key_dim)), tables, interleaved=c.interleaved)
+        return query, latent, narrow
 
-    def narrow(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What keys and values are made of: the normed latent [N, latent_rank], the key [N, rope_dim] of all heads."""
-        latent, shared_key = self.kv_a_proj_with_mqa(x).split((self.config.latent_rank, self.config.rope_dim), dim=-1)
-        return self.kv_a_layernorm(latent), shared_key
+    def kept(self, narrow: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Latent and key as generation keeps them, normed and rotated: [N, 1, latent_rank + rope_dim]."""
+        c = self.config
+        latent, shared_key = narrow[:, None].split((c.latent_rank, c.rope_dim), dim=-1)
+        return torch.cat((self.kv_a_layernorm(latent), rotate(shared_key, tables, interleaved=c.interleaved)), dim=-1)
 
-    def kept(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """Both, the key rotated, as generation keeps them: [N, 1, latent_rank + rope_dim]."""
-        latent, shared_key = (part[:, None] for part in self.narrow(x))
-        return torch.cat((latent, rotate(shared_key, tables, interleaved=self.config.interleaved)), dim=-1)
-
-    def keys_and_values(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, narrow: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys [N, h, key_dim] and values [N, h, value_dim]."""
         c = self.config
-        latent, shared_key = self.narrow(x)
-        if uses(latent_keys_forward, x.device):
+        latent, shared_key = narrow.split((c.latent_rank, c.rope_dim), dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        if uses(latent_keys_forward, narrow.device):
             return latent_keys(self.wide(latent), shared_key, tables, c.nope_dim, interleaved=c.interleaved)
         return self.expanded(latent, rotate(shared_key[:, None], tables, interleaved=c.interleaved))
 

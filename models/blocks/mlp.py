@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
+from models.blocks.linear import Linear, together
 from models.kernels.gates import gated, gated_forward
 from quant.kernels.choice import uses
 
@@ -23,7 +23,8 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden, factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(times_silu(self.up_proj(x), self.gate_proj(x)))
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(times_silu(up, gate))
 
 
 def times_silu(x: Tensor, gate: Tensor) -> Tensor:

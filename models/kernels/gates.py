@@ -59,15 +59,15 @@ def _backward(
     tl.store(d_x + at, (d * active).to(d_x.dtype.element_ty), mask=there)
 
 
-def _grid(shape: torch.Size) -> tuple[tuple[int, int], dict[str, int]]:
+def _grid(shape: torch.Size) -> tuple[tuple[int, int], int, int]:
     width = min(power_of_two(shape[1], 16), _COLUMNS_AT_A_TIME)
     rows = VALUES_AT_A_TIME // width
-    return (blocks(shape[0], rows), blocks(shape[1], width)), {"ROWS": rows, "B": width}
+    return (blocks(shape[0], rows), blocks(shape[1], width)), rows, width
 
 
 def _run(gate: Tensor, x: Tensor, silu: bool, *, out: Tensor) -> None:
-    grid, sizes = _grid(x.shape)
-    launch(_forward, grid, gate, x, out, *x.shape, gate.stride(0), x.stride(0), SILU=silu, **sizes)
+    grid, rows, width = _grid(x.shape)
+    launch(_forward, grid, gate, x, out, *x.shape, gate.stride(0), x.stride(0), SILU=silu, ROWS=rows, B=width)
 
 
 def _reference(gate: Tensor, x: Tensor, silu: bool, *, out: Tensor) -> None:
@@ -75,9 +75,9 @@ def _reference(gate: Tensor, x: Tensor, silu: bool, *, out: Tensor) -> None:
 
 
 def _run_backward(grad: Tensor, gate: Tensor, x: Tensor, silu: bool, *, d_gate: Tensor, d_x: Tensor) -> None:
-    grid, sizes = _grid(x.shape)
+    grid, rows, width = _grid(x.shape)
     strides = (grad.stride(0), gate.stride(0), x.stride(0))
-    launch(_backward, grid, grad, gate, x, d_gate, d_x, *x.shape, *strides, SILU=silu, **sizes)
+    launch(_backward, grid, grad, gate, x, d_gate, d_x, *x.shape, *strides, SILU=silu, ROWS=rows, B=width)
 
 
 def _reference_backward(grad: Tensor, gate: Tensor, x: Tensor, silu: bool, *, d_gate: Tensor, d_x: Tensor) -> None:
@@ -88,11 +88,13 @@ def _reference_backward(grad: Tensor, gate: Tensor, x: Tensor, silu: bool, *, d_
 
 
 def _run_swiglu(gate_up: Tensor, *, out: Tensor) -> None:
-    _run(*gate_up.chunk(2, dim=-1), True, out=out)
+    gate, up = gate_up.chunk(2, dim=-1)
+    _run(gate, up, True, out=out)
 
 
 def _reference_swiglu(gate_up: Tensor, *, out: Tensor) -> None:
-    _reference(*gate_up.chunk(2, dim=-1), True, out=out)
+    gate, up = gate_up.chunk(2, dim=-1)
+    _reference(gate, up, True, out=out)
 
 
 def _random(device: torch.device) -> Iterator[tuple[Tensor, bool]]:
@@ -172,7 +174,5 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, x = ctx.saved_tensors
         d_gate, d_x = (x.new_empty(x.shape) for _ in range(2))
-        gated_backward(
-            rows_of(grads[0]), rows_of(gate), rows_of(x), ctx.silu, d_gate=rows_of(d_gate), d_x=rows_of(d_x)
-        )
+        gated_backward(rows_of(grads[0]), rows_of(gate), rows_of(x), ctx.silu, d_gate=rows_of(d_gate), d_x=rows_of(d_x))
         return d_gate, d_x, None

@@ -80,9 +80,7 @@ def _backward(
     tl.store(target + second_at, (second * c - first * s).to(kind), mask=pair < half)
 
 
-def _run(
-    expanded: Tensor, shared: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, key: Tensor
-) -> None:
+def _run(expanded: Tensor, shared: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, key: Tensor) -> None:
     tokens, heads, size = key.shape
     half = cos.shape[1]
     nope = size - 2 * half
@@ -93,9 +91,7 @@ def _run(
     )  # fmt: skip
 
 
-def _reference(
-    expanded: Tensor, shared: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, key: Tensor
-) -> None:
+def _reference(expanded: Tensor, shared: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, key: Tensor) -> None:
     nope = key.shape[-1] - 2 * cos.shape[1]
     wide = shared.float()
     first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)

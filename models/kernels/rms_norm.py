@@ -164,9 +164,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return out
 
 
-def add_and_norm(
-    x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float
-) -> tuple[Tensor, Tensor]:
+def add_and_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """x + update (x where there is none), and its norm. The gradients of both are summed where x's is computed."""
     total, out = _RMSNorm.apply(x, update, weight, eps, offset)
     return total, out

@@ -281,7 +281,9 @@ _TRIALS = (
 )
 
 
-def _random(device: torch.device, seed: int) -> Iterator[tuple[Sequence[Any], list[Tensor], list[Tensor], list[Tensor]]]:
+def _random(
+    device: torch.device, seed: int
+) -> Iterator[tuple[Sequence[Any], list[Tensor], list[Tensor], list[Tensor]]]:
     """A trial's row, its tables (or none), its queries and keys, and their weights (or none)."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -259,12 +259,15 @@ class _Choose(torch.autograd.Function):
         ctx.save_for_backward(logits, chosen)
         ctx.options = bias is None, normalise, scale
         ctx.mark_non_differentiable(chosen)
+        ctx.set_materialize_grads(False)
         return chosen, weights
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, chosen = ctx.saved_tensors
+        if grads[1] is None:
+            return (None,) * 7
         d_logits = torch.empty_like(logits)
         router_backward(grads[1].contiguous(), logits, chosen, *ctx.options, d_logits=d_logits)
         return (d_logits, *(None,) * 6)

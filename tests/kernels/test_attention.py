@@ -51,12 +51,15 @@ def check(layer: nn.Module, rotary: int, lengths: list[int], train_norms: bool, 
 @pytest.mark.parametrize("lengths", [[5, 2], [1]], ids=str)
 @pytest.mark.parametrize(
     ("options", "rotary"),
-    [({}, 20), ({"norms": True}, 20), ({"norms": True, "gate": "gate_proj"}, 0), ({"norms": True, "gate": "q_proj"}, 8)],
+    [
+        ({}, 20),
+        ({"norms": True}, 20),
+        ({"norms": True, "gate": "gate_proj"}, 0),
+        ({"norms": True, "gate": "q_proj"}, 8),
+    ],
     ids=str,
 )
-def test_grouped_query_attention(
-    options: dict[str, Any], rotary: int, lengths: list[int], train_norms: bool
-) -> None:
+def test_grouped_query_attention(options: dict[str, Any], rotary: int, lengths: list[int], train_norms: bool) -> None:
     """All of a head rotated, normed, not rotated at all, and a part of it."""
     config = GroupedQueryAttentionConfig(24, heads=6, kv_heads=2, head_dim=20, bias=True, **options)
     kind = ZeroCentredRMSNorm if config.gate == "q_proj" else RMSNorm

@@ -35,7 +35,9 @@ def results(norm: RMSNorm, x: Tensor, update: Tensor | None, both: bool) -> list
 
 
 @pytest.mark.parametrize("kind", [RMSNorm, ZeroCentredRMSNorm])
-@pytest.mark.parametrize(("shape", "size"), [((9, 64), 64), ((1, 96), 40), ((3, 5, 32), 32), ((5, 2100), 2100)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size"), [((9, 64), 64), ((1, 96), 40), ((3, 5, 32), 32), ((5, 2100), 2100)], ids=str
+)
 @pytest.mark.parametrize("use", ["norm", "first", "sum"])
 def test_norm(kind: type[RMSNorm], shape: tuple[int, ...], size: int, use: str) -> None:
     generator = torch.Generator().manual_seed(0)

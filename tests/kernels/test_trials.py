@@ -10,12 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-import models.kernels.gates
-import models.kernels.latent_keys
-import models.kernels.rms_norm
-import models.kernels.rotary
-import models.kernels.router
 import quant.kernels.dequantise  # noqa: F401
+from models.kernels import gates, latent_keys, rms_norm, rotary, router  # noqa: F401
 from quant.kernels.choice import KERNELS, Arguments
 
 CPU = torch.device("cpu")
