@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.launches_cases import ADAPTER_DTYPES, FULL, STORAGES, LaunchCase, full_config, targets_of
+from benchmarks.launches_cases import ADAPTER_DTYPES, FULL, KERNELS, STORAGES, LaunchCase, full_config, targets_of
 from benchmarks.report import table
 from quant.common.errors import NibbleError
 
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--all", action="store_true", help="every architecture")
     add("--storage", nargs="+", choices=STORAGES, default=["nf4"], help="of the frozen weights (default: nf4)")
     add("--adapter-dtype", nargs="+", choices=ADAPTER_DTYPES, default=["bfloat16"], help="default: bfloat16")
+    add("--kernels", nargs="+", choices=KERNELS, default=["triton"], help="our own (default), or torch's forms")
     add("--targets", nargs="+", metavar="GROUP", help="of LoRA (default: what mixes tokens, and the experts)")
     add("--rank", type=int, default=LaunchCase.rank, help="of LoRA (default: %(default)s)")
     add("--layers", type=int, help="fewer layers than the model has")
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 def case_row(name: str, case: LaunchCase, step: Step) -> list[str]:
     layers = len(step.layers)
     return [
-        f"{name}, {layers} layers, {case.storage}, {case.adapter_dtype} LoRA",
+        f"{name}, {layers} layers, {case.storage}, {case.adapter_dtype} LoRA, {case.kernels}",
         f"{step.per_moe_layer:,.0f}",
         f"{step.total.launches / layers:,.0f}",
         f"{step.total.launches:,}",
@@ -75,10 +76,11 @@ def kinds_table(name: str, step: Step) -> str:
 def cases(arguments: argparse.Namespace) -> list[tuple[str, LaunchCase]]:
     found = []
     chosen = list(FULL) if arguments.all else arguments.arch
-    for arch, storage, dtype in itertools.product(chosen, arguments.storage, arguments.adapter_dtype):
+    options = (chosen, arguments.storage, arguments.adapter_dtype, arguments.kernels)
+    for arch, storage, dtype, kernels in itertools.product(*options):
         targets = tuple(arguments.targets or targets_of(arch))
         case = LaunchCase(
-            full_config(arch, arguments.layers), storage, dtype, targets, arguments.rank,
+            full_config(arch, arguments.layers), storage, dtype, targets, arguments.rank, kernels=kernels,
             sequences=arguments.sequences, length=arguments.length,
         )  # fmt: skip
         found.append((FULL[arch][0], case))

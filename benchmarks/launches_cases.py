@@ -21,12 +21,13 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 STORAGES = ("nf4", "int8", "none")
 ADAPTER_DTYPES = ("float32", "bfloat16")
+KERNELS = ("triton", "torch")  # our own kernels, each one launch, or torch's forms of them
 
 
 @dataclass(frozen=True)
 class LaunchCase:
     """config: as config.json has it. storage: nf4 (with double quantisation), int8 or none. targets, rank and
-    adapter_dtype: of LoRA. optimizer: its states take memory. sequences of `length` tokens are packed into the step.
+    adapter_dtype: of LoRA. kernels: one of KERNELS. optimizer: its states take memory. sequences of `length` tokens are packed into the step.
     """
 
     config: dict[str, Any]
@@ -35,6 +36,7 @@ class LaunchCase:
     targets: tuple[str, ...] = BOTH
     rank: int = RANK
     optimizer: str = "adamw_8bit"
+    kernels: str = "triton"
     sequences: int = 2
     length: int = 2048
 

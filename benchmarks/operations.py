@@ -22,14 +22,14 @@ ALLOCATION = 512  # torch's CUDA allocator rounds up to multiples of it
 
 # Kinds of operations, by the beginnings of their names. What begins otherwise is done element by element.
 KINDS: dict[str, tuple[str, ...]] = {
-    "grouped products": ("_grouped_mm",),
+    "grouped products": ("_grouped_mm", "grouped_"),
     "products": ("mm", "addmm", "bmm", "baddbmm"),
-    "dequantisation": ("dequantize_",),
+    "dequantisation": ("dequantize_", "dequantise_"),
     "attention": ("_varlen_attn", "_flash_attention", "_scaled_dot_product"),
     "gathers and scatters": ("index", "gather", "scatter", "embedding", "_index_put"),
     "copies and casts": ("_to_copy", "copy_", "clone", "cat", "stack", "repeat", "constant_pad", "flip"),
     "reductions and sorting": (
-        "sum", "mean", "amax", "any", "all", "norm", "max", "min", "cumsum", "sort", "topk", "_softmax", "nonzero",
+        "sum", "mean", "amax", "any", "all", "norm", "max", "min", "cumsum", "sort", "topk", "_softmax", "nonzero", "searchsorted",
         "_fused_rms_norm",
     ),
     "filling": ("zero", "ones", "full", "fill_", "arange", "new_zeros", "new_ones", "new_full", "scalar_tensor"),
@@ -147,8 +147,32 @@ def _work(schema: Any, name: str, arguments: dict[str, Any], given: list[Tensor]
             break
     if name.startswith("_varlen_attn"):
         operations = _attention_operations(arguments, backward="backward" in name)
-    moved = _bytes_moved(schema, name, arguments, given, fresh)
+    if name == "grouped_product":
+        operations, moved = _grouped_product(arguments)
+    elif name == "grouped_gradient":
+        operations, moved = _grouped_gradient(arguments)
+    else:
+        moved = _bytes_moved(schema, name, arguments, given, fresh)
     return Total(1, moved, operations, max(moved / BYTES_PER_SECOND, operations / rate))
+
+
+def _grouped_product(arguments: dict[str, Any]) -> tuple[int, int]:
+    """Operations and bytes of quant.kernels.grouped.grouped_product, where every expert has as many rows."""
+    matrices, more, out = arguments["matrices"], arguments["more_matrices"], arguments["out"]
+    share = matrices.shape[0] / len(arguments["ends"])  # of all experts, and so of all rows
+    rows, inner, columns = share * len(out), matrices.shape[1], matrices.shape[2]
+    moved = rows * (inner + columns) * out.element_size() + _bytes(matrices)
+    if more is not None:
+        inner += more.shape[1]
+        moved += rows * more.shape[1] * out.element_size() + share * _bytes(more)
+    return int(2 * rows * inner * columns), int(moved)
+
+
+def _grouped_gradient(arguments: dict[str, Any]) -> tuple[int, int]:
+    """Operations and bytes of quant.kernels.grouped.grouped_gradient."""
+    left, out, rows = arguments["left"], arguments["out"], len(arguments["slots"])
+    width = out.shape[1] + out.shape[2]
+    return 2 * rows * out.shape[1] * out.shape[2], rows * width * left.element_size() + _bytes(out)
 
 
 def _attention_operations(arguments: dict[str, Any], backward: bool) -> int:

@@ -25,7 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.blocks.experts import LocalExperts, combine, count_choices
+from models.blocks.experts import LocalExperts
+from models.blocks.experts_torch import combine
+from models.blocks.routing import count_choices
 
 
 @dataclass(frozen=True)

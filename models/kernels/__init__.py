@@ -1,1 +1,1 @@
-"""Kernels for CUDA of what models compute element by element, each beside its torch form (quant/kernels)."""
+"""Triton kernels of the models, each beside its torch form; quant/kernels says how they are chosen and launched."""

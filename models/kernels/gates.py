@@ -87,16 +87,6 @@ def _reference_backward(grad: Tensor, gate: Tensor, x: Tensor, silu: bool, *, d_
     d_x.copy_(d * (F.silu(g) if silu else g.sigmoid()))
 
 
-def _run_swiglu(gate_up: Tensor, *, out: Tensor) -> None:
-    gate, up = gate_up.chunk(2, dim=-1)
-    _run(gate, up, True, out=out)
-
-
-def _reference_swiglu(gate_up: Tensor, *, out: Tensor) -> None:
-    gate, up = gate_up.chunk(2, dim=-1)
-    _reference(gate, up, True, out=out)
-
-
 def _random(device: torch.device) -> Iterator[tuple[Tensor, bool]]:
     """Both halves of a row beside each other, and whether SwiGLU's."""
     generator = torch.Generator().manual_seed(0)
@@ -117,12 +107,6 @@ def _trials_backward(device: torch.device) -> Iterator[Arguments]:
         yield (x.flip(-1), gate, x, silu), {"d_gate": x.new_empty(x.shape), "d_x": x.new_empty(x.shape)}
 
 
-def _trials_swiglu(device: torch.device) -> Iterator[Arguments]:
-    for both, silu in _random(device):
-        if silu:
-            yield (both,), {"out": both.new_empty(len(both), both.shape[1] // 2)}
-
-
 # gate, x [n, d] with any distance between rows; silu: else sigmoid; out contiguous [n, d]: activation(gate) · x.
 gated_forward = kernel(
     "gated",
@@ -141,16 +125,6 @@ gated_backward = kernel(
     reference=_reference_backward,
     trials=_trials_backward,
     tolerance=2**-7,
-)
-
-# gate_up [n, 2 I], a row's gate before its up; out contiguous [n, I]: silu(gate) · up.
-swiglu = kernel(
-    "swiglu",
-    "(Tensor gate_up, *, Tensor(a!) out) -> ()",
-    run=_run_swiglu,
-    reference=_reference_swiglu,
-    trials=_trials_swiglu,
-    tolerance=2**-6,
 )
 
 

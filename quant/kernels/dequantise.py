@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.choice import Arguments, kernel
-from quant.kernels.language import blocks, jit, launch, tl
+from quant.kernels.language import blocks, jit, launch, power_of_two, tl
 
 BLOCK = 64  # values that share a scale
 NESTED_BLOCK = 256  # scales that share a nested scale
@@ -135,19 +135,23 @@ dequantise_four_bit = kernel(
 
 
 @jit
-def _int8(packed, scale, out, inverse, columns, B: tl.constexpr):
-    """Program (row, i): B columns of a row."""
-    row = tl.program_id(0).to(tl.int64)
+def _int8(packed, scale, out, inverse, rows, columns, R: tl.constexpr, B: tl.constexpr):
+    """Program (i, j): B columns of R rows."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.program_id(1) * B + tl.arange(0, B)
-    there = column < columns
-    values = tl.load(packed + row * columns + column, mask=there, other=0).to(tl.float32)
-    values = values * tl.load(scale + row) * inverse
-    tl.store(out + row * columns + column, values.to(out.dtype.element_ty), mask=there)
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row[:, None] * columns + column[None, :]
+    values = tl.load(packed + at, mask=there, other=0).to(tl.float32)
+    values = values * tl.load(scale + row, mask=row < rows, other=0.0)[:, None] * inverse
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=there)
 
 
 def _run_int8(packed: Tensor, scale: Tensor, inverse: float, *, out: Tensor) -> None:
     columns, rows = out.shape[-1], scale.numel()
-    launch(_int8, (rows, blocks(columns, 2048)), packed, scale, out, inverse, columns, B=2048)
+    size = min(1024, power_of_two(columns, 16))
+    at_once = 4096 // size
+    grid = (blocks(rows, at_once), blocks(columns, size))
+    launch(_int8, grid, packed, scale, out, inverse, rows, columns, R=at_once, B=size)
 
 
 def _reference_int8(packed: Tensor, scale: Tensor, inverse: float, *, out: Tensor) -> None:

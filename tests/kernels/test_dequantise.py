@@ -27,7 +27,7 @@ def stored(kind: str, double_quant: bool, shape: tuple[int, ...]) -> Storage:
 
 
 @pytest.mark.parametrize(("kind", "double_quant"), KINDS)
-@pytest.mark.parametrize("shape", [(3, 40, 192), (24, 64), (2, 260, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 40, 192), (24, 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_bits_of_bitsandbytes(kind: str, double_quant: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     storage = stored(kind, double_quant, shape)

@@ -6,12 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU, times_sigmoid, times_silu
-from models.kernels.gates import swiglu
 from quant.kernels.choice import KERNELS, using
 from quant.storage import StorageSpec
 from tests.helpers import assert_close
@@ -29,13 +27,6 @@ def test_gates(function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, .
     assert_close(given, right)
     expected, ours = (torch.autograd.grad(out, both, grad)[0] for out in (right, given))
     assert_close(ours, expected)
-
-
-def test_swiglu_of_one_tensor() -> None:
-    gate_up = torch.randn(7, 72, generator=torch.Generator().manual_seed(0))
-    out = torch.empty(7, 36)
-    swiglu(gate_up, out=out)
-    assert_close(out, F.silu(gate_up[:, :36]) * gate_up[:, 36:])
 
 
 def test_the_feed_forward_layer() -> None:

@@ -14,7 +14,8 @@ from models.attention.delta_rule import chunked_gated_delta_rule
 from models.attention.indexer import Part, selected_attention
 from models.attention.short_conv import short_convolution
 from models.blocks.documents import Documents
-from models.blocks.experts import Experts, combine
+from models.blocks.experts import Experts
+from models.blocks.experts_torch import combine
 from models.blocks.factory import Factory
 from models.blocks.linear import Linear, LoRA
 from models.blocks.norm import RMSNorm

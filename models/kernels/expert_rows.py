@@ -1,0 +1,208 @@
+"""What happens to the experts' rows between their products, a launch each: SwiGLU, its gradients, and the sum of a
+token's slots.
+
+Float32 inside, rounded once.
+
+Shapes: N tokens, K slots each; n = N·K rows sorted by expert, and `slots` int64 [n] which slot each is; I expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from quant.kernels.choice import Arguments, kernel
+from quant.kernels.language import blocks, jit, launch, power_of_two, tl
+
+
+@jit
+def _swiglu(gate_up, out, width, stride, B: tl.constexpr):
+    """Program (i, row): B columns of a row."""
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * B + tl.arange(0, B)
+    there = column < width
+    gate = tl.load(gate_up + row * stride + column, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + width + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * width + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=there)
+
+
+def _run_swiglu(gate_up: Tensor, *, out: Tensor) -> None:
+    rows, width = out.shape
+    if rows:
+        size = min(1024, power_of_two(width))
+        launch(_swiglu, (blocks(width, size), rows), gate_up, out, width, gate_up.stride(0), B=size)
+
+
+def _reference_swiglu(gate_up: Tensor, *, out: Tensor) -> None:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def _numbers(device: torch.device, generator: torch.Generator, *shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+_TRIAL_SIZES = ((6, 2, 64, torch.bfloat16), (5, 3, 1100, torch.float32), (1, 1, 24, torch.bfloat16))
+
+
+def _swiglu_trials(device: torch.device) -> Iterator[Arguments]:
+    generator = torch.Generator().manual_seed(0)
+    for tokens, chosen, width, dtype in _TRIAL_SIZES:
+        gate_up = _numbers(device, generator, tokens * chosen, 2 * width, dtype=dtype)
+        yield (gate_up,), {"out": gate_up.new_empty(tokens * chosen, width)}
+
+
+# gate_up [n, 2I] has the gate first; out [n, I].
+expert_swiglu = kernel(
+    "expert_swiglu",
+    "(Tensor gate_up, *, Tensor(a!) out) -> ()",
+    run=_run_swiglu,
+    reference=_reference_swiglu,
+    trials=_swiglu_trials,
+    tolerance=8e-3,
+)
+
+
+@jit
+def _swiglu_backward(
+    gate_up, d_hidden, weights, slots, d_gate_up, hidden, d_weights, width, d_stride,
+    B: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Program row: all columns of a row, B at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row)
+    weight = tl.load(weights + slot)
+    dot = tl.zeros((B,), dtype=tl.float32)
+    for step in tl.static_range(STEPS):
+        column = step * B + tl.arange(0, B)
+        there = column < width
+        gate = tl.load(gate_up + row * 2 * width + column, mask=there, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * width + width + column, mask=there, other=0.0).to(tl.float32)
+        u = tl.load(d_hidden + row * d_stride + column, mask=there, other=0.0).to(tl.float32)
+        open_ = tl.sigmoid(gate)
+        silu = gate * open_
+        h = silu * up
+        dot += u * h
+        d = weight * u
+        d_gate = d * up * (open_ + silu * (1.0 - open_))
+        kind = d_gate_up.dtype.element_ty
+        tl.store(d_gate_up + row * 2 * width + column, d_gate.to(kind), mask=there)
+        tl.store(d_gate_up + row * 2 * width + width + column, (d * silu).to(kind), mask=there)
+        tl.store(hidden + row * width + column, (weight * h).to(kind), mask=there)
+    tl.store(d_weights + slot, tl.sum(dot, 0))
+
+
+def _run_swiglu_backward(
+    gate_up: Tensor,
+    d_hidden: Tensor,
+    weights: Tensor,
+    slots: Tensor,
+    *,
+    d_gate_up: Tensor,
+    hidden: Tensor,
+    d_weights: Tensor,
+) -> None:
+    rows, width = hidden.shape
+    if rows:
+        size = min(1024, power_of_two(width))
+        launch(
+            _swiglu_backward, (rows,),
+            gate_up, d_hidden, weights, slots, d_gate_up, hidden, d_weights, width, d_hidden.stride(0),
+            B=size, STEPS=blocks(width, size),
+        )  # fmt: skip
+
+
+def _reference_swiglu_backward(
+    gate_up: Tensor,
+    d_hidden: Tensor,
+    weights: Tensor,
+    slots: Tensor,
+    *,
+    d_gate_up: Tensor,
+    hidden: Tensor,
+    d_weights: Tensor,
+) -> None:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    h, u = torch.nn.functional.silu(gate) * up, d_hidden.float()
+    weight = weights.view(-1)[slots][:, None]
+    d = weight * u
+    d_gate = torch.ops.aten.silu_backward(d * up, gate)
+    d_gate_up.copy_(torch.cat((d_gate, d * torch.nn.functional.silu(gate)), dim=-1))
+    hidden.copy_(weight * h)
+    d_weights.view(-1)[slots] = (u * h).sum(-1)
+
+
+def _swiglu_backward_trials(device: torch.device) -> Iterator[Arguments]:
+    generator = torch.Generator().manual_seed(0)
+    for tokens, chosen, width, dtype in _TRIAL_SIZES:
+        n = tokens * chosen
+        gate_up = _numbers(device, generator, n, 2 * width, dtype=dtype)
+        u = _numbers(device, generator, n, width, dtype=dtype)
+        weights = torch.rand(tokens, chosen, generator=generator).to(device)
+        slots = torch.randperm(n, generator=generator).to(device)
+        outputs = {"d_gate_up": torch.empty_like(gate_up), "hidden": torch.empty_like(u)}
+        yield (gate_up, u, weights, slots), {**outputs, "d_weights": torch.empty_like(weights)}
+
+
+# The row's output is weight · W h for h = silu(gate) · up, and d_hidden [n, I] is Wᵀ d, without the weight. gate_up
+# [n, 2I], weights float32 [N, K]; d_gate_up [n, 2I], hidden [n, I] = weight · h, d_weights float32 [N, K]. Contiguous.
+expert_swiglu_backward = kernel(
+    "expert_swiglu_backward",
+    "(Tensor gate_up, Tensor d_hidden, Tensor weights, Tensor slots, *, Tensor(a!) d_gate_up, Tensor(b!) hidden,"
+    " Tensor(c!) d_weights) -> ()",
+    run=_run_swiglu_backward,
+    reference=_reference_swiglu_backward,
+    trials=_swiglu_backward_trials,
+    tolerance=8e-3,
+)
+
+
+@jit
+def _combine(slots, weights, out, width, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr, B: tl.constexpr):
+    """Program (i, token): B columns of a token."""
+    token = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * B + tl.arange(0, B)
+    there = column < width
+    total = tl.zeros((B,), dtype=tl.float32)
+    for k in tl.static_range(CHOSEN):
+        slot = token * CHOSEN + k
+        value = tl.load(slots + slot * width + column, mask=there, other=0.0).to(tl.float32)
+        total += value * tl.load(weights + slot) if WEIGHTED else value
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=there)
+
+
+def _run_combine(slots: Tensor, weights: Tensor | None, *, out: Tensor) -> None:
+    tokens, width = out.shape
+    if tokens:
+        size = min(1024, power_of_two(width))
+        given = slots if weights is None else weights
+        launch(
+            _combine, (blocks(width, size), tokens), slots, given, out, width,
+            CHOSEN=len(slots) // tokens, WEIGHTED=weights is not None, B=size,
+        )  # fmt: skip
+
+
+def _reference_combine(slots: Tensor, weights: Tensor | None, *, out: Tensor) -> None:
+    wide = slots.float().view(len(out), -1, out.shape[1])
+    out.copy_((wide if weights is None else wide * weights[..., None]).sum(1))
+
+
+def _combine_trials(device: torch.device) -> Iterator[Arguments]:
+    generator = torch.Generator().manual_seed(0)
+    for tokens, chosen, width, dtype in _TRIAL_SIZES:
+        slots = _numbers(device, generator, tokens * chosen, width, dtype=dtype)
+        for weights in (None, torch.rand(tokens, chosen, generator=generator).to(device)):
+            yield (slots, weights), {"out": slots.new_empty(tokens, width)}
+
+
+# slots [N·K, H] and weights float32 [N, K] or None; out [N, H], the sum over K in the order of slots. Contiguous.
+combine_slots = kernel(
+    "combine_slots",
+    "(Tensor slots, Tensor? weights, *, Tensor(a!) out) -> ()",
+    run=_run_combine,
+    reference=_reference_combine,
+    trials=_combine_trials,
+    tolerance=8e-3,
+)
