@@ -16,9 +16,9 @@ from torch import Tensor
 
 from benchmarks import gpu_checks_cut, gpu_checks_models, gpu_checks_optim, gpu_checks_sequence
 from benchmarks.gpu_compare import CPU, DTYPES, Check, Group, compare, random, short
-from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.linear import LoRA
+from models.experts.block import Experts
 from parallel.device import choose_device
 from quant.fourbit import BLOCK
 from quant.kinds import new_storage

@@ -13,9 +13,9 @@ from benchmarks.gpu_compare import CPU, Check, Group, compare
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec, adaptable, groups_of
 from models.blocks.documents import Documents
-from models.blocks.experts import Experts
 from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
+from models.experts.block import Experts
 from models.registry import ARCHITECTURES
 from parallel.world import World, process_group
 from train.loss import linear_cross_entropy

@@ -27,7 +27,8 @@ KERNELS = ("triton", "torch")  # our own kernels, each one launch, or torch's fo
 @dataclass(frozen=True)
 class LaunchCase:
     """config: as config.json has it. storage: nf4 (with double quantisation), int8 or none. targets, rank and
-    adapter_dtype: of LoRA. kernels: one of KERNELS. optimizer: its states take memory. sequences of `length` tokens are packed into the step.
+    adapter_dtype: of LoRA. kernels: one of KERNELS.
+    optimizer: its states take memory. sequences of `length` tokens are packed into the step.
     """
 
     config: dict[str, Any]

@@ -17,8 +17,8 @@ from benchmarks.operations import ALL_KINDS, Recorder, Total, kind_of
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
 from models.blocks.documents import Documents
-from models.blocks.experts import Experts, LocalExperts
 from models.decoder import CausalLM
+from models.experts.block import Experts, LocalExperts
 from models.registry import ARCHITECTURES
 from quant.kernels.choice import KERNELS, using
 from quant.storage import StorageSpec

@@ -29,8 +29,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "gathers and scatters": ("index", "gather", "scatter", "embedding", "_index_put"),
     "copies and casts": ("_to_copy", "copy_", "clone", "cat", "stack", "repeat", "constant_pad", "flip"),
     "reductions and sorting": (
-        "sum", "mean", "amax", "any", "all", "norm", "max", "min", "cumsum", "sort", "topk", "_softmax", "nonzero", "searchsorted",
-        "_fused_rms_norm",
+        "sum", "mean", "amax", "any", "all", "norm", "max", "min", "cumsum", "sort", "topk", "_softmax", "nonzero",
+        "searchsorted",        "_fused_rms_norm",
     ),
     "filling": ("zero", "ones", "full", "fill_", "arange", "new_zeros", "new_ones", "new_full", "scalar_tensor"),
 }  # fmt: skip

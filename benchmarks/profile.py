@@ -17,11 +17,11 @@ from benchmarks.documents import one_document
 from benchmarks.measure import CPU, batch
 from benchmarks.setting import MAX_GRAD_NORM, Request
 from models.attention.mla import LatentAttention
-from models.blocks.experts import Experts
 from models.blocks.linear import ExpertWeights, Linear
 from models.blocks.mlp import SwiGLU
 from models.blocks.router import SigmoidRouter
 from models.decoder import CausalLM
+from models.experts.block import Experts
 from parallel.shards import Shards
 from quant.products import product_dtype
 from quant.storage import DenseStorage

@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # `as`: public, for type checkers
     from models.adapters.lora import trainable_parameters as trainable_parameters
     from models.adapters.targets import AdapterSpec as AdapterSpec
     from models.blocks.documents import Documents as Documents
-    from models.blocks.experts import Experts as Experts
     from models.blocks.router import Router as Router
     from models.checkpoint.export import export_hub as export_hub
     from models.decoder import CausalLM as CausalLM
+    from models.experts.block import Experts as Experts
     from models.generation.sampling import Sampling as Sampling
     from models.load import load_model as load_model
     from models.registry import ARCHITECTURES as ARCHITECTURES
@@ -34,7 +34,7 @@ _HOMES = {
     "AdapterSpec": "models.adapters.targets",
     "CausalLM": "models.decoder",
     "Documents": "models.blocks.documents",
-    "Experts": "models.blocks.experts",
+    "Experts": "models.experts.block",
     "Router": "models.blocks.router",
     "Sampling": "models.generation.sampling",
     "add_lora": "models.adapters.lora",

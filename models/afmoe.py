@@ -22,10 +22,10 @@ from models.blocks.configjson import MAX_LAYERS, choices, refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
-from models.blocks.moe import SharedExpertsMoE
 from models.blocks.norm import RMSNorm
 from models.blocks.router import RoutingRule, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm, Run
+from models.experts.moe import SharedExpertsMoE
 from quant.common.jsonfile import flag, integer, number
 
 HUB = HubForm(

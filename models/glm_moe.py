@@ -8,9 +8,9 @@ from typing import Any
 from models.blocks.configjson import MAX_LAYERS, refuse_unread
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
-from models.blocks.moe import SharedExpertsMoE
 from models.blocks.router import RoutingRule
 from models.decoder import HubForm, prediction_layers
+from models.experts.moe import SharedExpertsMoE
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import LARGEST, flag, integer, number
 from quant.common.words import shown

@@ -29,7 +29,6 @@ from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
 from models.attention.short_conv import continued_convolution, short_convolution
 from models.blocks.configjson import MAX_LAYERS, choices, refuse_unread
 from models.blocks.documents import Documents
-from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear, together
@@ -37,6 +36,7 @@ from models.blocks.mlp import SwiGLU, times_silu
 from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm
+from models.experts.block import Experts
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, integer, number
 from quant.common.words import shown
@@ -237,7 +237,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         chosen, weights = self.gate(x)
         shared = self.shared_expert(x) * self.shared_expert_gate(x).sigmoid()
-        # The routed experts come last: a recomputed layer then stops before them (models/blocks/experts.py).
+        # The routed experts come last: a recomputed layer then stops before them (models/experts/block.py).
         return self.experts(x, chosen, weights) + shared
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, partial_rotary_factor
 from models.blocks.configjson import MAX_LAYERS, refuse_unread
-from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
 from models.blocks.norm import RMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, PreNormLayer
+from models.experts.block import Experts
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, integer, number
 from quant.common.words import shown

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from models.use_kernels import use_kernels
+from parallel.world import World
 from quant.choices import named_device
 from quant.common.errors import NibbleError
 
@@ -27,6 +30,17 @@ def choose_device(name: str | None = None, local_rank: int | None = None) -> tor
     if local_rank is not None and name == "cuda":
         name = f"cuda:{local_rank}"
     return named_device(name)
+
+
+def choose_kernels(device: torch.device, wanted: str, world: World, note: Callable[[str], None]) -> None:
+    """`use_kernels`: one process of each machine tries them, and the others wait for what it finds."""
+    if world.local_rank == 0:
+        use_kernels(device, wanted)
+    if device.type != "cuda":
+        return
+    world.wait(note, "try the kernels")
+    if world.local_rank > 0:
+        use_kernels(device, wanted, first=False)
 
 
 def device_name(device: torch.device) -> str:

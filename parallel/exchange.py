@@ -2,7 +2,7 @@
 
 A group of P processes owns E / P consecutive experts each. Per token: its K choices become K rows among the N·K
 that this process sends, sorted by expert and so by owner; each row goes to its owner with its routing weight, is
-computed there by the block of models/blocks/experts.py, and comes back weighted; a token's K rows are summed in
+computed there by the block of models/experts/block.py, and comes back weighted; a token's K rows are summed in
 float32, in the order of its choices. Gradients are exchanged the same way in the other direction.
 
 Time: five exchanges of rows per layer and step (two forward, one in the recomputation of activation checkpointing, two
@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.blocks.experts import LocalExperts
-from models.blocks.experts_torch import combine
-from models.blocks.routing import count_choices
+from models.experts.block import LocalExperts
+from models.experts.routing import count_choices
+from models.experts.torch_form import combine
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.
 
 
 class ExpertExchange:
-    """An Exchange of models/blocks/experts.py.
+    """An Exchange of models/experts/block.py.
 
     group: its process i owns experts i·E/P up to (i + 1)·E/P; experts: E.
     """
@@ -88,7 +88,7 @@ class ExpertExchange:
 
 # Two autograd functions, each the other's transpose. Nothing after the experts is saved for the backward pass: under
 # activation checkpointing a layer's recomputation still ends at the experts, with their input that has travelled once
-# more, before they are multiplied (models/blocks/experts.py). `_Return` therefore keeps the first computation's slots,
+# more, before they are multiplied (models/experts/block.py). `_Return` therefore keeps the first computation's slots,
 # 8 bytes a row, as an attribute. Routing is computed from the same bits both times, so they are those of the
 # recomputation too.
 

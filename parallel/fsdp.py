@@ -21,8 +21,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Replicate, Shard
 
-from models.blocks.experts import Experts
 from models.decoder import CausalLM, Decoder
+from models.experts.block import Experts
 from parallel.exchange import ExpertExchange
 from parallel.mesh import Meshes
 from parallel.parts import Part, bounds

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import models.blocks.experts as experts
+import models.experts.block as experts
 from models import load_model
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec

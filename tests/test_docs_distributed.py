@@ -11,9 +11,9 @@ import torch
 
 from models.adapters.lora import add_lora
 from models.adapters.targets import AdapterSpec
-from models.blocks.experts import Experts
 from models.checkpoint.keymap import KeyMap, key_map_of
 from models.decoder import CausalLM
+from models.experts.block import Experts
 from models.registry import architecture_for
 from parallel.mesh import MeshSizes
 from parallel.parts import bounds

@@ -18,6 +18,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("quant",),
     ("models/kernels",),
     ("models/blocks",),
+    ("models/experts",),
     ("models/attention",),
     ("models/generation",),
     ("models",),
@@ -27,6 +28,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models/hub_push",),
     (
         "models/load",
+        "models/use_kernels",
         "models/convert",
         "models/merge",
         "models/export",

@@ -19,7 +19,7 @@ from models.adapters.files import save_adapter
 from models.checkpoint.content import check_content
 from models.checkpoint.export import export_hub
 from models.load import ModelFolder, open_folder
-from parallel.device import choose_device
+from parallel.device import choose_device, choose_kernels
 from parallel.mesh import Meshes, MeshSizes, make_meshes, mesh_sizes
 from parallel.shards import Shards
 from parallel.world import ALONE, World, collectives_within, process_group
@@ -88,6 +88,7 @@ def run(
             require_same_config(config, device, extend_to)
             require_shared(folder.path, world)
             sizes, meshes = wanted, make_meshes(wanted, device)
+        choose_kernels(device, config.train.kernels, world, report.note)
         return _run(config, folder, report, device, world, sizes, meshes, extend_to)
 
 

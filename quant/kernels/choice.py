@@ -1,12 +1,11 @@
 """Which kernels this process uses: those that have shown on its device that they compute what torch's forms compute.
 
-Nothing is used until `prove` has been called, so that a kernel that does not compile, or computes something else on a
-card that nobody has tried, costs a message and speed, never a result.
+Nothing is used until `use` says so (models/use_kernels.py tries them first), so that a kernel that does not compile, or
+computes something else on a card that nobody has tried, costs a message and speed, never a result.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.common.devices import on_cpu
-from quant.kernels.language import AVAILABLE, INTERPRETED, is_recording
-
-log = logging.getLogger("nibble")
+from quant.kernels.language import INTERPRETED, is_recording
 
 Arguments = tuple[tuple[Any, ...], dict[str, Tensor]]  # of an operator: the inputs, and the outputs by name
 
@@ -102,27 +99,18 @@ def uses(made: Kernel, device: torch.device) -> bool:
     return made.name in _used and (INTERPRETED or not on_cpu(device))
 
 
-def prove(device: torch.device) -> dict[str, str]:
-    """Tries every kernel on `device` and uses those that are right: the others, and what is wrong with them."""
-    wrong = {}
-    for name, made in KERNELS.items():
-        _used.discard(name)
-        failure = made.failure(device) if AVAILABLE else "Triton is not installed"
-        if failure is None:
-            _used.add(name)
-        else:
-            wrong[name] = failure
-    return wrong
+def use(names: Iterable[str]) -> None:
+    """These kernels from now on, and no others: those that were right when they were tried on the device."""
+    _used.clear()
+    _used.update(names)
 
 
 @contextmanager
 def using(names: Iterable[str]) -> Iterator[None]:
-    """Within it these kernels are used and no others, proved or not: for tests, and to count a step's launches."""
+    """Within it these kernels are used and no others, tried or not: for tests, and to count a step's launches."""
     before = set(_used)
-    _used.clear()
-    _used.update(names)
+    use(names)
     try:
         yield
     finally:
-        _used.clear()
-        _used.update(before)
+        use(before)

@@ -16,8 +16,8 @@ from benchmarks.launches_cases import LaunchCase, full_config, targets_of
 from benchmarks.launches_step import META, build, measure, supply_rows
 from benchmarks.operations import ALLOCATION, Recorder, Total
 from models.blocks.documents import Documents
-from models.blocks.experts import Experts
 from models.blocks.factory import Factory
+from models.experts.block import Experts
 from quant.storage import StorageSpec
 
 # Launches of each of the first layers at full width, 2 × 2048 tokens, nf4, bfloat16 LoRA of rank 32, recomputation.

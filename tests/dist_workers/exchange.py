@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 from models.adapters.lora import trainable_parameters
 from models.blocks import experts
 from models.blocks.documents import Documents
-from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.linear import ExpertWeights, Linear, LoRA
 from models.decoder import CausalLM
+from models.experts.block import Experts
 from models.registry import ARCHITECTURES
 from parallel.exchange import ExpertExchange
 from parallel.mesh import Meshes, make_meshes, mesh_sizes

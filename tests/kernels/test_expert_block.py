@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.blocks import experts_kernels
 from models.blocks.linear import LoRA
+from models.experts import kernel_form
 from quant.kernels.choice import KERNELS, using
 from tests.helpers import assert_close
 from tests.models.blocks.test_experts import CHOSEN, EXPERTS, gradients, make_block, make_input, plainly
@@ -20,7 +20,7 @@ def test_output_and_gradients_equal_autograd(kind: str, at_a_time: int | None) -
     expected = plainly(block, x, chosen, weights)
     theirs = gradients(block, expected, (x, weights))
     with using(KERNELS):
-        assert experts_kernels.usable(x.device)
+        assert kernel_form.usable(x.device, chosen.numel(), EXPERTS)
         out = block(x, chosen, weights)
         ours = gradients(block, out, (x, weights))
     assert_close(out, expected, what="output")
@@ -30,12 +30,12 @@ def test_output_and_gradients_equal_autograd(kind: str, at_a_time: int | None) -
     assert not ours["gate_up_proj.lora.B"][3].any(), "an expert without tokens has a gradient of zero"
 
 
-@pytest.mark.parametrize("case", ["one token", "all on one expert", "no LoRA", "no tokens"])
+@pytest.mark.parametrize("case", ["as many rows as experts", "all on one expert", "no LoRA", "no tokens"])
 def test_at_the_edges(case: str) -> None:
     block = make_block("nf4", lora=case != "no LoRA")
     x, chosen, weights = make_input()
-    if case == "one token":
-        x, chosen, weights = x[:1].detach().requires_grad_(), chosen[:1], weights[:1].detach().requires_grad_()
+    if case == "as many rows as experts":
+        x, chosen, weights = x[:3].detach().requires_grad_(), chosen[:3], weights[:3].detach().requires_grad_()
     elif case == "no tokens":
         x, chosen, weights = x[:0].detach().requires_grad_(), chosen[:0], weights[:0].detach().requires_grad_()
     elif case == "all on one expert":

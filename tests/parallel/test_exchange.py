@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.linear import LoRA
+from models.experts.block import Experts
 from parallel.exchange import ExpertExchange
 from quant.storage import StorageSpec
 from tests.processes import run_processes

@@ -245,6 +245,11 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(
         default=True, description="Recompute each layer in the backward pass instead of keeping its activations."
     )
+    kernels: Literal["auto", "torch"] = Field(
+        default="auto",
+        description="On CUDA: auto uses this project's Triton kernels, each of which is first tried on the GPU against "
+        "what it computes in torch's operations (the first run on a card takes a minute longer); torch uses none.",
+    )
     log_every: Steps = Field(
         default=1, description="Steps between two log lines, which give the mean loss and gradient norm of these steps."
     )

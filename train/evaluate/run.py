@@ -19,7 +19,7 @@ from models.checkpoint.native import describe
 from models.checkpoint.side_files import CONFIG
 from models.decoder import CausalLM
 from models.load import ModelFolder, load_model, open_folder, prepare_model
-from parallel.device import choose_device
+from parallel.device import choose_device, choose_kernels
 from parallel.load import fill_parts
 from parallel.mesh import make_meshes, mesh_sizes
 from parallel.shards import Shards
@@ -68,6 +68,7 @@ def evaluate(request: Request, batch_tokens: int, json_path: str | None, by_row:
         note: Callable[[str], None] = (lambda text: say(text, sys.stderr)) if world.first else (lambda text: None)
         if world.local_rank == 0:
             open_folder(request.model.path)  # a hub id is fetched here, once on each machine
+        choose_kernels(device, request.config.train.kernels, world, note)
         world.wait(note, f"fetch {request.model.path}")
         source = open_folder(request.model.path)
         request = _completed(request, source)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from models.adapters.packing import Packing
 from models.checkpoint.remembered import State, state_of
+from models.decoder import CausalLM
 from models.load import load_model, open_folder
+from models.use_kernels import use_kernels
 from parallel.device import choose_device
 from quant.common.errors import NibbleError
 from train.config.load import load_config
@@ -111,7 +112,11 @@ def load_source(
     double_given = source.double_quant if storage in (None, source.storage) else None
     kind, double, kept = folder.stored(storage or source.storage, double_given, dtype or source.dtype)
     stored = (folder.path, kind, kept, where)
-    load = partial(load_model, *stored, source.adapter, double_quant=double, layout=source.layout, progress=True)
+
+    def load() -> CausalLM:
+        use_kernels(where)
+        return load_model(*stored, source.adapter, double_quant=double, layout=source.layout, progress=True)
+
     longest = longest_context(folder.config, str(folder.path / "config.json"))
     weights = [_state(Path(path)) for path in (folder.path, source.adapter) if path is not None]
     made_of = json.dumps([weights, kind, double, kept, source.layout])

@@ -270,13 +270,12 @@ def _read_parquet(
 
 
 def _rows_at_a_time(table: Any, most: int) -> int:
-    """How many rows to decode at once, so that a column takes about 256 MiB at most: a dictionary stores a value once
-    for all the rows that have it, and a file of 500 bytes may be 60 GB of text. The file's metadata is believed.
+    """How many rows to decode at once, so that they take about 256 MiB at most: a dictionary stores a value once for
+    all the rows that have it, and a file of 500 bytes may be 60 GB of text. The file's metadata is believed, that of
+    whole groups: pyarrow ends the process, without an exception, where it is asked for a column's that is broken.
     """
     groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
-    largest = max(
-        (group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns)), default=0
-    )
+    largest = max((group.total_byte_size for group in groups), default=0)
     return max(1, min(most, _DECODED // max(largest, 1)))
 
 

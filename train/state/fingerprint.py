@@ -25,6 +25,7 @@ _FREE_ON_RESUME = (
     *_FILES,
     "data.on_bad_row",
     "train.activation_checkpointing",
+    "train.kernels",
     "train.log_every",
     "train.eval_every",
     "train.keep_best",

@@ -14,11 +14,11 @@ from models.attention.delta_rule import chunked_gated_delta_rule
 from models.attention.indexer import Part, selected_attention
 from models.attention.short_conv import short_convolution
 from models.blocks.documents import Documents
-from models.blocks.experts import Experts
-from models.blocks.experts_torch import combine
 from models.blocks.factory import Factory
 from models.blocks.linear import Linear, LoRA
 from models.blocks.norm import RMSNorm
+from models.experts.block import Experts
+from models.experts.torch_form import combine
 from models.load import load_model
 from quant.products import without_autocast
 from quant.storage import StorageSpec

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.linear import Linear, LoRA
+from models.experts.block import Experts
 from quant.storage import StorageSpec
 from tests.helpers import assert_close, relative_error
 
@@ -170,7 +170,7 @@ def test_linear_equals_autograd(kind: str, bias: bool) -> None:
 
 MEMORY = """
 import ctypes, sys, torch
-from models.blocks.experts import Experts
+from models.experts.block import Experts
 from models.blocks.factory import Factory
 from models.blocks.linear import LoRA
 from quant.storage import StorageSpec

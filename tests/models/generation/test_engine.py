@@ -22,10 +22,10 @@ from models.adapters.files import save_adapter
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec, adaptable, groups_of
 from models.attention.cache import Cache, History
-from models.blocks.experts import Experts
 from models.blocks.router import Router
 from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
+from models.experts.block import Experts
 from models.generation.engine import Continuation, blocks
 from models.generation.sampling import Sampling
 from quant.common.errors import NibbleError

@@ -14,10 +14,10 @@ import yaml
 
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec, adaptable, groups_of, resolve
-from models.blocks.experts import Experts
 from models.checkpoint.conversion import count_parameters
 from models.checkpoint.keymap import KeyMap
 from models.decoder import CausalLM
+from models.experts.block import Experts
 from models.registry import ARCHITECTURES, architecture_for
 from parallel.mesh import MeshSizes
 from parallel.plan import cuts

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import io
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +344,22 @@ def test_parquet_that_holds_a_value_once_for_many_rows(tmp_path: Path, monkeypat
     held = [pyarrow.total_allocated_bytes() - before for row in read_rows(path, form="text", key="data.train")]
     assert len(held) == 64
     assert max(held) < 16 << 20
+
+
+# Three rows, and statistics of a column's sizes that don't fit its schema.
+_BROKEN_STATISTICS = (
+    b"c-obc%}N6?5XUFmZCs^bTbPi*B8%9tg>7wx77smG4}#J|@$99PKnwkH8^5kTgh$`Pi%;M~_z1p&;OuTo6}=cpNG3DCf96m6-"
+    b"ODDrxPyKV9fUGK_;UCe<f{M-"
+    b"04xHQ@gPEuMVj1iL&&UTwp4;u>h?K+LkG?n2SOEb{|CzJW~gKkZ4Vn8n)KE;o1K90kLX5k_hF@%t+`ZHU9~{+<#1%C19Slk6-"
+    b"T<(+}jHDd`fFMGC#K?6VuChuaiVv=}yK=iw>1nPUV)Fn5mgr5M22x(%@r3wSX5@2Eu~iA{I|fpJ?y94Jx9hA;AE3<v@o3TxohAKt"
+    b"gdd%5kQjYOb|X<{J|qOusYz%>L)cFX5`@pw3cjsO;4dTzld%2Vt-"
+    b"n#Md{*)`p8kZ4k%vyWrNu%kg{`9JT9>dQ(MYQsUDE@%!{8z5rK+N0a"
+)
+
+
+def test_parquet_whose_statistics_are_broken(tmp_path: Path) -> None:
+    """pyarrow ends the process where it is asked for such a column's metadata; the rows can be read all the same."""
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(zlib.decompress(base64.b85decode(_BROKEN_STATISTICS)))
+    rows = list(read_rows(path, form="text", key="data.train"))
+    assert [(row.values or {})["text"] for row in rows] == ["t"] * 3

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.blocks.dense_experts import Scratch, as_fit
 from models.blocks.linear import ExpertWeights, trained
-from models.blocks.routing import Chunk, Routing
+from models.experts.dense import Scratch, as_fit
+from models.experts.routing import Chunk, Routing
 from quant.common.devices import on_cpu
 from quant.products import (
     Groups,

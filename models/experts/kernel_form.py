@@ -1,4 +1,4 @@
-"""The routed experts with kernels of our own, where they have shown that they compute what `experts_torch` computes.
+"""The routed experts with kernels of our own, where they have shown that they compute what `torch_form` computes.
 
 Nothing here asks the device how many rows an expert has (quant/kernels/grouped.py), and all rows go through each step
 together; only dense weights exist for a few experts at a time. A low-rank product is added inside the product with
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.blocks.dense_experts import Scratch, as_fit
 from models.blocks.linear import ExpertWeights, LoRA, trained
-from models.blocks.routing import Routing
+from models.experts.dense import Scratch, as_fit
+from models.experts.routing import Routing
 from models.kernels.expert_rows import combine_slots, expert_swiglu, expert_swiglu_backward
 from quant.kernels.choice import uses
 from quant.kernels.grouped import grouped_gradient, grouped_product
@@ -26,8 +26,11 @@ from quant.products import product_dtype
 _NEEDED = (grouped_product, grouped_gradient, expert_swiglu, expert_swiglu_backward, combine_slots)
 
 
-def usable(device: torch.device) -> bool:
-    return all(uses(kernel, device) for kernel in _NEEDED)
+def usable(device: torch.device, rows: int, experts: int) -> bool:
+    """For `rows` of all `experts` together. In generation most experts have none, and would be made dense for nothing:
+    `torch_form` leaves them out.
+    """
+    return rows >= experts and all(uses(kernel, device) for kernel in _NEEDED)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class _Products:
 def forward(
     gate_up: ExpertWeights, down: ExpertWeights, at_a_time: int | None, x: Tensor, weights: Tensor, routing: Routing
 ) -> Tensor:
-    """As `experts_torch.forward`."""
+    """As `torch_form.forward`."""
     dtype = product_dtype(x.device, x.dtype)
     products = _Products(routing, weights.shape[1], at_a_time, dtype)
     rows = _Rows(x.to(dtype).contiguous(), by_token=True)
@@ -137,7 +140,7 @@ def backward(
     grad: Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """As `experts_torch.backward`, where the formula is."""
+    """As `torch_form.backward`, where the formula is."""
     dtype = product_dtype(x.device, x.dtype)
     products = _Products(routing, weights.shape[1], at_a_time, dtype)
     rows, d_out = (_Rows(tensor.to(dtype).contiguous(), by_token=True) for tensor in (x, grad))

@@ -11,7 +11,7 @@ at a time (one on CPU), in both directions, so the working memory does not grow 
 Several processes may own the experts between them (`Experts.own`). `Experts.exchange` then brings the tokens to their
 experts, wherever those are, and calls the same block for the ones that are here.
 
-`experts_torch` computes it in torch's operations, `experts_kernels` with kernels of our own, where they have shown that
+`torch_form` computes it in torch's operations, `kernel_form` with kernels of our own, where they have shown that
 they compute the same.
 
 Shapes: N tokens, E experts, K chosen per token, H hidden, I expert width, R rank.
@@ -26,11 +26,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from models.blocks import experts_kernels, experts_torch
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import ExpertWeights, trained
-from models.blocks.routing import Routing
+from models.experts import kernel_form, torch_form
+from models.experts.routing import Routing
 from quant.kinds import new_storage
 from quant.products import without_autocast
 
@@ -103,9 +103,9 @@ class Experts(nn.Module):
 
     def _local(self, x: Tensor, chosen: Tensor, weights: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """A LocalExperts."""
-        way = experts_kernels if experts_kernels.usable(x.device) else experts_torch
+        way = kernel_form if kernel_form.usable(x.device, chosen.numel(), self.experts) else torch_form
         routing = Routing.by_expert(chosen, self.experts, rows)
-        if way is experts_torch:
+        if way is torch_form:
             routing = routing.on_host()  # the block's one wait for the device
         tensors: list[Tensor | None] = []
         for projection in (self.gate_up_proj, self.down_proj):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from models.blocks.experts import Experts
 from models.blocks.factory import Factory
 from models.blocks.mlp import SwiGLU
 from models.blocks.router import RoutingRule, SigmoidRouter
+from models.experts.block import Experts
 
 
 class SharedExpertsMoE(nn.Module):
@@ -34,5 +34,5 @@ class SharedExpertsMoE(nn.Module):
         """x [N, H]: [N, H]."""
         chosen, weights = self.gate(x)
         shared = self.shared_experts(x)
-        # The routed experts come last: a recomputed layer then stops before them (models/blocks/experts.py).
+        # The routed experts come last: a recomputed layer then stops before them (models/experts/block.py).
         return self.experts(x, chosen, weights) + shared

@@ -1,0 +1,145 @@
+"""Which kernels a run uses on its GPU: those that were right when they were tried there, in a process of their own.
+
+In a process of its own, since a kernel may do worse than be wrong: an address that isn't there ends what its process
+does on the GPU, and a compiler can end the process. The first trial on a card compiles for a minute or so; that all
+kernels were right is remembered in the user's cache folder, for this card, driver and version of torch, of Triton and
+of the kernels themselves. Where one was wrong all are tried anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import models.kernels
+import models.registry  # with every layer that has kernels
+import quant.kernels
+from quant.common.errors import NibbleError
+from quant.common.files import write_atomically
+from quant.common.jsonfile import parse_json
+from quant.kernels.choice import KERNELS, use
+from quant.kernels.language import AVAILABLE
+
+log = logging.getLogger("nibble")
+
+TRIAL = (sys.executable, "-m", "models.use_kernels")
+TRIAL_SECONDS = 600.0  # of one kernel
+
+
+def use_kernels(device: torch.device, wanted: str = "auto", *, first: bool = True) -> None:
+    """Decides for this process, before it computes anything on `device`.
+
+    wanted: auto, all kernels that are right on this device (none on a CPU), or torch, none. first: of the processes on
+    this machine; the others come after it, and believe what it has found. It says in one line which are left out.
+    """
+    use(())
+    if wanted == "torch" or device.type != "cuda":
+        return
+    names, path = sorted(KERNELS), _record(device)
+    wrong = _recall(path, names)
+    if first and wrong != {}:
+        wrong = try_apart((*TRIAL, str(device)), names)
+        _remember(path, names, wrong)
+    use(set(names) - set(names if wrong is None else wrong))
+    if first and wrong:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in wrong.items())
+        log.warning(
+            "%s of %s kernels are not used on %s, where torch's own operations compute the same, slower: %s",
+            len(wrong), len(names), torch.cuda.get_device_name(device), reasons,
+        )  # fmt: skip
+
+
+def try_apart(command: Sequence[str], names: Sequence[str], seconds: float = TRIAL_SECONDS) -> dict[str, str]:
+    """Tries the kernels `names` by `command`, which is given them and prints a line of JSON for each, in order: the
+    kernel's name and what is wrong with it, or null. Which of them are wrong, and what is.
+    """
+    wrong: dict[str, str] = {}
+    left = list(names)
+    while left:
+        failure = None
+        try:
+            done = subprocess.run([*command, *left], capture_output=True, text=True, timeout=seconds * len(left))
+            output, failure = done.stdout, _ending(done)
+        except subprocess.TimeoutExpired as error:
+            output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+            failure = f"the trial took more than {seconds:.0f} s"
+        for line in output.splitlines():
+            with contextlib.suppress(ValueError):
+                name, found = parse_json(line)
+                if left and name == left[0]:
+                    left.pop(0)
+                    if found is not None:
+                        wrong[name] = str(found)
+        if left:  # the process ended with this one
+            wrong[left.pop(0)] = failure or "the trial said nothing"
+    return wrong
+
+
+def _ending(done: subprocess.CompletedProcess[str]) -> str | None:
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip().splitlines() or [""])[-1][:200]
+    return f"the trial ended with code {done.returncode}: {last}"
+
+
+def _record(device: torch.device) -> Path:
+    """What was found on this card, with this driver, torch, Triton and these kernels."""
+    properties = torch.cuda.get_device_properties(device)
+    known = [properties.name, properties.major, properties.minor, torch.__version__, _driver(), _triton()]
+    for module in (quant.kernels, models.kernels):
+        for file in sorted(Path(str(module.__file__)).parent.glob("*.py")):
+            known.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    name = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nibble" / "kernels" / f"{name}.json"
+
+
+def _driver() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    return str(torch.version.cuda)
+
+
+def _triton() -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("triton")
+    return "none"
+
+
+def _recall(path: Path, names: Sequence[str]) -> dict[str, str] | None:
+    """The kernels that were wrong, and why; None if nobody has tried."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        record = parse_json(path.read_bytes())
+        if record["tried"] == list(names) and isinstance(record["wrong"], dict):
+            return {str(name): str(reason) for name, reason in record["wrong"].items()}
+    return None
+
+
+def _remember(path: Path, names: Sequence[str], wrong: dict[str, str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"tried": list(names), "wrong": wrong}).encode())
+    except (OSError, NibbleError) as error:
+        log.warning("the kernels will be tried again the next time, as that can't be remembered: %s", error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tries kernels on a device: `cuda:0 NAME …`. Prints a line of JSON for each: its name, what is wrong or null."""
+    device, *names = sys.argv[1:] if argv is None else argv
+    for name in names:
+        failure = KERNELS[name].failure(torch.device(device)) if AVAILABLE else "Triton is not installed"
+        print(json.dumps([name, failure]), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Kernels are tried in a process of their own, and one that ends it is left out, with the rest tried all the same."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import use_kernels
+from models.use_kernels import try_apart
+from quant.kernels.choice import KERNELS, uses, using
+
+CPU = torch.device("cpu")
+
+# What `python -m models.use_kernels` does, with kernels of the names' kinds.
+TRIAL = """
+import json, os, signal, sys, time
+for name in sys.argv[1:]:
+    if name == "dies":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name == "raises":
+        raise SystemExit("Triton: no such card")
+    if name == "hangs":
+        time.sleep(60)
+    if name != "silent":
+        print("a library's own line")
+        print(json.dumps([name, "differs" if name == "wrong" else None]), flush=True)
+"""
+
+
+def test_a_kernel_that_ends_the_trial_is_left_out_and_the_others_tried() -> None:
+    names = ["right", "dies", "wrong", "raises", "silent", "last"]
+    wrong = try_apart((sys.executable, "-c", TRIAL), names)
+    assert set(wrong) == set(names) - {"right", "last"}
+    assert wrong["wrong"] == "differs"
+    assert f"code {-signal.SIGSEGV}" in wrong["dies"]
+    assert wrong["raises"] == "the trial ended with code 1: Triton: no such card"
+    assert wrong["silent"] == "the trial said nothing"
+
+
+def test_a_trial_that_does_not_end_is_ended() -> None:
+    wrong = try_apart((sys.executable, "-c", TRIAL), ["right", "hangs"], seconds=1)
+    assert wrong == {"hangs": "the trial took more than 1 s"}
+
+
+def test_what_is_remembered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "kernels" / "card.json"
+    assert use_kernels._recall(path, ["a", "b"]) is None
+    use_kernels._remember(path, ["a", "b"], {"b": "differs"})
+    assert use_kernels._recall(path, ["a", "b"]) == {"b": "differs"}
+    assert use_kernels._recall(path, ["a"]) is None, "other kernels"
+    path.write_text('{"tried": ["a"], "wrong": null}')
+    assert use_kernels._recall(path, ["a"]) is None
+    (tmp_path / "file").write_text("")
+    use_kernels._remember(tmp_path / "file" / "card.json", ["a"], {})
+    assert "tried again the next time" in caplog.text
+
+
+def test_nothing_is_used_on_a_cpu() -> None:
+    with using(()):
+        use_kernels.use_kernels(CPU)
+        assert not any(uses(kernel, torch.device("meta")) for kernel in KERNELS.values())
+
+
+def test_the_trial_prints_a_line_for_each_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    assert use_kernels.main(["cpu", "expert_swiglu", "combine_slots"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [[name, "Triton is not installed"] for name in ("expert_swiglu", "combine_slots")]
