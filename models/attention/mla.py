@@ -26,10 +26,9 @@ from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear, together
 from models.blocks.norm import RMSNorm
-from models.kernels.latent_keys import latent_keys, latent_keys_forward
+from models.kernels.latent_keys import latent_keys, usable
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, integer, optional_integer
-from quant.kernels.choice import uses
 
 # The norms inside the attention keep the reference's default instead of following rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -137,7 +136,7 @@ class LatentAttention(nn.Module):
         c = self.config
         latent, shared_key = narrow.split((c.latent_rank, c.rope_dim), dim=-1)
         latent = self.kv_a_layernorm(latent)
-        if uses(latent_keys_forward, narrow.device):
+        if usable(narrow.device):
             return latent_keys(self.wide(latent), shared_key, tables, c.nope_dim, interleaved=c.interleaved)
         return self.expanded(latent, rotate(shared_key[:, None], tables, interleaved=c.interleaved))
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from models.blocks.configjson import rope_entries
 from models.blocks.norm import RMSNorm
-from models.kernels.rotary import rotary_forward, rotated_heads, rotated_query
+from models.kernels.rotary import rotated_heads, rotated_query, usable
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, number, text
 from quant.common.words import shown
-from quant.kernels.choice import uses
 
 MAX_DIMENSIONS = 2**16  # of a head
 
@@ -127,7 +126,7 @@ def rotate_first(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 def rotate_last(x: Tensor, tables: tuple[Tensor, Tensor], *, interleaved: bool) -> Tensor:
     """Rotates as many of the last dimensions of x [N, heads, d] as the tables are for; see `rotate`."""
-    if uses(rotary_forward, x.device):
+    if usable(x.device):
         return rotated_query(x, tables, last=True, interleaved=interleaved)
     rotary = 2 * tables[0].shape[-1]
     rest, turned = x.split((x.shape[-1] - rotary, rotary), dim=-1)
@@ -139,7 +138,7 @@ def normed_and_rotated(
 ) -> tuple[Tensor, Tensor]:
     """query [N, h, d] and key [N, h', d], each head normed where there are norms, alike but for their weights, and its
     first dimensions rotated where there are tables."""
-    fused = uses(rotary_forward, query.device)
+    fused = usable(query.device)
     if norms is not None and not (fused and not any(norm.weight.requires_grad for norm in norms)):
         query, key = norms[0](query), norms[1](key)
         norms = None

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear, together
-from models.kernels.gates import gated, gated_forward
-from quant.kernels.choice import uses
+from models.kernels.gates import gated, usable
 
 
 class SwiGLU(nn.Module):
@@ -29,9 +28,9 @@ class SwiGLU(nn.Module):
 
 def times_silu(x: Tensor, gate: Tensor) -> Tensor:
     """silu(gate) · x."""
-    return gated(gate, x, silu=True) if uses(gated_forward, x.device) else F.silu(gate) * x
+    return gated(gate, x, silu=True) if usable(x.device) else F.silu(gate) * x
 
 
 def times_sigmoid(x: Tensor, gate: Tensor) -> Tensor:
     """sigmoid(gate) · x."""
-    return gated(gate, x, silu=False) if uses(gated_forward, x.device) else x * gate.sigmoid()
+    return gated(gate, x, silu=False) if usable(x.device) else x * gate.sigmoid()

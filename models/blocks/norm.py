@@ -11,8 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.kernels.rms_norm import add_and_norm, rms_norm, rms_norm_forward
-from quant.kernels.choice import uses
+from models.kernels.rms_norm import add_and_norm, rms_norm, usable
 
 
 class RMSNorm(nn.Module):
@@ -30,13 +29,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if uses(rms_norm_forward, x.device):
+        if usable(x.device):
             return rms_norm(x, self.weight, self.eps, self.offset)
         return self.in_torch(x)
 
     def after(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + update, or x itself, and its norm: for a residual stream, whose gradients are then summed at once."""
-        if uses(rms_norm_forward, x.device):
+        if usable(x.device):
             return add_and_norm(x, update, self.weight, self.eps, self.offset)
         x = x if update is None else x + update
         return x, self(x)

@@ -16,10 +16,9 @@ from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
-from models.kernels.router import choose, router_forward
+from models.kernels.router import choose, usable
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import integer
-from quant.kernels.choice import uses
 
 # Takes the chosen experts int64 [N, K] and all scores float32 [N, E], differentiable.
 Observer = Callable[[Tensor, Tensor], None]
@@ -70,7 +69,7 @@ class Router(KeptInFloat32, Linear):
 
     def fused(self, logits: Tensor) -> bool:
         """Whether one kernel chooses, which keeps no scores: not where somebody wants to see them."""
-        return not self.observers and uses(router_forward, logits.device)
+        return not self.observers and usable(logits.device)
 
     def observe(self, chosen: Tensor, probabilities: Tensor) -> None:
         for observer in self.observers:

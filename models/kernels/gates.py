@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels.rows import VALUES_AT_A_TIME, rows_of
-from quant.kernels.choice import Arguments, kernel
+from quant.kernels.choice import Arguments, kernel, uses
 from quant.kernels.language import blocks, jit, launch, power_of_two, tl
 
 _COLUMNS_AT_A_TIME = 1024
@@ -126,6 +126,10 @@ gated_backward = kernel(
     trials=_trials_backward,
     tolerance=2**-7,
 )
+
+
+def usable(device: torch.device) -> bool:
+    return uses(gated_forward, device) and uses(gated_backward, device)
 
 
 def gated(gate: Tensor, x: Tensor, *, silu: bool) -> Tensor:

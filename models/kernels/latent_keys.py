@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quant.kernels.choice import Arguments, kernel
+from quant.kernels.choice import Arguments, kernel, uses
 from quant.kernels.language import jit, launch, power_of_two, tl
 
 _HEADS_AT_A_TIME = 8
@@ -175,6 +175,10 @@ latent_keys_backward = kernel(
     trials=_trials_backward,
     tolerance=2**-7,
 )
+
+
+def usable(device: torch.device) -> bool:
+    return uses(latent_keys_forward, device) and uses(latent_keys_backward, device)
 
 
 def latent_keys(

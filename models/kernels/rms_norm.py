@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels.rows import rows_of, tile
-from quant.kernels.choice import Arguments, kernel
+from quant.kernels.choice import Arguments, kernel, uses
 from quant.kernels.language import blocks, jit, launch, tl
 
 
@@ -156,6 +156,10 @@ rms_norm_backward = kernel(
     trials=_trials_backward,
     tolerance=2**-7,
 )
+
+
+def usable(device: torch.device) -> bool:
+    return uses(rms_norm_forward, device) and uses(rms_norm_backward, device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

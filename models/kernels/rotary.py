@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels.rows import VALUES_AT_A_TIME
-from quant.kernels.choice import Arguments, kernel
+from quant.kernels.choice import Arguments, kernel, uses
 from quant.kernels.language import blocks, jit, launch, power_of_two, tl
 
 
@@ -351,6 +351,10 @@ rotary_backward = kernel(
     trials=_trials_backward,
     tolerance=2**-7,
 )
+
+
+def usable(device: torch.device) -> bool:
+    return uses(rotary_forward, device) and uses(rotary_backward, device)
 
 
 def rotated_query(query: Tensor, tables: tuple[Tensor, Tensor], *, last: bool, interleaved: bool) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.kernels.rows import VALUES_AT_A_TIME
-from quant.kernels.choice import Arguments, kernel
+from quant.kernels.choice import Arguments, kernel, uses
 from quant.kernels.language import blocks, jit, launch, power_of_two, tl
 
 EPSILON = 1e-20  # beside the sum that sigmoid scores are divided by
@@ -229,6 +229,10 @@ router_backward = kernel(
     trials=_trials_backward,
     tolerance=1e-5,
 )
+
+
+def usable(device: torch.device) -> bool:
+    return uses(router_forward, device) and uses(router_backward, device)
 
 
 def choose(
