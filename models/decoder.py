@@ -19,7 +19,7 @@ from models.blocks.balance import Balance
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
+from models.blocks.linear import Linear, keeping_dense
 from models.blocks.norm import RMSNorm
 from models.blocks.usage import ExpertUsage, RouterWatch
 from models.generation.engine import Generated, generate
@@ -247,11 +247,12 @@ class CausalLM(nn.Module):
 
     def _contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         """Around a layer's computation and its recomputation, which must not count the experts' choices again."""
-        return contextlib.nullcontext(), self._again()
+        return keeping_dense(), self._again()
 
     @contextlib.contextmanager
     def _again(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(keeping_dense())
             for watch in self.watches:
                 stack.enter_context(watch.paused())
             yield

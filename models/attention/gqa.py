@@ -99,7 +99,8 @@ class GroupedQueryAttention(nn.Module):
         """x [N, H] and the rotary tables of its positions (None: no positions): [N, H]."""
         c = self.config
         projections = [self.q_proj, self.k_proj, self.v_proj, *((self.gate_proj,) if c.gate == "gate_proj" else ())]
-        query, key, value, *gates = (part.unflatten(-1, (-1, c.head_dim)) for part in together(x, *projections))
+        query, key, value, *gates = together(x, *projections)
+        query, key, value = (part.unflatten(-1, (-1, c.head_dim)) for part in (query, key, value))
         gate = gates[0] if gates else None
         if c.gate == "q_proj":
             query, gate = query.unflatten(1, (c.heads, 2)).unbind(2)
@@ -110,5 +111,5 @@ class GroupedQueryAttention(nn.Module):
         else:
             out = causal_attention(query, key, value, documents, scale, self.window)
         if gate is not None:
-            out = times_sigmoid(out, gate)
+            out = times_sigmoid(out.reshape(gate.shape), gate)
         return self.o_proj(out.flatten(1))

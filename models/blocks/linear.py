@@ -10,13 +10,16 @@ Shapes: N tokens, E experts, R rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.blocks.factory import Factory
+from quant.common.devices import on_cpu
 from quant.products import product_dtype, without_autocast
 from quant.storage import Storage
 
@@ -56,11 +59,27 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
+# Whether what a layer saves lives only from its recomputation to its gradients (activation checkpointing): its dense
+# weights are then kept for them, rather than made once more.
+_keeps_dense: ContextVar[bool] = ContextVar("keeps_dense", default=False)
+
+
+@contextmanager
+def keeping_dense() -> Iterator[None]:
+    """Around a layer's computation and its recomputation, which have to save alike."""
+    before = _keeps_dense.set(True)
+    try:
+        yield
+    finally:
+        _keeps_dense.reset(before)
+
+
 class Linear(nn.Module):
     """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ for x [N, in]: [N, out], in the dtype of x.
 
     `weight` is a Storage [out, in]; `bias` a Parameter [out] or None; `lora` a LoRA or None. A quantised weight
-    is made dense for the product and dropped; the backward pass makes it dense again rather than keep it.
+    is made dense for the product and dropped; the backward pass makes it dense again rather than keep it, unless it
+    follows at once (`keeping_dense`).
     """
 
     lora: LoRA | None
@@ -143,22 +162,27 @@ class _LoRALinear(torch.autograd.Function):
         widen = [matrix.to(dtype) if matrix is not None else None for matrix in b]
         all_a = (torch.cat(narrow) if len(narrow) > 1 else narrow[0]) if narrow else None
         inner = torch.mm(rows, all_a.t()) if all_a is not None else None
-        outputs, parts = [], _parts(inner, widen)
-        for layer, bias, matrix, part in zip(layers, biases, widen, parts, strict=True):
-            weight = layer.weight.dense(dtype=dtype).t()
-            y = torch.mm(rows, weight) if bias is None else torch.addmm(bias.to(dtype), rows, weight)
+        outputs, dense = [], []
+        joined = _base_products(rows, layers)
+        each = zip(layers, biases, widen, _parts(inner, widen), joined, strict=True)
+        for layer, bias, matrix, part, (y, weight) in each:
+            if y is None or weight is None:
+                weight = layer.weight.dense(dtype=dtype)
+                y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias.to(dtype), rows, weight.t())
+            dense.append(weight if _keeps_dense.get() else None)
             if layer.lora is not None and matrix is not None and part is not None:
                 y.addmm_(part, matrix.t(), alpha=layer.lora.scaling)
             outputs.append(y.to(x.dtype))
         keeps_x = inner is not None or any(value is not None for value in values)
-        ctx.save_for_backward(x if keeps_x else None, inner, all_a, *widen)
+        ctx.save_for_backward(x if keeps_x else None, inner, all_a, *widen, *dense)
         ctx.layers, ctx.dtype, ctx.x_dtype = layers, dtype, x.dtype
         return tuple(outputs)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, all_a, *widen = ctx.saved_tensors
+        x, inner, all_a, *rest = ctx.saved_tensors
+        widen, dense = rest[: len(ctx.layers)], rest[len(ctx.layers) :]
         dtype, needs_x = ctx.dtype, ctx.needs_input_grad[0]
         rows = x.to(dtype) if x is not None else None
         d_inner = torch.empty_like(inner) if inner is not None else None
@@ -170,7 +194,7 @@ class _LoRALinear(torch.autograd.Function):
             needs_value, needs_bias, needs_a, needs_b = ctx.needs_input_grad[2 + 4 * index :][:4]
             dy = grad.to(dtype)
             if needs_x:
-                weight = layer.weight.dense(dtype=dtype)
+                weight = layer.weight.dense(dtype=dtype) if dense[index] is None else dense[index]
                 dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
             d_value = torch.mm(dy.t(), rows).to(layer.weight.dtype) if needs_value and rows is not None else None
             d_bias = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype) if needs_bias else None
@@ -190,6 +214,19 @@ class _LoRALinear(torch.autograd.Function):
                 for index, (layer, d_a) in enumerate(zip(ctx.layers, parts, strict=True)):
                     result[4 * index + 2] = d_a.to(layer.lora.A.dtype) if wanted[index] and d_a is not None else None
         return dx.to(ctx.x_dtype) if dx is not None else None, None, *result
+
+
+def _base_products(rows: Tensor, layers: Sequence[Linear]) -> Sequence[tuple[Tensor | None, Tensor | None]]:
+    """Each layer's product without bias, and its dense weight, where an accelerator makes one product of them all."""
+    sizes = [layer.out_features for layer in layers]
+    apart = any(layer.weight.kind == "none" or layer.bias is not None for layer in layers)
+    if on_cpu(rows.device) or len(layers) == 1 or apart:
+        return [(None, None)] * len(layers)
+    joined = rows.new_empty(sum(sizes), rows.shape[1])
+    weights = joined.split(sizes)
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight.dense(out=weight)
+    return list(zip(torch.mm(rows, joined.t()).split(sizes, 1), weights, strict=True))
 
 
 def _parts(joined: Tensor | None, matrices: Sequence[Tensor | None], dim: int = 1) -> list[Tensor | None]:
