@@ -1,10 +1,11 @@
-"""What a launch of a Triton kernel compiles to, for any NVIDIA card, on a machine that has none."""
+"""What the launches of a training step compile to, for any NVIDIA card, on a machine that has none."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels.language import Launch
+from benchmarks.launches_cases import LaunchCase, full_config, targets_of
+from benchmarks.launches_step import measure
+from quant.kernels.language import Launch, recording
 
 # Compute capabilities, and the shared memory that a program may have there, in bytes (CUDA C++ Programming Guide,
 # technical specifications per compute capability).
@@ -35,13 +38,15 @@ _TYPES = {
 @dataclass(frozen=True)
 class Compiled:
     """registers: of a thread. spills: bytes of local memory. shared: bytes of a program. widest: bits of its widest
-    load from global memory. products: the tensor cores' instructions, by name and how often they stand there.
+    load from global memory. multiplies: whether it has products; products: the tensor cores' instructions, by name and
+    how often they stand there.
     """
 
     registers: int
     spills: int
     shared: int
     widest: int
+    multiplies: bool
     products: dict[str, int]
 
 
@@ -77,10 +82,10 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Compiled:
     source = ASTSource(launch.kernel, types, constants, attributes)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     made = triton.compile(source, target=target, options=launch.options)
-    return inspect(made.asm["cubin"], made.metadata.shared)
+    return inspect(made.asm["cubin"], made.metadata.shared, multiplies="tt.dot" in made.asm["ttir"])
 
 
-def inspect(cubin: bytes, shared: int) -> Compiled:
+def inspect(cubin: bytes, shared: int, multiplies: bool) -> Compiled:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -103,4 +108,61 @@ def inspect(cubin: bytes, shared: int) -> Compiled:
         return int(re.findall(rf"{name}:(\d+)", usage)[-1])
 
     local = len(re.findall(r"\bSTL\b", code))
-    return Compiled(number("REG"), max(number("LOCAL"), 4 * local), shared, widest, products)
+    return Compiled(number("REG"), max(number("LOCAL"), 4 * local), shared, widest, multiplies, products)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel as a step of two layers launches it, `launches` times, and what it compiles to."""
+
+    name: str
+    capability: tuple[int, int]
+    launches: int
+    code: Compiled
+
+    @property
+    def fault(self) -> str | None:
+        if self.code.spills:
+            return f"spills {self.code.spills} bytes"
+        if self.code.shared > TARGETS[self.capability]:
+            return f"more shared memory than the card's {TARGETS[self.capability] >> 10} KiB"
+        if self.code.multiplies and not self.code.products:
+            return "a product without tensor cores"
+        return None
+
+
+# As few layers as have all kinds of an architecture's layers.
+_FEW = {
+    "glm4_moe_lite": {},
+    "glm4_moe": {},
+    "glm_moe_dsa": {"first_k_dense_replace": 1},
+    "afmoe": {"num_dense_layers": 1, "global_attn_every_n_layers": 2},
+    "qwen3_moe": {},
+    "qwen3_5_moe": {"full_attention_interval": 2},
+}
+
+
+def launches_of(arch: str, storage: str, capability: tuple[int, int]) -> dict[str, list[Launch]]:
+    """What a step of two layers launches on a card, alike launches together."""
+    case = LaunchCase(full_config(arch, 2) | _FEW[arch], storage, targets=targets_of(arch))
+    with recording(capability) as launches:
+        measure(case)
+    alike: dict[str, list[Launch]] = {}
+    for launch in launches:
+        alike.setdefault(repr((launch.kernel.__name__, *signature(launch), launch.options)), []).append(launch)
+    return alike
+
+
+def build_all(
+    archs: Sequence[str], storages: Sequence[str], capabilities: Sequence[tuple[int, int]], beginnings: tuple[str, ...]
+) -> Iterator[Built]:
+    """Each kernel of these models' steps whose name begins so, once for each form in which it is launched."""
+    for capability in capabilities:
+        seen: set[str] = set()
+        for arch in archs:
+            for storage in storages:
+                for form, launches in launches_of(arch, storage, capability).items():
+                    name = launches[0].kernel.__name__.strip("_")
+                    if form not in seen and name.startswith(beginnings):
+                        seen.add(form)
+                        yield Built(name, capability, len(launches), compile_launch(launches[0], capability))

@@ -32,7 +32,7 @@ from quant.storage import DenseStorage, Storage, StorageSpec
 from train.demo.checkpoint import initial_value
 from train.demo.models import demo_model
 from train.loss import linear_cross_entropy
-from train.optim import build_optimizer, clip_gradients
+from train.optim import build_optimizer, clip_gradients, measure_gradients
 
 Parameters = list[tuple[str, nn.Parameter]]
 
@@ -94,11 +94,11 @@ def train_step(model: CausalLM, named: Parameters, optimizer: Optimizer, tokens:
     """One optimiser step, as a run makes it (train/loop.py, which needs the packages of a run)."""
     loss = loss_of(model, tokens, documents)
     loss.backward()
-    value = loss.item()
-    clip_gradients(named, 1.0, 0)
+    measured = measure_gradients(named, loss.detach())
+    clip_gradients(named, 1.0, 0, measured=measured)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return value
+    return measured.loss
 
 
 def measure(case: Case) -> dict[str, Any]:

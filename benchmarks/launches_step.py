@@ -25,6 +25,7 @@ from quant.storage import StorageSpec
 from train.optim import build_optimizer
 
 META = torch.device("meta")
+UPDATE = "update"  # a place of the recorder
 
 
 @dataclass
@@ -33,8 +34,9 @@ class Step:
 
     layers: launches of each layer, forward, recomputation and backward together. moe: which layers have routed experts.
     rest: launches outside layers (embedding, rotary tables, final norm, head and loss). kinds: of the whole step, by
-    kind of operation; moe_kinds: of the layers with experts. names: launches by operator. waits: how often a layer asks
-    the device for a value. weights, trained: bytes of the frozen tensors, number of trained values. peak: bytes.
+    kind of operation; moe_kinds: of the layers with experts. names: launches by operator. update: launches of the
+    optimiser, which is in none of these. waits: how often a layer asks the device for a value. weights, trained: bytes
+    of the frozen tensors, number of trained values. peak: bytes, the update included.
     """
 
     layers: list[int]
@@ -43,6 +45,7 @@ class Step:
     kinds: dict[str, Total]
     moe_kinds: dict[str, Total]
     names: dict[str, int]
+    update: int
     waits: int
     weights: int
     trained: int
@@ -99,7 +102,7 @@ def supply_rows(model: CausalLM) -> list[EqualShares]:
 
 
 def measure(case: LaunchCase) -> Step:
-    """Forward, loss and backward of one step with recomputation; weights, adapters and optimiser states are there."""
+    """One step with recomputation, without clipping; weights, adapters and optimiser states are there."""
     with using(KERNELS if case.kernels == "triton" else ()):
         return _measure(case)
 
@@ -124,13 +127,20 @@ def _measure(case: LaunchCase) -> Step:
     with _by_layer(model, recorder), recorder:
         loss = loss_of(model, tokens, documents)
         loss.backward()
+    del loss
+    recorder.place = UPDATE
+    with recorder:
+        optimizer.step()
 
     layers = list(model.model.layers)
     moe = [i for i, layer in enumerate(layers) if any(isinstance(module, Experts) for module in layer.modules())]
     kinds, moe_kinds = ({kind: Total() for kind in ALL_KINDS} for _ in range(2))
-    counts, rest = [0] * len(layers), 0
+    counts, rest, update = [0] * len(layers), 0, 0
     names: dict[str, int] = {}
     for (place, name), total in recorder.totals.items():
+        if place == UPDATE:
+            update += total.launches
+            continue
         kinds[kind_of(name)].add(total)
         names[name] = names.get(name, 0) + total.launches
         if place is None:
@@ -141,6 +151,7 @@ def _measure(case: LaunchCase) -> Step:
             moe_kinds[kind_of(name)].add(total)
     return Step(
         counts, moe, rest, kinds, moe_kinds, dict(sorted(names.items(), key=lambda item: -item[1])),
+        update=update,
         waits=sum(share.waits for share in shares),
         weights=sum(t.numel() * t.element_size() for t in tensors if id(t) not in adapter),
         trained=sum(parameter.numel() for _, parameter in named),

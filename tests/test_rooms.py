@@ -40,7 +40,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("train/config",),
     ("train/rows",),
     ("train/data",),
-    ("train/loss", "train/schedule", "train/optim", "train/signals", "train/model"),
+    ("train/loss", "train/schedule", "train/blockwise", "train/optim", "train/signals", "train/model"),
     ("train/output",),
     ("train/state",),
     ("train",),

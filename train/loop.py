@@ -19,7 +19,7 @@ from quant.common.words import counted, format_bytes, format_seconds
 from train.config.sections import TrainConfig
 from train.data.batches import Batch, EvalBatches, StepBatches
 from train.held_out import batch_loss, held_out_loss
-from train.optim import NonFiniteError, check_loss, clip_gradients
+from train.optim import NonFiniteError, check_loss, clip_gradients, measure_gradients
 from train.output.metrics import MetricsLog
 from train.output.report import Report
 from train.output.usage import HELD_OUT, TRAINING, usage_record
@@ -94,14 +94,14 @@ def training_step(
         shards.before_pass(last=number == len(batches))
         (part if extra is None else part + extra).backward()
     shards.take_gradients()
-    mean = world.sum(loss).item()  # waits for the device, so not before the whole backward pass is queued
-    check_loss(mean, step)
-    grad_norm = clip_gradients(
-        shards.parameters, max_grad_norm, step, total=shards.sum_of_parts, replicated=shards.replicated
-    )
+    # The step's one wait for the device, when the whole backward pass is queued.
+    total = shards.sum_of_parts if shards.meshes is not None else None
+    measured = measure_gradients(shards.parameters, world.sum(loss), total=total, replicated=shards.replicated)
+    check_loss(measured.loss, step)
+    grad_norm = clip_gradients(shards.parameters, max_grad_norm, step, measured=measured)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean, grad_norm, tokens, labelled, balance.end_step() if balance is not None else {})
+    return StepResult(measured.loss, grad_norm, tokens, labelled, balance.end_step() if balance is not None else {})
 
 
 @dataclass

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from quant.common.devices import without_waiting
 from quant.common.errors import NibbleError
+from train.blockwise import BlockwiseAdamW
 
 NAMES = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 
@@ -33,8 +36,9 @@ def build_optimizer(
 ) -> Optimizer:
     """AdamW over the parameters that require a gradient; weight decay (decoupled) on matrices and stacks of them only.
 
-    named_parameters: what this process holds of each; empty parts are left out. sizes: the number of values of the
-    whole tensors, by name, where that differs.
+    named_parameters: what this process holds of each; empty parts are left out. sizes: of a model that is cut over
+    processes the number of values of the whole tensors, by name, where that differs. With None all are whole and
+    nobody else's memory, and bitsandbytes' optimisers move the small ones together (train/blockwise.py).
 
     `adamw` keeps both moments in float32. It is torch's fused AdamW when all parameters are float32. Torch would keep
     the moments of a bfloat16 parameter in bfloat16, where the second one stops moving (it changes by 0.1 % a step, half
@@ -76,8 +80,7 @@ def build_optimizer(
     }
     optimizer = classes[name](groups, **options)
     _allocate_states(library.GlobalOptimManager.get_instance(), optimizer, sizes or {})
-    result: Optimizer = optimizer
-    return result
+    return BlockwiseAdamW(optimizer, join=sizes is None)
 
 
 def _allocate_states(manager: Any, optimizer: Any, sizes: Mapping[str, int]) -> None:
@@ -117,6 +120,50 @@ def check_loss(loss: float, step: int) -> None:
         raise NonFiniteError(_non_finite(step, "the loss", loss))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """norms: 2-norms of the gradients, float32 [number of parameters], on the device. norm: of all together."""
+
+    norms: Tensor
+    norm: float
+    loss: float
+
+
+def measure_gradients(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    loss: Tensor | None = None,
+    *,
+    total: Callable[[Tensor], Tensor] | None = None,
+    replicated: Collection[str] = (),
+) -> Measured:
+    """The norms of all gradients, and the value of `loss`, a scalar. Waits for the device once.
+
+    The norms of bfloat16 gradients are float32. On several processes the parameters are the parts that this one holds,
+    of the same names in the same order on all.
+    total: sums a tensor (the parts' squared norms, float64) over the processes that hold one copy of the model
+    together. replicated: names of those that every process holds whole, which count once.
+    """
+    parameters = list(named_parameters)
+    device = parameters[0][1].device if parameters else torch.device("cpu")
+    zero = torch.zeros((), device=device)
+    present = {i: p.grad for i, (_, p) in enumerate(parameters) if p.grad is not None and p.grad.numel()}
+    if present:
+        found = dict(zip(present, torch._foreach_norm(list(present.values()), 2, dtype=torch.float32), strict=True))
+        norms = torch.stack([found.get(i, zero).to(device) for i in range(len(parameters))])
+    else:
+        norms = zero.expand(len(parameters))
+    # The norms are float32's; their squares may be larger than float32 can hold.
+    squares = norms.double().square()
+    if total is not None and parameters:
+        alone = without_waiting(torch.tensor([name in replicated for name, _ in parameters]), device)
+        squares = torch.where(alone, squares, total(squares.masked_fill(alone, 0.0)))
+        norms = squares.sqrt().float()
+    # In float32, as the gradients are: what overflows there is not finite.
+    norm = squares.sum().sqrt().float()
+    loss = zero if loss is None else loss.float()
+    return Measured(norms, *torch.stack((norm.to(loss.device), loss)).tolist())
+
+
 def clip_gradients(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     max_norm: float | None,
@@ -124,51 +171,26 @@ def clip_gradients(
     *,
     total: Callable[[Tensor], Tensor] | None = None,
     replicated: Collection[str] = (),
+    measured: Measured | None = None,
 ) -> float:
     """The 2-norm of all gradients together; scales them down so that it is at most `max_norm`.
 
     Same as torch.nn.utils.clip_grad_norm_, but with the norm of bfloat16 gradients in float32, and it raises
     NonFiniteError naming the first tensor whose gradient's norm is infinite or not a number. `max_norm` None only
-    measures. Waits for the device once.
-
-    On several processes the parameters are the parts that this one holds, of the same names in the same order on all.
-    total: sums a tensor (the parts' squared norms, float64) over the processes that hold one copy of the model
-    together. replicated: names of those that every process holds whole, which count once.
+    measures. measured, total and replicated: of `measure_gradients`, which is called where `measured` is None and waits
+    for the device once.
     """
     parameters = list(named_parameters)
-    gradients = [parameter.grad for _, parameter in parameters if parameter.grad is not None]
-    if not parameters or (total is None and not gradients):
-        return 0.0
-    squares = _squared_norms([parameter for _, parameter in parameters])
-    if total is not None:
-        alone = torch.tensor([name in replicated for name, _ in parameters], device=squares.device)
-        squares = torch.where(alone, squares, total(squares.masked_fill(alone, 0.0)))
-    # In float32, as the gradients are: what overflows there is not finite.
-    norms = squares.sqrt().float()
-    norm = float(squares.sum().sqrt().float())
-    if not math.isfinite(norm):
-        finite = norms.isfinite().tolist()
+    measured = measured or measure_gradients(parameters, total=total, replicated=replicated)
+    if not math.isfinite(measured.norm):
+        norms = measured.norms.tolist()
         # Each norm may be finite and their sum of squares not: then the largest is named.
-        first = finite.index(False) if False in finite else int(norms.argmax())
-        raise NonFiniteError(_non_finite(step, f"the gradient of {parameters[first][0]}", float(norms[first])))
-    if max_norm is not None and norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
-    return norm
-
-
-def _squared_norms(parameters: list[nn.Parameter]) -> Tensor:
-    """float64 [number of parameters] on the first one's device; 0 where there is no gradient.
-
-    The norms are float32's; their squares may be larger than float32 can hold.
-    """
-    device = parameters[0].device
-    present = [i for i, parameter in enumerate(parameters) if parameter.grad is not None and parameter.numel()]
-    gradients = [gradient for i in present if (gradient := parameters[i].grad) is not None]
-    squares = torch.zeros(len(parameters), dtype=torch.float64, device=device)
-    if gradients:
-        norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(gradients, 2, dtype=torch.float32)])
-        squares[torch.tensor(present, device=device)] = norms.double().square()
-    return squares
+        first = next((i for i, norm in enumerate(norms) if not math.isfinite(norm)), norms.index(max(norms)))
+        raise NonFiniteError(_non_finite(step, f"the gradient of {parameters[first][0]}", norms[first]))
+    gradients = [parameter.grad for _, parameter in parameters if parameter.grad is not None]
+    if max_norm is not None and measured.norm > max_norm and gradients:
+        torch._foreach_mul_(gradients, max_norm / (measured.norm + 1e-6))
+    return measured.norm
 
 
 def _non_finite(step: int, what: str, value: float) -> str:

@@ -167,7 +167,7 @@ def _run(
         train.betas,
         train.eps,
         train.weight_decay,
-        sizes={name: math.prod(part.shape) for name, part in shards.parts.items()},
+        sizes={name: math.prod(part.shape) for name, part in shards.parts.items()} if meshes is not None else None,
     )
     progress = Progress(**restore(checkpoint, folder, shards, optimizer, total_steps, report, world))
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.common.devices import without_waiting
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -36,7 +38,8 @@ class Documents:
         starts = torch.cat((ends.new_zeros(1), ends))
         # Not repeat_interleave: it wakes every thread for a few hundred numbers, milliseconds on a busy machine.
         positions = torch.cat([torch.arange(length) for length in lengths])
-        return Documents(tuple(lengths), starts.to(device, torch.int32), positions.to(device), padding)
+        starts, positions = without_waiting(starts.int(), device), without_waiting(positions, device)
+        return Documents(tuple(lengths), starts, positions, padding)
 
     @property
     def longest(self) -> int:

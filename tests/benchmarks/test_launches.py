@@ -15,10 +15,14 @@ from benchmarks import launches
 from benchmarks.launches_cases import LaunchCase, full_config, targets_of
 from benchmarks.launches_step import META, build, measure, supply_rows
 from benchmarks.operations import ALLOCATION, Recorder, Total
+from models.adapters.lora import trainable_parameters
 from models.blocks.documents import Documents
-from models.blocks.factory import Factory
-from models.experts.block import Experts
-from quant.storage import StorageSpec
+from models.experts.dense import as_fit
+from parallel.shards import Shards
+from quant.kernels.choice import KERNELS, using
+from train.data.batches import make_batch
+from train.loop import training_step
+from train.optim import build_optimizer
 
 # Launches of each of the first layers at full width, 2 × 2048 tokens, nf4, bfloat16 LoRA of rank 32, recomputation.
 # The first layer needs no gradient for its input. What changes a number here changes docs/performance.md too.
@@ -36,31 +40,49 @@ FEW_LAYERS: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 @pytest.mark.parametrize("arch", FEW_LAYERS)
 def test_launches_of_every_architecture(arch: str) -> None:
+    """With our own kernels. Nothing in a layer waits for the device: a tensor without values would raise."""
     fewer, expected = FEW_LAYERS[arch]
     step = measure(LaunchCase(full_config(arch) | fewer, targets=targets_of(arch)))
     assert step.layers == expected
-    # A layer with experts waits for the device once a pass: when it is computed, and when it is computed again.
-    assert step.waits == 2 * len(step.moe) > 0
+    assert step.moe and step.waits == 0
     assert step.total.launches == sum(step.layers) + step.rest
 
 
-@pytest.mark.parametrize(("storage", "dtype", "expected"), [("nf4", "float32", 611), ("int8", "bfloat16", 667)])
-def test_launches_of_storages_and_adapter_dtypes(storage: str, dtype: str, expected: int) -> None:
-    step = measure(LaunchCase(full_config("glm4_moe_lite", 2), storage, dtype))
+@pytest.mark.parametrize(
+    ("storage", "dtype", "kernels", "expected"),
+    [("nf4", "float32", "triton", 0), ("int8", "bfloat16", "triton", 0), ("nf4", "bfloat16", "torch", 563)],
+)
+def test_launches_of_storages_dtypes_and_torch_forms(storage: str, dtype: str, kernels: str, expected: int) -> None:
+    step = measure(LaunchCase(full_config("glm4_moe_lite", 2), storage, dtype, kernels=kernels))
     assert step.layers[1] == expected
+    # In torch's forms a layer with experts waits once a pass: when it is computed, and when it is computed again.
+    assert step.waits == (0 if kernels == "triton" else 2)
 
 
-def test_the_one_wait_is_for_the_rows_of_experts() -> None:
-    """A tensor without values has nothing to wait for, so whatever asks for a value raises."""
+def test_the_one_wait_of_the_torch_forms_is_for_the_rows_of_experts() -> None:
     model = build(LaunchCase(full_config("qwen3_moe", 1)))
     tokens, documents = torch.empty(64, dtype=torch.int64, device=META), Documents.from_lengths([64], META)
     with pytest.raises((NotImplementedError, RuntimeError)) as caught:
         model.hidden(tokens, documents)
     frames = traceback.extract_tb(caught.value.__traceback__)
-    assert [frame.name for frame in frames if "/models/" in frame.filename][-1] == "by_expert"
+    assert [frame.name for frame in frames if "/models/" in frame.filename][-1] == "on_host"
     (share,) = supply_rows(model)
     model.hidden(tokens, documents).sum().backward()
     assert share.waits == 2
+
+
+def test_a_step_waits_once_for_loss_and_norm() -> None:
+    """When everything before the update is queued, for micro-batches of any number."""
+    model = build(LaunchCase(full_config("qwen3_moe", 1)))
+    optimizer = build_optimizer("adamw_8bit", trainable_parameters(model), 1e-3)
+    batch = make_batch([([1] * 64, [False] + [True] * 63)], [0])
+    with using(KERNELS), pytest.raises((NotImplementedError, RuntimeError)) as caught:
+        training_step(Shards(model), optimizer, [batch, batch], step=1, max_grad_norm=1.0, device=META)
+    (frame,) = [frame for frame in traceback.extract_tb(caught.value.__traceback__) if "/train/optim" in frame.filename]
+    assert frame.name == "measure_gradients" and frame.line is not None and ".tolist()" in frame.line
+    assert all(parameter.grad is not None for _, parameter in trainable_parameters(model))
+    for _ in range(2):  # the update waits for nothing
+        optimizer.step()
 
 
 def test_the_command_prints_and_writes_what_it_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -70,6 +92,7 @@ def test_the_command_prints_and_writes_what_it_counted(capsys: pytest.CaptureFix
     (kept,) = json.loads(file.read_text(encoding="utf-8"))
     printed = capsys.readouterr().out
     assert f"{kept['total']['launches']:,}" in printed and "Qwen3-30B-A3B, 1 layers, none" in printed
+    assert kept["update"] == 4 + 3  # of each stack of experts; attention's side by side: zeros, a copy, one for all
     assert kept["peak"] > kept["weights"] > 2 * 128 * 3 * 768 * 2048
     assert "dequantize_4bit" not in kept["names"]
     assert launches.main(["--layers", "0"]) == 2
@@ -124,7 +147,5 @@ def _sum(recorder: Recorder) -> Total:
 )
 def test_as_many_experts_at_a_time_as_fit(experts: int, hidden: int, width: int, chunk: int) -> None:
     """At most 512 MiB of the larger stack, chunks alike."""
-    block = Experts(experts, hidden, width, Factory(StorageSpec("nf4"), torch.bfloat16, META))
-    assert block.chunk_size(META, torch.bfloat16) == chunk
-    assert block.chunk_size(torch.device("cpu"), torch.bfloat16) == 1
+    assert as_fit(experts, 2 * width * hidden, torch.bfloat16) == chunk
     assert 2 * 2 * chunk * width * hidden <= 512 * 2**20

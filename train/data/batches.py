@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models.blocks.documents import Documents
+from quant.common.devices import without_waiting
 from quant.common.errors import NibbleError
 from train.data import IGNORED
 from train.data.examples import Examples
@@ -47,8 +48,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
-            self.tokens.to(device),
-            self.labels.to(device),
+            without_waiting(self.tokens, device),
+            without_waiting(self.labels, device),
             Documents.from_lengths(self.documents.lengths, device, self.documents.padding),
             self.real_tokens,
             self.labelled,

@@ -15,6 +15,7 @@ from parallel.parts import Cut, Part, bounds
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import integer, mapping, text
 from quant.common.words import shown
+from train.blockwise import BLOCK, BlockwiseAdamW
 from train.optim import parameters_of
 from train.state.fingerprint import START_OVER, require_keys
 
@@ -22,7 +23,6 @@ from train.state.fingerprint import START_OVER, require_keys
 _CONSTANTS = ("qmap1", "qmap2")
 # What has the parameter's shape, of torch's AdamW and of bitsandbytes'.
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")
-_BLOCK = 256  # values per scale of an 8-bit state
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _scales_cut(part: Part) -> Cut:
     width = max(1, bounds(size, count, 0)[1])  # of all parts but the last, which may be shorter
 
     def scales(indices: int) -> int:
-        return -(-indices * math.prod(part.shape) // max(1, size) // _BLOCK)
+        return -(-indices * math.prod(part.shape) // max(1, size) // BLOCK)
 
     start = part.start // width * scales(width)
     total = size // width * scales(width) + scales(size % width)
@@ -227,4 +227,6 @@ def _wait_for_paged(state: Tensor, parameter: nn.Parameter) -> None:
 
 
 def _kind(optimizer: Optimizer) -> str:
+    if isinstance(optimizer, BlockwiseAdamW):
+        return optimizer.kind
     return f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__}"
