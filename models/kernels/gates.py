@@ -21,7 +21,7 @@ _COLUMNS_AT_A_TIME = 1024
 
 
 @jit
-def _forward(
+def _gated(
     gate, x, out, rows, columns, gate_row, x_row, SILU: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr
 ):  # fmt: skip
     """Program (i, j): ROWS rows, B columns."""
@@ -38,7 +38,7 @@ def _forward(
 
 
 @jit
-def _backward(
+def _gated_backward(
     grad, gate, x, d_gate, d_x, rows, columns, grad_row, gate_row, x_row,
     SILU: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def _grid(shape: torch.Size) -> tuple[tuple[int, int], int, int]:
 
 def _run(gate: Tensor, x: Tensor, silu: bool, *, out: Tensor) -> None:
     grid, rows, width = _grid(x.shape)
-    launch(_forward, grid, gate, x, out, *x.shape, gate.stride(0), x.stride(0), SILU=silu, ROWS=rows, B=width)
+    launch(_gated, grid, gate, x, out, *x.shape, gate.stride(0), x.stride(0), SILU=silu, ROWS=rows, B=width)
 
 
 def _reference(gate: Tensor, x: Tensor, silu: bool, *, out: Tensor) -> None:
@@ -77,7 +77,7 @@ def _reference(gate: Tensor, x: Tensor, silu: bool, *, out: Tensor) -> None:
 def _run_backward(grad: Tensor, gate: Tensor, x: Tensor, silu: bool, *, d_gate: Tensor, d_x: Tensor) -> None:
     grid, rows, width = _grid(x.shape)
     strides = (grad.stride(0), gate.stride(0), x.stride(0))
-    launch(_backward, grid, grad, gate, x, d_gate, d_x, *x.shape, *strides, SILU=silu, ROWS=rows, B=width)
+    launch(_gated_backward, grid, grad, gate, x, d_gate, d_x, *x.shape, *strides, SILU=silu, ROWS=rows, B=width)
 
 
 def _reference_backward(grad: Tensor, gate: Tensor, x: Tensor, silu: bool, *, d_gate: Tensor, d_x: Tensor) -> None:

@@ -19,7 +19,7 @@ _HEADS_AT_A_TIME = 8
 
 
 @jit
-def _forward(
+def _latent_keys(
     expanded, shared, cos, sin, key, heads, expanded_token, expanded_head, shared_token, nope, half,
     INTERLEAVED: tl.constexpr, G: tl.constexpr, NOPE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def _forward(
 
 
 @jit
-def _backward(
+def _latent_keys_backward(
     d_key, d_value, cos, sin, d_expanded, d_shared, heads, key_token, key_head, value_token, value_head, nope, half,
     value, INTERLEAVED: tl.constexpr, G: tl.constexpr, NOPE: tl.constexpr, HALF: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def _run(expanded: Tensor, shared: Tensor, cos: Tensor, sin: Tensor, interleaved
     half = cos.shape[1]
     nope = size - 2 * half
     launch(
-        _forward, (tokens, -(-heads // _HEADS_AT_A_TIME)),
+        _latent_keys, (tokens, -(-heads // _HEADS_AT_A_TIME)),
         expanded, shared, cos, sin, key, heads, *expanded.stride()[:2], shared.stride(0), nope, half,
         INTERLEAVED=interleaved, G=_HEADS_AT_A_TIME, NOPE=power_of_two(nope, 16), HALF=power_of_two(half, 16),
     )  # fmt: skip
@@ -108,7 +108,7 @@ def _run_backward(
     half, value = cos.shape[1], d_value.shape[-1]
     nope = size - 2 * half
     launch(
-        _backward, (tokens,),
+        _latent_keys_backward, (tokens,),
         d_key, d_value, cos, sin, d_expanded, d_shared, heads, *d_key.stride()[:2], *d_value.stride()[:2], nope, half,
         value, INTERLEAVED=interleaved, G=_HEADS_AT_A_TIME, NOPE=power_of_two(nope, 16), HALF=power_of_two(half, 16),
         VALUE=power_of_two(value, 16),

@@ -18,7 +18,7 @@ from quant.kernels.language import blocks, jit, launch, tl
 
 
 @jit
-def _forward(
+def _rms_norm(
     x, update, weight, out, inverse, total, rows, columns, x_row, update_row, eps, offset,
     ADDED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def _forward(
 
 
 @jit
-def _backward(
+def _rms_norm_backward(
     grad, total_grad, x, weight, inverse, dx, rows, columns, grad_row, total_row, x_row, offset,
     ADDED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def _run(
     count, columns = x.shape
     rows, width, warps = tile(columns)
     launch(
-        _forward, (blocks(count, rows),),
+        _rms_norm, (blocks(count, rows),),
         x, x if update is None else update, weight, out, inverse, out if total is None else total,
         count, columns, x.stride(0), 0 if update is None else update.stride(0), eps, offset,
         ADDED=update is not None, ROWS=rows, B=width, warps=warps,
@@ -91,7 +91,7 @@ def _run_backward(
     rows, width, warps = tile(columns)
     added = total_grad is not None
     launch(
-        _backward, (blocks(count, rows),),
+        _rms_norm_backward, (blocks(count, rows),),
         grad, grad if total_grad is None else total_grad, x, weight, inverse, dx,
         count, columns, grad.stride(0), 0 if total_grad is None else total_grad.stride(0), x.stride(0), offset,
         ADDED=added, ROWS=rows, B=width, warps=warps,

@@ -113,7 +113,7 @@ def _heads_backward(
 
 
 @jit
-def _forward(
+def _rotary(
     q, k, q_out, k_out, q_weight, k_weight, q_inverse, k_inverse, cos, sin, tokens, q_heads, k_heads,
     q_token, q_head, k_token, k_head, half, rest, eps, offset, q_blocks,
     LAST: tl.constexpr, INTERLEAVED: tl.constexpr, ROTATED: tl.constexpr, NORMED: tl.constexpr,
@@ -134,7 +134,7 @@ def _forward(
 
 
 @jit
-def _backward(
+def _rotary_backward(
     q_grad, k_grad, dq, dk, q, k, q_weight, k_weight, q_inverse, k_inverse, cos, sin, tokens, q_heads, k_heads,
     q_grad_token, q_grad_head, k_grad_token, k_grad_head, q_token, q_head, k_token, k_head, half, rest, offset,
     q_blocks,
@@ -175,7 +175,7 @@ def _run(
     k_blocks = 0 if key is None else blocks(key.shape[0] * key.shape[1], sizes["ROWS"])
     half = 0 if cos is None else cos.shape[1]
     launch(
-        _forward, (q_blocks + k_blocks,),
+        _rotary, (q_blocks + k_blocks,),
         query, k, query_out, key_out if key_out is not None else query_out, query_weight, key_weight,
         query_inverse, key_inverse, cos, sin, tokens, heads, k.shape[1],
         *query.stride()[:2], *k.stride()[:2], half, size - 2 * half, eps, offset, q_blocks,
@@ -237,7 +237,7 @@ def _run_backward(
     q, k = query_grad if query is None else query, k_grad if key is None else key
     half = 0 if cos is None else cos.shape[1]
     launch(
-        _backward, (q_blocks + k_blocks,),
+        _rotary_backward, (q_blocks + k_blocks,),
         query_grad, k_grad, dq, dq if dk is None else dk, q, k, query_weight, key_weight, query_inverse, key_inverse,
         cos, sin, tokens, heads, k_grad.shape[1], *query_grad.stride()[:2], *k_grad.stride()[:2], *q.stride()[:2],
         *k.stride()[:2], half, size - 2 * half, offset, q_blocks,

@@ -32,7 +32,7 @@ def _scores(logits, there, SOFTMAX: tl.constexpr):
 
 
 @jit
-def _forward(
+def _router(
     logits, bias, chosen, weights, tokens, experts, each, open_groups, scale, epsilon,
     SOFTMAX: tl.constexpr, NORMALISE: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr,
     T: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr, K_WIDTH: tl.constexpr,
@@ -84,7 +84,7 @@ def _forward(
 
 
 @jit
-def _backward(
+def _router_backward(
     grad, logits, chosen, d_logits, tokens, experts, scale, epsilon,
     SOFTMAX: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _run(
     g, width = power_of_two(groups), power_of_two(each, 2)
     rows = max(1, VALUES_AT_A_TIME // (g * width) // 2)
     launch(
-        _forward, (blocks(tokens, rows),),
+        _router, (blocks(tokens, rows),),
         logits, logits if bias is None else bias, chosen, weights, tokens, experts, each, open_groups, scale,
         0.0 if bias is None else EPSILON, SOFTMAX=bias is None, NORMALISE=normalise, GROUPS=groups, K=k, T=rows, G=g,
         EACH=width, K_WIDTH=power_of_two(k),
@@ -156,7 +156,7 @@ def _run_backward(
     width = power_of_two(experts, 2)
     rows = max(1, VALUES_AT_A_TIME // width // 2)
     launch(
-        _backward, (blocks(tokens, rows),),
+        _router_backward, (blocks(tokens, rows),),
         grad, logits, chosen, d_logits, tokens, experts, scale, 0.0 if softmax else EPSILON,
         SOFTMAX=softmax, NORMALISE=normalise, K=chosen.shape[1], T=rows, E=width,
     )  # fmt: skip
