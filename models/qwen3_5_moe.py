@@ -32,7 +32,7 @@ from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear, together
-from models.blocks.mlp import SwiGLU, times_silu
+from models.blocks.mlp import SwiGLU, times_sigmoid, times_silu
 from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm
@@ -236,7 +236,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         chosen, weights = self.gate(x)
-        shared = self.shared_expert(x) * self.shared_expert_gate(x).sigmoid()
+        shared = times_sigmoid(self.shared_expert(x), self.shared_expert_gate(x))
         # The routed experts come last: a recomputed layer then stops before them (models/experts/block.py).
         return self.experts(x, chosen, weights) + shared
 

@@ -32,5 +32,5 @@ def times_silu(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def times_sigmoid(x: Tensor, gate: Tensor) -> Tensor:
-    """sigmoid(gate) · x."""
+    """sigmoid(gate) · x, of a gate for each value or, [N, 1], for each row."""
     return gated(gate, x, silu=False) if usable(x.device) else x * gate.sigmoid()

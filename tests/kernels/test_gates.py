@@ -29,6 +29,19 @@ def test_gates(function: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, .
     assert_close(ours, expected)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(5, 40), (1, 2100)])
+def test_a_gate_for_each_row(rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, gate = (torch.randn(rows, width, generator=generator, requires_grad=True) for width in (columns, 1))
+    right = times_sigmoid(x, gate)
+    with using(KERNELS):
+        given = times_sigmoid(x, gate)
+    assert_close(given, right)
+    pairs = zip(*(torch.autograd.grad(out.square().sum(), (x, gate)) for out in (given, right)), strict=True)
+    for ours, expected in pairs:
+        assert_close(ours, expected)
+
+
 def test_the_feed_forward_layer() -> None:
     layer = SwiGLU(24, 40, "dense_mlp", Factory(StorageSpec("none"), torch.float32, "cpu"))
     for number, parameter in enumerate(layer.requires_grad_(True).parameters()):
