@@ -44,56 +44,44 @@ class _Rows:
 class _Products:
     """The products of a block with each expert's own matrix, and their gradients."""
 
-    def __init__(self, routing: Routing, chosen: int, at_a_time: int | None, dtype: torch.dtype) -> None:
-        self.routing, self.chosen, self.at_a_time, self.dtype = routing, chosen, at_a_time, dtype
+    def __init__(self, routing: Routing, chosen: int, dtype: torch.dtype) -> None:
+        self.routing, self.chosen, self.dtype = routing, chosen, dtype
 
     def empty(self, columns: int) -> Tensor:
         return self.routing.slots.new_empty(len(self.routing.slots), columns, dtype=self.dtype)
 
-    def low_rank(self, rows: _Rows, matrices: Tensor, scaling: float) -> Tensor:
-        """s · rows @ matrices [E, a, R]: [n, R]."""
-        out, routing = self.empty(matrices.shape[2]), self.routing
+    def product(
+        self,
+        rows: _Rows,
+        matrices: Tensor,
+        out: Tensor,
+        more: tuple[Tensor, Tensor] | None = None,
+        *,
+        first: int = 0,
+        scaling: float = 1.0,
+        to_slots: bool = False,
+    ) -> Tensor:
+        """out [n, b] = scaling · (rows @ matrices [c, a, b] + more_rows [n, R] @ more_matrices [E, R, b]) for the rows of
+        the c experts from `first` on. more: both of these. to_slots: `out` is in the order of slots.
+        """
+        more_rows, more_matrices = more or (None, None)
         grouped_product(
-            rows.values, routing.ends, routing.slots, matrices, None, None,
-            0, self.chosen, scaling, rows.by_token, False, out=out,
+            rows.values, self.routing.ends, self.routing.slots, matrices, more_rows, more_matrices,
+            first, self.chosen, scaling, rows.by_token, to_slots, out=out,
         )  # fmt: skip
         return out
 
-    def project(
-        self, rows: _Rows, projection: ExpertWeights, inner: Tensor | None, *, to_slots: bool = False
-    ) -> Tensor:
-        """rows Wᵀ + inner Bᵀ: [n, out], for inner = s · rows Aᵀ [n, R] of the LoRA. to_slots: in the order of slots."""
-        b = projection.lora.B.detach().transpose(1, 2) if projection.lora is not None else None
-        return self._dense(rows, projection, inner, b, transposed=True, to_slots=to_slots)
+    def inner(self, rows: _Rows, lora: LoRA | None) -> Tensor | None:
+        """s · rows Aᵀ [n, R]."""
+        if lora is None:
+            return None
+        return self.product(rows, lora.A.detach().transpose(1, 2), self.empty(lora.rank), scaling=lora.scaling)
 
-    def project_back(
-        self, rows: _Rows, projection: ExpertWeights, d_inner: Tensor | None, *, to_slots: bool = False
-    ) -> Tensor:
-        """rows W + d_inner A: [n, in], for d_inner = s · rows B [n, R] of the LoRA."""
-        a = projection.lora.A.detach() if projection.lora is not None else None
-        return self._dense(rows, projection, d_inner, a, transposed=False, to_slots=to_slots)
-
-    def _dense(
-        self,
-        rows: _Rows,
-        projection: ExpertWeights,
-        more_rows: Tensor | None,
-        more_matrices: Tensor | None,
-        *,
-        transposed: bool,
-        to_slots: bool,
-    ) -> Tensor:
-        storage, routing = projection.weight, self.routing
-        experts, *size = storage.shape
-        dense = Scratch(projection, self.at_a_time or as_fit(experts, math.prod(size), self.dtype), self.dtype)
-        out = self.empty(size[0] if transposed else size[1])
-        for chunk in dense.chunks():
-            matrices = dense(chunk)
-            grouped_product(
-                rows.values, routing.ends, routing.slots, matrices.transpose(1, 2) if transposed else matrices,
-                more_rows, more_matrices, chunk.start, self.chosen, 1.0, rows.by_token, to_slots, out=out,
-            )  # fmt: skip
-        return out
+    def inner_gradient(self, rows: _Rows, lora: LoRA | None) -> Tensor | None:
+        """s · rows B [n, R]."""
+        if lora is None:
+            return None
+        return self.product(rows, lora.B.detach(), self.empty(lora.rank), scaling=lora.scaling)
 
     def gradient(self, left: _Rows, right: _Rows, like: Tensor) -> Tensor:
         """leftᵀ right of each expert's rows, in the shape and dtype of `like` [E, a, b]."""
@@ -105,29 +93,44 @@ class _Products:
         return out
 
 
+def _outputs(inner: Tensor | None, lora: LoRA | None) -> tuple[Tensor, Tensor] | None:
+    """What a LoRA adds to rows Wᵀ: inner Bᵀ."""
+    return None if inner is None or lora is None else (inner, lora.B.detach().transpose(1, 2))
+
+
+def _inputs(d_inner: Tensor | None, lora: LoRA | None) -> tuple[Tensor, Tensor] | None:
+    """What a LoRA adds to rows W: d_inner A, for d_inner = s · rows B."""
+    return None if d_inner is None or lora is None else (d_inner, lora.A.detach())
+
+
 def forward(
     gate_up: ExpertWeights, down: ExpertWeights, at_a_time: int | None, x: Tensor, weights: Tensor, routing: Routing
 ) -> Tensor:
     """As `torch_form.forward`."""
     dtype = product_dtype(x.device, x.dtype)
-    products = _Products(routing, weights.shape[1], at_a_time, dtype)
-    rows = _Rows(x.to(dtype).contiguous(), by_token=True)
+    products = _Products(routing, weights.shape[1], dtype)
+
+    def project(rows: _Rows, projection: ExpertWeights, *, to_slots: bool = False) -> Tensor:
+        more = _outputs(products.inner(rows, projection.lora), projection.lora)
+        out, dense = (
+            products.empty(projection.weight.shape[1]),
+            Scratch(projection, _fitting(at_a_time, dtype, projection), dtype),
+        )
+        for chunk in dense.chunks():
+            products.product(rows, dense(chunk).transpose(1, 2), out, more, first=chunk.start, to_slots=to_slots)
+        return out
+
     hidden = products.empty(down.weight.shape[2])
-    expert_swiglu(products.project(rows, gate_up, _inner(products, rows, gate_up.lora)), out=hidden)
-    y = products.project(_Rows(hidden), down, _inner(products, _Rows(hidden), down.lora), to_slots=True)
+    expert_swiglu(project(_Rows(x.to(dtype).contiguous(), by_token=True), gate_up), out=hidden)
     out = x.new_empty(x.shape)
-    combine_slots(y, weights.contiguous(), out=out)
+    combine_slots(project(_Rows(hidden), down, to_slots=True), weights.contiguous(), out=out)
     return out
 
 
-def _inner(products: _Products, rows: _Rows, lora: LoRA | None) -> Tensor | None:
-    """s · rows Aᵀ [n, R]."""
-    return products.low_rank(rows, lora.A.detach().transpose(1, 2), lora.scaling) if lora is not None else None
-
-
-def _inner_gradient(products: _Products, rows: _Rows, lora: LoRA | None) -> Tensor | None:
-    """s · rows B [n, R]."""
-    return products.low_rank(rows, lora.B.detach(), lora.scaling) if lora is not None else None
+def _fitting(at_a_time: int | None, dtype: torch.dtype, *projections: ExpertWeights) -> int:
+    """How many experts of these stacks together are dense at a time."""
+    values = sum(math.prod(projection.weight.shape[1:]) for projection in projections)
+    return at_a_time or as_fit(projections[0].weight.shape[0], values, dtype)
 
 
 def backward(
@@ -142,32 +145,42 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """As `torch_form.backward`, where the formula is."""
     dtype = product_dtype(x.device, x.dtype)
-    products = _Products(routing, weights.shape[1], at_a_time, dtype)
+    products, weights = _Products(routing, weights.shape[1], dtype), weights.contiguous()
     rows, d_out = (_Rows(tensor.to(dtype).contiguous(), by_token=True) for tensor in (x, grad))
     needs_x, needs_weights = needs[:2]
+    _, wide, width = gate_up.weight.shape
+    y, d_y, u, hidden = (products.empty(columns) for columns in (wide, wide, wide // 2, wide // 2))
+    d_weights, d_slots = weights.new_empty(weights.shape), products.empty(width) if needs_x else None
 
-    # Forward again, up to the products of gate and up.
-    inner = _inner(products, rows, gate_up.lora)
-    y = products.project(rows, gate_up, inner)
+    inner, d_inner_down = products.inner(rows, gate_up.lora), products.inner_gradient(d_out, down.lora)
+    d_inner = products.empty(gate_up.lora.rank) if gate_up.lora is not None else None
+    size = _fitting(at_a_time, dtype, gate_up, down)
+    dense_gate_up, dense_down = Scratch(gate_up, size, dtype), Scratch(down, size, dtype)
+    for chunk in (dense_gate_up if not dense_gate_up.in_place else dense_down).chunks():
+        first, w_gate_up = chunk.start, dense_gate_up(chunk)
+        # Forward again, up to the products of gate and up.
+        products.product(rows, w_gate_up.transpose(1, 2), y, _outputs(inner, gate_up.lora), first=first)
+        # Down and SwiGLU: u = Wᵀ d, from which come the gradients of gate, up and the routing weights, and weight · h.
+        products.product(d_out, dense_down(chunk), u, _inputs(d_inner_down, down.lora), first=first)
+        expert_swiglu_backward(
+            y, u, weights, routing.slots, routing.ends, first, chunk.stop - first,
+            d_gate_up=d_y, hidden=hidden, d_weights=d_weights,
+        )  # fmt: skip
+        # Gate and up.
+        if d_inner is not None and gate_up.lora is not None:
+            b = gate_up.lora.B.detach()[chunk]
+            products.product(_Rows(d_y), b, d_inner, first=first, scaling=gate_up.lora.scaling)
+        if d_slots is not None:
+            more = _inputs(d_inner, gate_up.lora)
+            products.product(_Rows(d_y), w_gate_up, d_slots, more, first=first, to_slots=True)
+    del y, u, dense_gate_up, dense_down
 
-    # Down and SwiGLU: u = Wᵀ d, from which come the gradients of gate, up and the routing weights, and weight · h.
-    d_inner = _inner_gradient(products, d_out, down.lora)
-    u = products.project_back(d_out, down, d_inner)
-    d_y, hidden, d_weights = torch.empty_like(y), torch.empty_like(u), weights.new_empty(weights.shape)
-    expert_swiglu_backward(y, u, weights.contiguous(), routing.slots, d_gate_up=d_y, hidden=hidden, d_weights=d_weights)
-    del y, u
     h = _Rows(hidden)
-    inner_h = _inner(products, h, down.lora) if needs[6] else None
-    down_grads = _gradients(products, down, needs[5:8], h, d_out, d_inner, inner_h)
-    del hidden, h, inner_h
-
-    # Gate and up.
-    d_rows = _Rows(d_y)
-    d_inner = _inner_gradient(products, d_rows, gate_up.lora)
-    gate_up_grads = _gradients(products, gate_up, needs[2:5], rows, d_rows, d_inner, inner)
+    inner_down = products.inner(h, down.lora) if needs[6] else None
+    down_grads = _gradients(products, down, needs[5:8], h, d_out, d_inner_down, inner_down)
+    gate_up_grads = _gradients(products, gate_up, needs[2:5], rows, _Rows(d_y), d_inner, inner)
     dx = None
-    if needs_x:
-        d_slots = products.project_back(d_rows, gate_up, d_inner, to_slots=True)
+    if d_slots is not None:
         dx = x.new_empty(x.shape)
         combine_slots(d_slots, None, out=dx)
     return dx, d_weights if needs_weights else None, *gate_up_grads, *down_grads

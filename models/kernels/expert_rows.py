@@ -67,11 +67,15 @@ expert_swiglu = kernel(
 
 @jit
 def _swiglu_backward(
-    gate_up, d_hidden, weights, slots, d_gate_up, hidden, d_weights, width, d_stride,
+    gate_up, d_hidden, weights, slots, ends, d_gate_up, hidden, d_weights, first, experts, width, d_stride,
     B: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Program row: all columns of a row, B at a time."""
+    """Program row: all columns of a row, B at a time, if it is one of the chunk's experts."""
     row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(ends + first - 1, mask=first > 0, other=0):
+        return
+    if row >= tl.load(ends + first + experts - 1):
+        return
     slot = tl.load(slots + row)
     weight = tl.load(weights + slot)
     dot = tl.zeros((B,), dtype=tl.float32)
@@ -99,6 +103,9 @@ def _run_swiglu_backward(
     d_hidden: Tensor,
     weights: Tensor,
     slots: Tensor,
+    ends: Tensor,
+    first: int,
+    experts: int,
     *,
     d_gate_up: Tensor,
     hidden: Tensor,
@@ -109,7 +116,8 @@ def _run_swiglu_backward(
         size = min(1024, power_of_two(width))
         launch(
             _swiglu_backward, (rows,),
-            gate_up, d_hidden, weights, slots, d_gate_up, hidden, d_weights, width, d_hidden.stride(0),
+            gate_up, d_hidden, weights, slots, ends, d_gate_up, hidden, d_weights,
+            first, experts, width, d_hidden.stride(0),
             B=size, STEPS=blocks(width, size),
         )  # fmt: skip
 
@@ -119,19 +127,23 @@ def _reference_swiglu_backward(
     d_hidden: Tensor,
     weights: Tensor,
     slots: Tensor,
+    ends: Tensor,
+    first: int,
+    experts: int,
     *,
     d_gate_up: Tensor,
     hidden: Tensor,
     d_weights: Tensor,
 ) -> None:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    h, u = torch.nn.functional.silu(gate) * up, d_hidden.float()
-    weight = weights.view(-1)[slots][:, None]
+    here = slice(int(ends[first - 1]) if first else 0, int(ends[first + experts - 1]))
+    gate, up = gate_up[here].float().chunk(2, dim=-1)
+    h, u = torch.nn.functional.silu(gate) * up, d_hidden[here].float()
+    weight = weights.view(-1)[slots[here]][:, None]
     d = weight * u
     d_gate = torch.ops.aten.silu_backward(d * up, gate)
-    d_gate_up.copy_(torch.cat((d_gate, d * torch.nn.functional.silu(gate)), dim=-1))
-    hidden.copy_(weight * h)
-    d_weights.view(-1)[slots] = (u * h).sum(-1)
+    d_gate_up[here] = torch.cat((d_gate, d * torch.nn.functional.silu(gate)), dim=-1).to(d_gate_up.dtype)
+    hidden[here] = (weight * h).to(hidden.dtype)
+    d_weights.view(-1)[slots[here]] = (u * h).sum(-1)
 
 
 def _swiglu_backward_trials(device: torch.device) -> Iterator[Arguments]:
@@ -142,16 +154,23 @@ def _swiglu_backward_trials(device: torch.device) -> Iterator[Arguments]:
         u = _numbers(device, generator, n, width, dtype=dtype)
         weights = torch.rand(tokens, chosen, generator=generator).to(device)
         slots = torch.randperm(n, generator=generator).to(device)
-        outputs = {"d_gate_up": torch.empty_like(gate_up), "hidden": torch.empty_like(u)}
-        yield (gate_up, u, weights, slots), {**outputs, "d_weights": torch.empty_like(weights)}
+        outputs = {"d_gate_up": torch.zeros_like(gate_up), "hidden": torch.zeros_like(u)}
+        ends = torch.tensor([n // 4, n // 2, n], dtype=torch.int32, device=device)
+        for first, experts in ((0, 3), (1, 2)):
+            outputs = {name: tensor.clone() for name, tensor in outputs.items()}
+            yield (
+                (gate_up, u, weights, slots, ends, first, experts),
+                {**outputs, "d_weights": torch.zeros_like(weights)},
+            )
 
 
-# The row's output is weight · W h for h = silu(gate) · up, and d_hidden [n, I] is Wᵀ d, without the weight. gate_up
-# [n, 2I], weights float32 [N, K]; d_gate_up [n, 2I], hidden [n, I] = weight · h, d_weights float32 [N, K]. Contiguous.
+# For the rows of `experts` experts from `first` on, as `ends` int32 [E] has them. A row's output is weight · W h for
+# h = silu(gate) · up; d_hidden [n, I] is Wᵀ d, without the weight. gate_up [n, 2I], weights float32 [N, K]; d_gate_up
+# [n, 2I], hidden [n, I] = weight · h, d_weights float32 [N, K]. Contiguous.
 expert_swiglu_backward = kernel(
     "expert_swiglu_backward",
-    "(Tensor gate_up, Tensor d_hidden, Tensor weights, Tensor slots, *, Tensor(a!) d_gate_up, Tensor(b!) hidden,"
-    " Tensor(c!) d_weights) -> ()",
+    "(Tensor gate_up, Tensor d_hidden, Tensor weights, Tensor slots, Tensor ends, int first, int experts, *,"
+    " Tensor(a!) d_gate_up, Tensor(b!) hidden, Tensor(c!) d_weights) -> ()",
     run=_run_swiglu_backward,
     reference=_reference_swiglu_backward,
     trials=_swiglu_backward_trials,
