@@ -151,9 +151,10 @@ class DecoderLayer(nn.Module):
 
     def up_to_last_norm(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """x after the attention, and the output of the feed-forward half: [N, H] each."""
-        attended = self.self_attn(self.input_layernorm(x), documents, tables if self.sliding else None)
-        x = x + self.post_attention_layernorm(attended)
-        return x, self.mlp(self.pre_mlp_layernorm(x))
+        x, normed = self.input_layernorm.after(x)
+        attended = self.self_attn(normed, documents, tables if self.sliding else None)
+        x, normed = self.pre_mlp_layernorm.after(x, self.post_attention_layernorm(attended))
+        return x, self.mlp(normed)
 
 
 class AfmoeDecoder(Decoder):

@@ -19,7 +19,8 @@ from models.blocks.balance import Balance
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
+from models.blocks.linear import Linear, keeping_dense
+from models.blocks.norm import RMSNorm
 from models.blocks.usage import ExpertUsage, RouterWatch
 from models.generation.engine import Generated, generate
 from models.generation.sampling import GREEDY, Sampling
@@ -88,7 +89,7 @@ class Embedding(nn.Module):
 class PreNormLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): what most architectures' layers are. norm: makes one, by size."""
 
-    def __init__(self, hidden: int, attention: nn.Module, mlp: nn.Module, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, hidden: int, attention: nn.Module, mlp: nn.Module, norm: Callable[[int], RMSNorm]) -> None:
         super().__init__()
         self.input_layernorm = norm(hidden)
         self.self_attn = attention
@@ -97,8 +98,9 @@ class PreNormLayer(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, H] and the rotary tables of its positions: [N, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), documents, tables)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.input_layernorm.after(x)
+        x, normed = self.post_attention_layernorm.after(x, self.self_attn(normed, documents, tables))
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -245,11 +247,12 @@ class CausalLM(nn.Module):
 
     def _contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         """Around a layer's computation and its recomputation, which must not count the experts' choices again."""
-        return contextlib.nullcontext(), self._again()
+        return keeping_dense(), self._again()
 
     @contextlib.contextmanager
     def _again(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(keeping_dense())
             for watch in self.watches:
                 stack.enter_context(watch.paused())
             yield

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models.attention.cache import Continued
@@ -140,16 +139,15 @@ class SelectingAttention(LatentAttention):
 
         parts: of the documents; none where they are continued ones.
         """
-        query, compressed = self.query(x, tables)
-        latent, rotated = self.kept(x, tables)
+        query, compressed, narrow = self.projected(x, tables)
         if isinstance(documents, Continued):
             if self.indexer is not None:
                 selected = self.indexer.continued(x, compressed, documents, tables)
-            out = self.continued(query, torch.cat((latent[:, None], rotated), dim=-1), documents, selected)
+            out = self.continued(query, self.kept(narrow, tables), documents, selected)
         else:
             if self.indexer is not None:
                 selected = self.indexer(x, compressed, parts, tables)
-            out = selected_attention(query, *self.expanded(latent, rotated), parts, selected, self.config.scale)
+            out = selected_attention(query, *self.keys_and_values(narrow, tables), parts, selected, self.config.scale)
         return self.o_proj(out.flatten(1)), selected
 
     def continued(self, query: Tensor, kept: Tensor, documents: Continued, selected: Tensor | None = None) -> Tensor:
@@ -179,9 +177,10 @@ class DecoderLayer(nn.Module):
         tables: tuple[Tensor, Tensor],
         selected: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        attended, selected = self.self_attn(self.input_layernorm(x), documents, parts, tables, selected)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), selected
+        x, normed = self.input_layernorm.after(x)
+        attended, selected = self.self_attn(normed, documents, parts, tables, selected)
+        x, normed = self.post_attention_layernorm.after(x, attended)
+        return x + self.mlp(normed), selected
 
 
 class SelectingDecoder(Decoder):

@@ -31,8 +31,8 @@ from models.blocks.configjson import MAX_LAYERS, choices, refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
-from models.blocks.mlp import SwiGLU
+from models.blocks.linear import Linear, together
+from models.blocks.mlp import SwiGLU, times_sigmoid, times_silu
 from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm
@@ -205,19 +205,20 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """x [N, H]: [N, H]."""
         c = self.config
-        mixed = self.conv1d(self.in_proj_qkv(x), documents)
+        mixed, gate, beta, step = together(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        mixed = self.conv1d(mixed, documents)
         query, key, value = mixed.split((c.keys, c.keys, c.values), dim=-1)
         query, key = (part.unflatten(-1, (c.key_heads, c.key_dim)) for part in (query, key))
         value = value.unflatten(-1, (c.value_heads, c.value_dim))
-        beta = self.in_proj_b(x).to(torch.float32).sigmoid()
-        step = F.softplus(self.in_proj_a(x).to(torch.float32) + self.dt_bias)
+        beta = beta.to(torch.float32).sigmoid()
+        step = F.softplus(step.to(torch.float32) + self.dt_bias)
         inputs = (query, key, value, -self.A_log.exp() * step, beta)
         if isinstance(documents, Continued):
             out = continued_gated_delta_rule(*inputs, documents, self)
         else:
             out = gated_delta_rule(*inputs, documents)
-        gate = self.in_proj_z(x).unflatten(-1, (c.value_heads, c.value_dim))
-        return self.out_proj((self.norm(out) * F.silu(gate)).flatten(1))
+        gate = gate.unflatten(-1, (c.value_heads, c.value_dim))
+        return self.out_proj(times_silu(self.norm(out), gate).flatten(1))
 
 
 class MoE(nn.Module):
@@ -235,7 +236,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         chosen, weights = self.gate(x)
-        shared = self.shared_expert(x) * self.shared_expert_gate(x).sigmoid()
+        shared = times_sigmoid(self.shared_expert(x), self.shared_expert_gate(x))
         # The routed experts come last: a recomputed layer then stops before them (models/experts/block.py).
         return self.experts(x, chosen, weights) + shared
 
@@ -258,12 +259,10 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(c, factory)
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
-        normed = self.input_layernorm(x)
-        if self.linear:
-            x = x + self.linear_attn(normed, documents)
-        else:
-            x = x + self.self_attn(normed, documents, tables)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.input_layernorm.after(x)
+        mixed = self.linear_attn(normed, documents) if self.linear else self.self_attn(normed, documents, tables)
+        x, normed = self.post_attention_layernorm.after(x, mixed)
+        return x + self.mlp(normed)
 
 
 def build(config: Qwen3_5MoeConfig, factory: Factory) -> CausalLM:

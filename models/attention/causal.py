@@ -31,7 +31,7 @@ def causal_attention(
         out = _flash(*_same_width(query, key, value, multiple=8), documents, scale, window)
     else:
         out = _by_document(*_same_width(query, key, value), documents, scale, window)
-    return out[..., :value_width]
+    return out if out.shape[-1] == value_width else out[..., :value_width]
 
 
 def _same_width(query: Tensor, key: Tensor, value: Tensor, *, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from models.attention.cache import Continued
 from models.attention.causal import causal_attention
 from models.attention.continued import continued_attention
-from models.attention.rope import rotate_first
+from models.attention.rope import normed_and_rotated
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
+from models.blocks.linear import Linear, together
+from models.blocks.mlp import times_sigmoid
+from models.blocks.norm import RMSNorm
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import optional_integer
 
@@ -77,7 +79,7 @@ class GroupedQueryAttention(nn.Module):
         config: GroupedQueryAttentionConfig,
         factory: Factory,
         *,
-        norm: Callable[[int], nn.Module] | None = None,
+        norm: Callable[[int], RMSNorm] | None = None,
         window: int | None = None,
     ) -> None:
         super().__init__()
@@ -96,23 +98,18 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, documents: Documents, tables: Tables | None) -> Tensor:
         """x [N, H] and the rotary tables of its positions (None: no positions): [N, H]."""
         c = self.config
-        query, key, value = (
-            project(x).unflatten(-1, (-1, c.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        gate = None
+        projections = [self.q_proj, self.k_proj, self.v_proj, *((self.gate_proj,) if c.gate == "gate_proj" else ())]
+        query, key, value, *gates = together(x, *projections)
+        query, key, value = (part.unflatten(-1, (-1, c.head_dim)) for part in (query, key, value))
+        gate = gates[0] if gates else None
         if c.gate == "q_proj":
-            query, gate = query[:, 0::2], query[:, 1::2].flatten(1)
-        elif c.gate == "gate_proj":
-            gate = self.gate_proj(x)
-        if c.norms:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if tables is not None:
-            query, key = rotate_first(query, tables), rotate_first(key, tables)
+            query, gate = query.unflatten(1, (c.heads, 2)).unbind(2)
+        query, key = normed_and_rotated(query, key, (self.q_norm, self.k_norm) if c.norms else None, tables)
         scale = c.head_dim**-0.5
         if isinstance(documents, Continued):
-            out = continued_attention(self, query, key, value, documents, scale, self.window).flatten(1)
+            out = continued_attention(self, query, key, value, documents, scale, self.window)
         else:
-            out = causal_attention(query, key, value, documents, scale, self.window).flatten(1)
+            out = causal_attention(query, key, value, documents, scale, self.window)
         if gate is not None:
-            out = out * gate.sigmoid()
-        return self.o_proj(out)
+            out = times_sigmoid(out.reshape(gate.shape), gate)
+        return self.o_proj(out.flatten(1))

@@ -193,7 +193,8 @@ def selected_attention(
     """
     out, row = [], 0
     for part in parts:
-        q, k, v = (x[part.rows] for x in (query, key, value))
+        # Not a slice of everything, whose gradient is a copy.
+        q, k, v = (x if len(parts) == 1 else x[part.rows] for x in (query, key, value))
         if part.documents is not None:
             out.append(causal_attention(q, k, v, part.documents, scale))
         else:

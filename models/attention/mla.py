@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from models.attention.cache import Continued
 from models.attention.causal import causal_attention
 from models.attention.continued import latent_attention
-from models.attention.rope import RopeConfig, partial_rotary_factor, rotate
+from models.attention.rope import RopeConfig, partial_rotary_factor, rotate, rotate_last
 from models.blocks.configjson import refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
+from models.blocks.linear import Linear, together
 from models.blocks.norm import RMSNorm
+from models.kernels.latent_keys import latent_keys, usable
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, integer, optional_integer
 
@@ -102,37 +103,52 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, H] and the rotary tables float32 [N, rope_dim/2] of its positions: [N, H]."""
-        query, _ = self.query(x, tables)
-        latent, rotated = self.kept(x, tables)
+        query, _, narrow = self.projected(x, tables)
         if isinstance(documents, Continued):
-            out = self.continued(query, torch.cat((latent[:, None], rotated), dim=-1), documents)
+            out = self.continued(query, self.kept(narrow, tables), documents)
         else:
-            out = causal_attention(query, *self.expanded(latent, rotated), documents, self.config.scale)
+            out = causal_attention(query, *self.keys_and_values(narrow, tables), documents, self.config.scale)
         return self.o_proj(out.flatten(1))
 
-    def query(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries [N, h, key_dim], and what they are expanded from: [N, query_rank], or x."""
+    def projected(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, h, key_dim]; what they are expanded from, [N, query_rank] or x; what keys and values are made of,
+        [N, latent_rank + rope_dim]: their latent before its norm, and the key of all heads before its rotation.
+        """
         c = self.config
         if c.query_rank is None:
-            latent, query = x, self.q_proj(x)
+            latent = x
+            query, narrow = together(x, self.q_proj, self.kv_a_proj_with_mqa)
         else:
-            latent = self.q_a_layernorm(self.q_a_proj(x))
+            latent, narrow = together(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+            latent = self.q_a_layernorm(latent)
             query = self.q_b_proj(latent)
-        nope, rope = query.unflatten(-1, (c.heads, c.key_dim)).split((c.nope_dim, c.rope_dim), dim=-1)
-        return torch.cat((nope, rotate(rope, tables, interleaved=c.interleaved)), dim=-1), latent
+        query = rotate_last(query.unflatten(-1, (c.heads, c.key_dim)), tables, interleaved=c.interleaved)
+        return query, latent, narrow
 
-    def kept(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What keys and values are made of: the normed latent [N, latent_rank], the rotated key [N, 1, rope_dim]."""
+    def kept(self, narrow: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Latent and key as generation keeps them, normed and rotated: [N, 1, latent_rank + rope_dim]."""
         c = self.config
-        latent, shared_key = self.kv_a_proj_with_mqa(x).split((c.latent_rank, c.rope_dim), dim=-1)
-        return self.kv_a_layernorm(latent), rotate(shared_key[:, None], tables, interleaved=c.interleaved)
+        latent, shared_key = narrow[:, None].split((c.latent_rank, c.rope_dim), dim=-1)
+        return torch.cat((self.kv_a_layernorm(latent), rotate(shared_key, tables, interleaved=c.interleaved)), dim=-1)
 
-    def expanded(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, narrow: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys [N, h, key_dim] and values [N, h, value_dim]."""
         c = self.config
-        expanded = self.kv_b_proj(latent).unflatten(-1, (c.heads, c.nope_dim + c.value_dim))
-        key, value = expanded.split((c.nope_dim, c.value_dim), dim=-1)
+        latent, shared_key = narrow.split((c.latent_rank, c.rope_dim), dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        if usable(narrow.device):
+            return latent_keys(self.wide(latent), shared_key, tables, c.nope_dim, interleaved=c.interleaved)
+        return self.expanded(latent, rotate(shared_key[:, None], tables, interleaved=c.interleaved))
+
+    def expanded(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        """`keys_and_values` of a normed latent [N, latent_rank] and a rotated key [N, 1, rope_dim]."""
+        c = self.config
+        key, value = self.wide(latent).split((c.nope_dim, c.value_dim), dim=-1)
         return torch.cat((key, rotated.expand(-1, c.heads, -1)), dim=-1), value
+
+    def wide(self, latent: Tensor) -> Tensor:
+        """[N, h, nope_dim + value_dim]: each head's key without positions, and its value."""
+        return self.kv_b_proj(latent).unflatten(-1, (self.config.heads, -1))
 
     def continued(self, query: Tensor, kept: Tensor, documents: Continued) -> Tensor:
         """Attention of queries [N, h, key_dim] to what the cache has and gets, `kept` [N, 1, latent_rank + rope_dim].

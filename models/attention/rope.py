@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from models.blocks.configjson import rope_entries
+from models.blocks.norm import RMSNorm
+from models.kernels.rotary import rotated_heads, rotated_query, usable
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, number, text
 from quant.common.words import shown
@@ -120,6 +122,33 @@ def rotate_first(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     if rotary == x.shape[-1]:
         return rotate(x, tables, interleaved=False)
     return torch.cat((rotate(x[..., :rotary], tables, interleaved=False), x[..., rotary:]), dim=-1)
+
+
+def rotate_last(x: Tensor, tables: tuple[Tensor, Tensor], *, interleaved: bool) -> Tensor:
+    """Rotates as many of the last dimensions of x [N, heads, d] as the tables are for; see `rotate`."""
+    if usable(x.device):
+        return rotated_query(x, tables, last=True, interleaved=interleaved)
+    rotary = 2 * tables[0].shape[-1]
+    rest, turned = x.split((x.shape[-1] - rotary, rotary), dim=-1)
+    return torch.cat((rest, rotate(turned, tables, interleaved=interleaved)), dim=-1)
+
+
+def normed_and_rotated(
+    query: Tensor, key: Tensor, norms: tuple[RMSNorm, RMSNorm] | None, tables: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """query [N, h, d] and key [N, h', d], each head normed where there are norms, alike but for their weights, and its
+    first dimensions rotated where there are tables."""
+    fused = usable(query.device)
+    if norms is not None and not (fused and not any(norm.weight.requires_grad for norm in norms)):
+        query, key = norms[0](query), norms[1](key)
+        norms = None
+    if fused and (norms is not None or tables is not None):
+        weights = (norms[0].weight, norms[1].weight) if norms is not None else None
+        eps, offset = (norms[0].eps, norms[0].offset) if norms is not None else (0.0, 0.0)
+        return rotated_heads(query, key, weights, eps, offset, tables)
+    if tables is not None:
+        query, key = rotate_first(query, tables), rotate_first(key, tables)
+    return query, key
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor], *, interleaved: bool) -> Tensor:

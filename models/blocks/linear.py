@@ -10,12 +10,16 @@ Shapes: N tokens, E experts, R rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.blocks.factory import Factory
+from quant.common.devices import on_cpu
 from quant.products import product_dtype, without_autocast
 from quant.storage import Storage
 
@@ -55,11 +59,27 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
+# Whether what a layer saves lives only from its recomputation to its gradients (activation checkpointing): its dense
+# weights are then kept for them, rather than made once more.
+_keeps_dense: ContextVar[bool] = ContextVar("keeps_dense", default=False)
+
+
+@contextmanager
+def keeping_dense() -> Iterator[None]:
+    """Around a layer's computation and its recomputation, which have to save alike."""
+    before = _keeps_dense.set(True)
+    try:
+        yield
+    finally:
+        _keeps_dense.reset(before)
+
+
 class Linear(nn.Module):
     """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ for x [N, in]: [N, out], in the dtype of x.
 
     `weight` is a Storage [out, in]; `bias` a Parameter [out] or None; `lora` a LoRA or None. A quantised weight
-    is made dense for the product and dropped; the backward pass makes it dense again rather than keep it.
+    is made dense for the product and dropped; the backward pass makes it dense again rather than keep it, unless it
+    follows at once (`keeping_dense`).
     """
 
     lora: LoRA | None
@@ -79,9 +99,7 @@ class Linear(nn.Module):
         self.lora = None
 
     def forward(self, x: Tensor) -> Tensor:
-        lora = self.lora
-        a, b = (lora.A, lora.B) if lora is not None else (None, None)
-        return _LoRALinear.apply(x, trained(self.weight), self.bias, a, b, self)
+        return together(x, self)[0]
 
     def adapted(self) -> Tensor:
         """The matrix [out, in] that x is multiplied by, without gradients: W + s · B A in float32, or W without LoRA.
@@ -117,54 +135,103 @@ def trained(storage: Storage) -> Tensor | None:
     return value if value is not None and value.requires_grad else None
 
 
+def together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """What each of the layers makes of the same x [N, in].
+
+    In fewer operations than one after another: the A of all LoRA are multiplied at once, and the products that give
+    the gradient of x add to one another.
+    """
+    tensors: list[Tensor | None] = []
+    for layer in layers:
+        a, b = (layer.lora.A, layer.lora.B) if layer.lora is not None else (None, None)
+        tensors += [trained(layer.weight), layer.bias, a, b]
+    out: tuple[Tensor, ...] = _LoRALinear.apply(x, layers, *tensors)
+    return out
+
+
 class _LoRALinear(torch.autograd.Function):
-    """Forward and backward of Linear. Saves x and x Aᵀ; reads the packed weight through the module both times."""
+    """Forward and backward of `together`. Saves x and x Aᵀ; reads packed weights through their modules both times."""
 
     @staticmethod
     @without_autocast
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        value: Tensor | None,
-        bias: Tensor | None,
-        a: Tensor | None,
-        b: Tensor | None,
-        layer: Linear,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layers: tuple[Linear, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        values, biases, a, b = (tensors[part::4] for part in range(4))
         dtype = product_dtype(x.device, x.dtype)
         rows = x.to(dtype)
-        y = torch.mm(rows, layer.weight.dense(dtype=dtype).t())
-        xa = None
-        if a is not None and b is not None and layer.lora is not None:
-            xa = torch.mm(rows, a.to(dtype).t())
-            y.addmm_(xa, b.to(dtype).t(), alpha=layer.lora.scaling)
-        if bias is not None:
-            y.add_(bias)
-        keeps_x = value is not None or a is not None
-        ctx.save_for_backward(x if keeps_x else None, xa, a, b)
-        ctx.layer, ctx.dtype, ctx.x_dtype = layer, dtype, x.dtype
-        return y.to(x.dtype)
+        narrow = [matrix.to(dtype) for matrix in a if matrix is not None]
+        widen = [matrix.to(dtype) if matrix is not None else None for matrix in b]
+        all_a = (torch.cat(narrow) if len(narrow) > 1 else narrow[0]) if narrow else None
+        inner = torch.mm(rows, all_a.t()) if all_a is not None else None
+        outputs, dense = [], []
+        joined = _base_products(rows, layers)
+        each = zip(layers, biases, widen, _parts(inner, widen), joined, strict=True)
+        for layer, bias, matrix, part, (y, weight) in each:
+            if y is None or weight is None:
+                weight = layer.weight.dense(dtype=dtype)
+                y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias.to(dtype), rows, weight.t())
+            dense.append(weight if _keeps_dense.get() else None)
+            if layer.lora is not None and matrix is not None and part is not None:
+                y.addmm_(part, matrix.t(), alpha=layer.lora.scaling)
+            outputs.append(y.to(x.dtype))
+        keeps_x = inner is not None or any(value is not None for value in values)
+        ctx.save_for_backward(x if keeps_x else None, inner, all_a, *widen, *dense)
+        ctx.layers, ctx.dtype, ctx.x_dtype = layers, dtype, x.dtype
+        return tuple(outputs)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, a, b = ctx.saved_tensors
-        needs_x, needs_value, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
-        layer, dtype = ctx.layer, ctx.dtype
-        dy = grads[0].to(dtype)
-        dx = torch.mm(dy, layer.weight.dense(dtype=dtype)) if needs_x else None
-        d_value = d_bias = d_a = d_b = None
-        if needs_value:
-            d_value = torch.mm(dy.t(), x.to(dtype)).to(layer.weight.dtype)
-        if needs_bias:
-            d_bias = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
-        if a is not None:
-            scaling = layer.lora.scaling
-            d_xa = torch.mm(dy, b.to(dtype)).mul_(scaling)
+        x, inner, all_a, *rest = ctx.saved_tensors
+        widen, dense = rest[: len(ctx.layers)], rest[len(ctx.layers) :]
+        dtype, needs_x = ctx.dtype, ctx.needs_input_grad[0]
+        rows = x.to(dtype) if x is not None else None
+        d_inner = torch.empty_like(inner) if inner is not None else None
+        dx: Tensor | None = None
+        result: list[Tensor | None] = []
+        wanted: list[bool] = []  # of each layer's A
+        each = zip(ctx.layers, grads, widen, _parts(inner, widen), _parts(d_inner, widen), strict=True)
+        for index, (layer, grad, matrix, part, d_part) in enumerate(each):
+            needs_value, needs_bias, needs_a, needs_b = ctx.needs_input_grad[2 + 4 * index :][:4]
+            dy = grad.to(dtype)
+            if needs_x:
+                weight = layer.weight.dense(dtype=dtype) if dense[index] is None else dense[index]
+                dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+            d_value = torch.mm(dy.t(), rows).to(layer.weight.dtype) if needs_value and rows is not None else None
+            d_bias = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype) if needs_bias else None
+            d_b = None
+            if matrix is not None and part is not None and d_part is not None:
+                d_part.addmm_(dy, matrix, beta=0, alpha=layer.lora.scaling)
+                if needs_b:
+                    d_b = torch.empty_like(matrix).addmm_(dy.t(), part, beta=0, alpha=layer.lora.scaling)
+                    d_b = d_b.to(layer.lora.B.dtype)
+            result += [d_value, d_bias, None, d_b]
+            wanted.append(needs_a)
+        if d_inner is not None:
             if dx is not None:
-                dx.addmm_(d_xa, a.to(dtype))
-            if needs_a:
-                d_a = torch.mm(d_xa.t(), x.to(dtype)).to(a.dtype)
-            if needs_b:
-                d_b = torch.mm(dy.t(), xa).mul_(scaling).to(b.dtype)
-        return dx.to(ctx.x_dtype) if dx is not None else None, d_value, d_bias, d_a, d_b, None
+                dx.addmm_(d_inner, all_a)
+            if any(wanted) and rows is not None:
+                parts = _parts(torch.mm(d_inner.t(), rows), widen, dim=0)
+                for index, (layer, d_a) in enumerate(zip(ctx.layers, parts, strict=True)):
+                    result[4 * index + 2] = d_a.to(layer.lora.A.dtype) if wanted[index] and d_a is not None else None
+        return dx.to(ctx.x_dtype) if dx is not None else None, None, *result
+
+
+def _base_products(rows: Tensor, layers: Sequence[Linear]) -> Sequence[tuple[Tensor | None, Tensor | None]]:
+    """Each layer's product without bias, and its dense weight, where an accelerator makes one product of them all."""
+    sizes = [layer.out_features for layer in layers]
+    apart = any(layer.weight.kind == "none" or layer.bias is not None for layer in layers)
+    if on_cpu(rows.device) or len(layers) == 1 or apart:
+        return [(None, None)] * len(layers)
+    joined = rows.new_empty(sum(sizes), rows.shape[1])
+    weights = joined.split(sizes)
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight.dense(out=weight)
+    return list(zip(torch.mm(rows, joined.t()).split(sizes, 1), weights, strict=True))
+
+
+def _parts(joined: Tensor | None, matrices: Sequence[Tensor | None], dim: int = 1) -> list[Tensor | None]:
+    """Each layer's R columns (or rows) of what is joined over the layers with LoRA, by their B [out, R]."""
+    if joined is None:
+        return [None] * len(matrices)
+    parts = iter(joined.split([matrix.shape[1] for matrix in matrices if matrix is not None], dim))
+    return [next(parts) if matrix is not None else None for matrix in matrices]

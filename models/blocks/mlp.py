@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
+from models.blocks.linear import Linear, together
+from models.kernels.gates import gated, usable
 
 
 class SwiGLU(nn.Module):
@@ -21,4 +22,15 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden, factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, self.gate_proj, self.up_proj)
+        return self.down_proj(times_silu(up, gate))
+
+
+def times_silu(x: Tensor, gate: Tensor) -> Tensor:
+    """silu(gate) · x."""
+    return gated(gate, x, silu=True) if usable(x.device) else F.silu(gate) * x
+
+
+def times_sigmoid(x: Tensor, gate: Tensor) -> Tensor:
+    """sigmoid(gate) · x, of a gate for each value or, [N, 1], for each row."""
+    return gated(gate, x, silu=False) if usable(x.device) else x * gate.sigmoid()

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
+from models.kernels.rms_norm import add_and_norm, rms_norm, usable
 
 
 class RMSNorm(nn.Module):
@@ -20,6 +21,7 @@ class RMSNorm(nn.Module):
     """
 
     group: ClassVar[Group] = "norm"
+    offset: ClassVar[float] = 0.0  # of the weight from what is kept
 
     def __init__(self, size: int, eps: float, factory: Factory) -> None:
         super().__init__()
@@ -27,6 +29,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if usable(x.device):
+            return rms_norm(x, self.weight, self.eps, self.offset)
+        return self.in_torch(x)
+
+    def after(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + update, or x itself, and its norm: for a residual stream, whose gradients are then summed at once."""
+        if usable(x.device):
+            return add_and_norm(x, update, self.weight, self.eps, self.offset)
+        x = x if update is None else x + update
+        return x, self(x)
+
+    def in_torch(self, x: Tensor) -> Tensor:
         if self.weight.dtype != x.dtype:
             out: Tensor = _WideRMSNorm.apply(x, self.weight, self.eps)
             return out
@@ -61,7 +75,9 @@ class _WideRMSNorm(torch.autograd.Function):
 class ZeroCentredRMSNorm(RMSNorm):
     """RMSNorm whose weight is kept as its difference from one."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    offset = 1.0
+
+    def in_torch(self, x: Tensor) -> Tensor:
         # In float32, since 1 + weight has fewer digits left in bfloat16 than the weight has.
         scale = 1.0 + self.weight.to(torch.float32)
         return F.rms_norm(x.to(torch.float32), scale.shape, scale, self.eps).to(x.dtype)

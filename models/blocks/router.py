@@ -16,6 +16,7 @@ from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear
 from models.blocks.precision import KeptInFloat32
+from models.kernels.router import choose, usable
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import integer
 
@@ -53,7 +54,8 @@ class Router(KeptInFloat32, Linear):
     """A matrix [E, H] that scores every expert, in float32 whatever the model's dtype.
 
     A router's forward takes x [N, H] and returns the chosen experts int64 [N, K] and their weights float32 [N, K],
-    differentiable in x. `observers` are called with every choice (models/blocks/usage.py).
+    differentiable in x. `observers` are called with every choice (models/blocks/usage.py). Which of several experts
+    with equal scores are chosen depends on the device; a kernel takes the first.
     """
 
     group: ClassVar[Group] = "router"
@@ -64,6 +66,10 @@ class Router(KeptInFloat32, Linear):
 
     def logits(self, x: Tensor) -> Tensor:
         return super().forward(x.to(torch.float32))
+
+    def fused(self, logits: Tensor) -> bool:
+        """Whether one kernel chooses, which keeps no scores: not where somebody wants to see them."""
+        return not self.observers and usable(logits.device)
 
     def observe(self, chosen: Tensor, probabilities: Tensor) -> None:
         for observer in self.observers:
@@ -85,10 +91,15 @@ class SigmoidRouter(Router):
         self.e_score_correction_bias = nn.Buffer(torch.zeros(experts, dtype=torch.float32, device=factory.device))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        rule = self.rule
-        scores = self.logits(x).sigmoid()
+        rule, logits, bias = self.rule, self.logits(x), self.e_score_correction_bias
+        if self.fused(logits):
+            return choose(
+                logits, bias, rule.chosen, groups=rule.groups, open_groups=rule.chosen_groups,
+                normalise=rule.normalise, scale=rule.scale,
+            )  # fmt: skip
+        scores = logits.sigmoid()
         with torch.no_grad():
-            choice = scores + self.e_score_correction_bias
+            choice = scores + bias
             if rule.groups > 1:
                 # A group is as good as its two best experts; the experts of the other groups are out of the choice.
                 grouped = choice.unflatten(-1, (rule.groups, -1))
@@ -111,7 +122,10 @@ class SoftmaxRouter(Router):
         self.chosen, self.normalise = chosen, normalise
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        probabilities = self.logits(x).softmax(-1)
+        logits = self.logits(x)
+        if self.fused(logits):
+            return choose(logits, None, self.chosen, normalise=self.normalise)
+        probabilities = logits.softmax(-1)
         weights, chosen = probabilities.topk(self.chosen, dim=-1)
         self.observe(chosen, probabilities)
         if self.normalise:

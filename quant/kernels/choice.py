@@ -36,7 +36,7 @@ class Kernel:
     trials: Callable[[torch.device], Iterable[Arguments]]
     tolerance: float
 
-    def __call__(self, *inputs: Any, **outputs: Tensor) -> None:
+    def __call__(self, *inputs: Any, **outputs: Tensor | None) -> None:
         getattr(torch.ops.nibble, self.name).default(*inputs, **outputs)
 
     def failure(self, device: torch.device) -> str | None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import models.kernels.expert_rows  # noqa: F401
 import quant.kernels.dequantise
 import quant.kernels.grouped  # noqa: F401
+from models.kernels import expert_rows, gates, latent_keys, rms_norm, rotary, router  # noqa: F401
 from quant.kernels.choice import KERNELS, Arguments
 
 CPU = torch.device("cpu")

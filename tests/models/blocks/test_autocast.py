@@ -122,10 +122,10 @@ def test_the_same_bits(case: Callable[[str, torch.dtype], Case], kind: str, dtyp
 
 
 def test_every_autograd_function_is_among_them() -> None:
-    """A new one needs a case above."""
+    """A new one needs a case above. Those of models/kernels launch kernels, which autocast leaves alone."""
     found = set()
     for package in ("quant", "models", "parallel", "train"):
-        for path in (ROOT / package).rglob("*.py"):
+        for path in {*(ROOT / package).rglob("*.py")} - {*(ROOT / "models" / "kernels").iterdir()}:
             found.update(re.findall(r"class (\w+)\(torch\.autograd\.Function\)", path.read_text()))
     assert found == {
         *("_LoRALinear", "_SaveForBackward", "_Compute", "_WideRMSNorm", "_Chunked", "_ShortConvolution"),

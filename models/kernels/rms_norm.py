@@ -1,0 +1,213 @@
+"""Root-mean-square normalisation in one launch each way, with the sum of the residual stream before it.
+
+Computed in float32 and rounded once, as models/blocks/norm.py does in torch's operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.kernels.rows import rows_of, tile
+from quant.kernels.choice import Arguments, kernel, uses
+from quant.kernels.language import blocks, jit, launch, tl
+
+
+@jit
+def _rms_norm(
+    x, update, weight, out, inverse, total, rows, columns, x_row, update_row, eps, offset,
+    ADDED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Program i: ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, B)
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row[:, None] * columns + column[None, :]
+    values = tl.load(x + row[:, None] * x_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    if ADDED:
+        values += tl.load(update + row[:, None] * update_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+        summed = values.to(total.dtype.element_ty)
+        tl.store(total + at, summed, mask=there)
+        values = summed.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 1) / columns + eps)
+    tl.store(inverse + row, scale, mask=row < rows)
+    factor = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32) + offset
+    tl.store(out + at, (values * scale[:, None] * factor[None, :]).to(out.dtype.element_ty), mask=there)
+
+
+@jit
+def _rms_norm_backward(
+    grad, total_grad, x, weight, inverse, dx, rows, columns, grad_row, total_row, x_row, offset,
+    ADDED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Program i: ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, B)
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    scale = tl.load(inverse + row, mask=row < rows, other=0.0)[:, None]
+    factor = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32) + offset
+    unit = tl.load(x + row[:, None] * x_row + column[None, :], mask=there, other=0.0).to(tl.float32) * scale
+    d_unit = tl.load(grad + row[:, None] * grad_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    d_unit = d_unit * factor[None, :]
+    d = (d_unit - unit * (tl.sum(unit * d_unit, 1) / columns)[:, None]) * scale
+    if ADDED:
+        d += tl.load(total_grad + row[:, None] * total_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    tl.store(dx + row[:, None] * columns + column[None, :], d.to(dx.dtype.element_ty), mask=there)
+
+
+def _run(
+    x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float,
+    *, out: Tensor, inverse: Tensor, total: Tensor | None = None,
+) -> None:  # fmt: skip
+    count, columns = x.shape
+    rows, width, warps = tile(columns)
+    launch(
+        _rms_norm, (blocks(count, rows),),
+        x, x if update is None else update, weight, out, inverse, out if total is None else total,
+        count, columns, x.stride(0), 0 if update is None else update.stride(0), eps, offset,
+        ADDED=update is not None, ROWS=rows, B=width, warps=warps,
+    )  # fmt: skip
+
+
+def _reference(
+    x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float,
+    *, out: Tensor, inverse: Tensor, total: Tensor | None = None,
+) -> None:  # fmt: skip
+    if update is not None and total is not None:
+        x = total.copy_(x + update)
+    wide = x.float()
+    inverse.copy_(torch.rsqrt(wide.square().mean(-1) + eps))
+    out.copy_(wide * inverse[:, None] * (weight.float() + offset))
+
+
+def _run_backward(
+    grad: Tensor, total_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float, *, dx: Tensor
+) -> None:
+    count, columns = x.shape
+    rows, width, warps = tile(columns)
+    added = total_grad is not None
+    launch(
+        _rms_norm_backward, (blocks(count, rows),),
+        grad, grad if total_grad is None else total_grad, x, weight, inverse, dx,
+        count, columns, grad.stride(0), 0 if total_grad is None else total_grad.stride(0), x.stride(0), offset,
+        ADDED=added, ROWS=rows, B=width, warps=warps,
+    )  # fmt: skip
+
+
+def _reference_backward(
+    grad: Tensor, total_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float, *, dx: Tensor
+) -> None:
+    scale = inverse[:, None]
+    unit, d_unit = x.float() * scale, grad.float() * (weight.float() + offset)
+    d = (d_unit - unit * (unit * d_unit).mean(-1, keepdim=True)) * scale
+    dx.copy_(d if total_grad is None else d + total_grad)
+
+
+_TRIALS = (
+    # rows, columns, columns of the tensor that x is a slice of, dtypes of x and the weight, sum, offset
+    (7, 2048, 2048, torch.bfloat16, torch.bfloat16, True, 0.0),
+    (33, 96, 160, torch.float32, torch.float32, False, 1.0),
+    (5, 128, 128, torch.bfloat16, torch.float32, False, 0.0),
+)
+
+
+def _trials(device: torch.device) -> Iterator[Arguments]:
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, wide, dtype, weight_dtype, added, offset in _TRIALS:
+        x, update = (torch.randn(rows, wide, generator=generator).to(device, dtype)[:, :columns] for _ in range(2))
+        weight = torch.randn(columns, generator=generator).to(device, weight_dtype)
+        outputs = {"out": x.new_empty(rows, columns), "inverse": x.new_empty(rows, dtype=torch.float32)}
+        if added:
+            outputs["total"] = x.new_empty(rows, columns)
+        yield (x, update if added else None, weight, 1e-5, offset), outputs
+
+
+def _trials_backward(device: torch.device) -> Iterator[Arguments]:
+    generator = torch.Generator().manual_seed(1)
+    for (x, update, weight, _, offset), outputs in _trials(device):
+        grad = torch.randn(x.shape, generator=generator).to(x)
+        inverse = torch.rand(len(x), generator=generator).to(device)
+        yield (grad, update, x, weight, inverse, offset), {"dx": torch.empty_like(outputs["out"])}
+
+
+# x, update [n, d] with any distance between rows, weight [d], out and total contiguous [n, d], inverse float32 [n]:
+# total = x + update, or x where there is none; inverse of the root of its mean square; out = total · inverse ·
+# (weight + offset).
+rms_norm_forward = kernel(
+    "rms_norm",
+    "(Tensor x, Tensor? update, Tensor weight, float eps, float offset, *, Tensor(a!) out, Tensor(b!) inverse,"
+    " Tensor(c!)? total=None) -> ()",
+    run=_run,
+    reference=_reference,
+    trials=_trials,
+    tolerance=2**-7,  # a value between two of bfloat16 may be rounded to either
+)
+
+# grad, total_grad: of out and of total; x: what is called total above. dx contiguous [n, d].
+rms_norm_backward = kernel(
+    "rms_norm_backward",
+    "(Tensor grad, Tensor? total_grad, Tensor x, Tensor weight, Tensor inverse, float offset, *, Tensor(a!) dx) -> ()",
+    run=_run_backward,
+    reference=_reference_backward,
+    trials=_trials_backward,
+    tolerance=2**-7,
+)
+
+
+def usable(device: torch.device) -> bool:
+    return uses(rms_norm_forward, device) and uses(rms_norm_backward, device)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """x [..., d] over the root of its mean square, times weight + offset: in the dtype of x."""
+    out: Tensor = _RMSNorm.apply(x, None, weight, eps, offset)[1]
+    return out
+
+
+def add_and_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """x + update (x where there is none), and its norm. The gradients of both are summed where x's is computed."""
+    total, out = _RMSNorm.apply(x, update, weight, eps, offset)
+    return total, out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        rows = rows_of(x)
+        out, inverse = x.new_empty(x.shape), x.new_empty(len(rows), dtype=torch.float32)
+        total = x
+        if update is None:
+            rms_norm_forward(rows, None, weight, eps, offset, out=rows_of(out), inverse=inverse)
+        else:
+            total = torch.empty_like(out)
+            rms_norm_forward(
+                rows, rows_of(update), weight, eps, offset, out=rows_of(out), inverse=inverse, total=rows_of(total)
+            )
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.offset = offset
+        ctx.set_materialize_grads(False)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        total_grad, grad = grads
+        x, weight, inverse = ctx.saved_tensors
+        needs_x, needs_update, needs_weight, _, _ = ctx.needs_input_grad
+        dx = dw = None
+        if grad is None:
+            return total_grad, total_grad if needs_update else None, None, None, None
+        if needs_x or needs_update:
+            dx = x.new_empty(x.shape)
+            summed = None if total_grad is None else rows_of(total_grad)
+            rms_norm_backward(rows_of(grad), summed, rows_of(x), weight, inverse, ctx.offset, dx=rows_of(dx))
+        if needs_weight:
+            unit = rows_of(x).to(torch.float32) * inverse[:, None]
+            dw = (rows_of(grad).to(torch.float32) * unit).sum(0).to(weight.dtype)
+        return dx if needs_x else None, dx if needs_update else None, dw, None, None

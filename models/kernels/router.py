@@ -1,0 +1,277 @@
+"""From a router's logits to the experts chosen and their weights in one launch, and back in one.
+
+Shapes: N tokens, E experts in G groups, K chosen per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from models.kernels.rows import VALUES_AT_A_TIME
+from quant.kernels.choice import Arguments, kernel, uses
+from quant.kernels.language import blocks, jit, launch, power_of_two, tl
+
+EPSILON = 1e-20  # beside the sum that sigmoid scores are divided by
+
+
+@jit
+def _scores(logits, there, SOFTMAX: tl.constexpr):
+    """Of a tile [T, E]; where none is there, what comes out has no meaning."""
+    if SOFTMAX:
+        logits = tl.where(there, logits, float("-inf"))
+        powers = tl.exp(logits - tl.max(logits, 1)[:, None])
+        scores = powers / tl.sum(powers, 1)[:, None]
+    else:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    return scores
+
+
+@jit
+def _router(
+    logits, bias, chosen, weights, tokens, experts, each, open_groups, scale, epsilon,
+    SOFTMAX: tl.constexpr, NORMALISE: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr,
+    T: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr, K_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Program i: T tokens. Experts lie in a tile [T, G · EACH], where groups of `each` are filled up to EACH."""
+    token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    place = tl.arange(0, G * EACH)
+    group, member = place // EACH, place % EACH
+    expert = group * each + member
+    inside = (group < GROUPS) & (member < each)
+    there = (token < tokens)[:, None] & inside[None, :]
+    scores = _scores(tl.load(logits + token[:, None] * experts + expert[None, :], mask=there, other=0.0),
+                     inside[None, :], SOFTMAX)  # fmt: skip
+    choice = scores
+    if not SOFTMAX:
+        choice += tl.load(bias + expert, mask=inside, other=0.0)[None, :]
+    choice = tl.where(inside[None, :], choice, float("-inf"))
+    if GROUPS > 1:
+        # A group is as good as its two best experts.
+        grouped = tl.reshape(choice, (T, G, EACH))
+        best = tl.max(grouped, 2)
+        at = tl.arange(0, EACH)[None, None, :]
+        first = tl.min(tl.where(grouped == best[:, :, None], at, EACH), 2)
+        worth = best + tl.max(tl.where(at == first[:, :, None], float("-inf"), grouped), 2)
+        number = tl.arange(0, G)[None, :]
+        worth = tl.where(number < GROUPS, worth, float("-inf"))
+        is_open = tl.zeros((T, G), tl.int32)
+        for _ in range(open_groups):
+            most = tl.max(worth, 1)[:, None]
+            taken = number == tl.min(tl.where(worth == most, number, G - 1), 1)[:, None]
+            is_open = tl.where(taken, 1, is_open)
+            worth = tl.where(taken, float("-inf"), worth)
+        grouped = tl.where(is_open[:, :, None] == 1, grouped, float("-inf"))
+        choice = tl.reshape(grouped, (T, G * EACH))
+    rank = tl.arange(0, K_WIDTH)[None, :]
+    picked, indices = tl.zeros((T, K_WIDTH), tl.float32), tl.zeros((T, K_WIDTH), tl.int32)
+    for k in tl.static_range(K):
+        most = tl.max(choice, 1)[:, None]
+        index = tl.min(tl.where(choice == most, place[None, :], G * EACH), 1)[:, None]
+        taken = place[None, :] == index
+        picked = tl.where(rank == k, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], picked)
+        indices = tl.where(rank == k, tl.sum(tl.where(taken, expert[None, :], 0), 1)[:, None], indices)
+        choice = tl.where(taken, float("-inf"), choice)
+    if NORMALISE:
+        picked = picked / (tl.sum(picked, 1)[:, None] + epsilon)
+    at, there = token[:, None] * K + rank, (token < tokens)[:, None] & (rank < K)
+    tl.store(weights + at, picked * scale, mask=there)
+    tl.store(chosen + at, indices.to(tl.int64), mask=there)
+
+
+@jit
+def _router_backward(
+    grad, logits, chosen, d_logits, tokens, experts, scale, epsilon,
+    SOFTMAX: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Program i: T tokens."""
+    token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
+    expert = tl.arange(0, E)[None, :]
+    there = (token < tokens)[:, None] & (expert < experts)
+    at = token[:, None] * experts + expert
+    scores = _scores(tl.load(logits + at, mask=there, other=0.0), expert < experts, SOFTMAX)
+    # Gradients of the weights where the experts are: [T, E].
+    d, is_chosen = tl.zeros((T, E), tl.float32), tl.zeros((T, E), tl.int32)
+    for k in tl.static_range(K):
+        index = tl.load(chosen + token * K + k, mask=token < tokens, other=0)[:, None]
+        value = tl.load(grad + token * K + k, mask=token < tokens, other=0.0)[:, None] * scale
+        d = tl.where(expert == index, value, d)
+        is_chosen = tl.where(expert == index, 1, is_chosen)
+    if NORMALISE:
+        own = tl.where(is_chosen == 1, scores, 0.0)
+        total = tl.sum(own, 1)[:, None] + epsilon
+        d = tl.where(is_chosen == 1, (d - tl.sum(d * own, 1)[:, None] / total) / total, 0.0)
+    if SOFTMAX:
+        d = scores * (d - tl.sum(tl.where(expert < experts, d * scores, 0.0), 1)[:, None])
+    else:
+        d = d * scores * (1.0 - scores)
+    tl.store(d_logits + at, d, mask=there)
+
+
+def _run(
+    logits: Tensor, bias: Tensor | None, groups: int, open_groups: int, normalise: bool, scale: float,
+    *, chosen: Tensor, weights: Tensor,
+) -> None:  # fmt: skip
+    tokens, experts = logits.shape
+    k, each = chosen.shape[1], experts // groups
+    g, width = power_of_two(groups), power_of_two(each, 2)
+    rows = max(1, VALUES_AT_A_TIME // (g * width) // 2)
+    launch(
+        _router, (blocks(tokens, rows),),
+        logits, logits if bias is None else bias, chosen, weights, tokens, experts, each, open_groups, scale,
+        0.0 if bias is None else EPSILON, SOFTMAX=bias is None, NORMALISE=normalise, GROUPS=groups, K=k, T=rows, G=g,
+        EACH=width, K_WIDTH=power_of_two(k),
+    )  # fmt: skip
+
+
+def _scores_reference(logits: Tensor, bias: Tensor | None) -> Tensor:
+    return logits.softmax(-1) if bias is None else logits.sigmoid()
+
+
+def _reference(
+    logits: Tensor, bias: Tensor | None, groups: int, open_groups: int, normalise: bool, scale: float,
+    *, chosen: Tensor, weights: Tensor,
+) -> None:  # fmt: skip
+    scores = _scores_reference(logits, bias)
+    choice = (scores if bias is None else scores + bias).unflatten(1, (groups, -1))
+    if groups > 1:
+        best = choice.topk(2, dim=-1).values.sum(-1).topk(open_groups, dim=-1).indices
+        closed = torch.ones_like(choice[..., 0], dtype=torch.bool).scatter_(-1, best, False)
+        choice = choice.masked_fill(closed[..., None], float("-inf"))
+    chosen.copy_(choice.flatten(1).topk(chosen.shape[1], dim=-1).indices)
+    picked = scores.gather(-1, chosen)
+    if normalise:
+        picked = picked / (picked.sum(-1, keepdim=True) + (0.0 if bias is None else EPSILON))
+    weights.copy_(picked * scale)
+
+
+def _run_backward(
+    grad: Tensor, logits: Tensor, chosen: Tensor, softmax: bool, normalise: bool, scale: float, *, d_logits: Tensor
+) -> None:
+    tokens, experts = logits.shape
+    width = power_of_two(experts, 2)
+    rows = max(1, VALUES_AT_A_TIME // width // 2)
+    launch(
+        _router_backward, (blocks(tokens, rows),),
+        grad, logits, chosen, d_logits, tokens, experts, scale, 0.0 if softmax else EPSILON,
+        SOFTMAX=softmax, NORMALISE=normalise, K=chosen.shape[1], T=rows, E=width,
+    )  # fmt: skip
+
+
+def _reference_backward(
+    grad: Tensor, logits: Tensor, chosen: Tensor, softmax: bool, normalise: bool, scale: float, *, d_logits: Tensor
+) -> None:
+    scores = logits.softmax(-1) if softmax else logits.sigmoid()
+    d = grad * scale
+    if normalise:
+        own = scores.gather(-1, chosen)
+        total = own.sum(-1, keepdim=True) + (0.0 if softmax else EPSILON)
+        d = (d - (d * own).sum(-1, keepdim=True) / total) / total
+    d_scores = torch.zeros_like(scores).scatter_(-1, chosen, d)
+    if softmax:
+        d_logits.copy_(scores * (d_scores - (d_scores * scores).sum(-1, keepdim=True)))
+    else:
+        d_logits.copy_(d_scores * scores * (1 - scores))
+
+
+_TRIALS = (
+    # tokens, experts, chosen, groups, open groups, sigmoid, normalise
+    (33, 64, 4, 1, 1, True, True),
+    (9, 48, 5, 4, 2, True, False),
+    (7, 12, 3, 3, 2, True, True),
+    (17, 256, 8, 1, 1, False, True),
+    (5, 10, 1, 1, 1, False, False),
+)
+
+
+def _trials(device: torch.device) -> Iterator[Arguments]:
+    generator = torch.Generator().manual_seed(0)
+    for tokens, experts, k, groups, open_groups, sigmoid, normalise in _TRIALS:
+        logits = torch.randn(tokens, experts, generator=generator).to(device)
+        bias = torch.randn(experts, generator=generator).to(device) if sigmoid else None
+        chosen = torch.empty(tokens, k, dtype=torch.int64, device=device)
+        yield (logits, bias, groups, open_groups, normalise, 1.8), {
+            "chosen": chosen, "weights": logits.new_empty(tokens, k)
+        }  # fmt: skip
+
+
+def _trials_backward(device: torch.device) -> Iterator[Arguments]:
+    for (logits, bias, _, _, normalise, scale), outputs in _trials(device):
+        chosen = logits.topk(outputs["chosen"].shape[1]).indices
+        grad = logits.flip(1)[:, : chosen.shape[1]].contiguous()
+        yield (grad, logits, chosen, bias is None, normalise, scale), {"d_logits": torch.empty_like(logits)}
+
+
+# logits float32 [N, E]; bias float32 [E]: scores are sigmoids then, without it a softmax; the K best of the experts of
+# the `open_groups` best of `groups`; normalise: whether weights are divided by their sum before `scale`. Outputs int64
+# and float32 [N, K]; among equals the first expert is chosen. All contiguous.
+router_forward = kernel(
+    "router",
+    "(Tensor logits, Tensor? bias, int groups, int open_groups, bool normalise, float scale, *, Tensor(a!) chosen,"
+    " Tensor(b!) weights) -> ()",
+    run=_run,
+    reference=_reference,
+    trials=_trials,
+    tolerance=1e-5,
+)
+
+# grad float32 [N, K]: of the weights; d_logits float32 [N, E]. All contiguous.
+router_backward = kernel(
+    "router_backward",
+    "(Tensor grad, Tensor logits, Tensor chosen, bool softmax, bool normalise, float scale, *, Tensor(a!) d_logits)"
+    " -> ()",
+    run=_run_backward,
+    reference=_reference_backward,
+    trials=_trials_backward,
+    tolerance=1e-5,
+)
+
+
+def usable(device: torch.device) -> bool:
+    return uses(router_forward, device) and uses(router_backward, device)
+
+
+def choose(
+    logits: Tensor,
+    bias: Tensor | None,
+    chosen: int,
+    *,
+    groups: int = 1,
+    open_groups: int = 1,
+    normalise: bool,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """What `router_forward` computes of logits, differentiable: chosen int64 [N, K], weights float32 [N, K]."""
+    out: tuple[Tensor, Tensor] = _Choose.apply(logits, bias, chosen, groups, open_groups, normalise, scale)
+    return out
+
+
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, bias: Tensor | None, count: int, groups: int, open_groups: int, normalise: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        weights = logits.new_empty(len(logits), count)
+        chosen = torch.empty_like(weights, dtype=torch.int64)
+        logits = logits.contiguous()
+        router_forward(logits, bias, groups, open_groups, normalise, scale, chosen=chosen, weights=weights)
+        ctx.save_for_backward(logits, chosen)
+        ctx.options = bias is None, normalise, scale
+        ctx.mark_non_differentiable(chosen)
+        ctx.set_materialize_grads(False)
+        return chosen, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, chosen = ctx.saved_tensors
+        if grads[1] is None:
+            return (None,) * 7
+        d_logits = torch.empty_like(logits)
+        router_backward(grads[1].contiguous(), logits, chosen, *ctx.options, d_logits=d_logits)
+        return (d_logits, *(None,) * 6)
