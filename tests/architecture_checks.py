@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import models.experts.block as experts
+import models.experts.torch_form as experts
 from models import load_model
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
@@ -156,13 +156,13 @@ def check_recomputation(folder: Path, groups: Sequence[str], monkeypatch: pytest
     model = adapted(folder, "nf4", groups)
     tokens = random_tokens((2, 40))
     calls: list[Tensor] = []
-    forward = experts._forward
+    forward = experts.forward
 
     def counted(*args: Any) -> Tensor:
         calls.append(forward(*args))
         return calls[-1]
 
-    monkeypatch.setattr(experts, "_forward", counted)
+    monkeypatch.setattr(experts, "forward", counted)
 
     def step(recompute: bool) -> tuple[Tensor, dict[str, Tensor], int]:
         calls.clear()

@@ -19,9 +19,9 @@ from quant.kernels.language import blocks, jit, launch, power_of_two, tl
 
 @jit
 def _swiglu(gate_up, out, width, stride, B: tl.constexpr):
-    """Program (i, row): B columns of a row."""
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * B + tl.arange(0, B)
+    """Program (row, i): B columns of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * B + tl.arange(0, B)
     there = column < width
     gate = tl.load(gate_up + row * stride + column, mask=there, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, mask=there, other=0.0).to(tl.float32)
@@ -32,7 +32,7 @@ def _run_swiglu(gate_up: Tensor, *, out: Tensor) -> None:
     rows, width = out.shape
     if rows:
         size = min(1024, power_of_two(width))
-        launch(_swiglu, (blocks(width, size), rows), gate_up, out, width, gate_up.stride(0), B=size)
+        launch(_swiglu, (rows, blocks(width, size)), gate_up, out, width, gate_up.stride(0), B=size)
 
 
 def _reference_swiglu(gate_up: Tensor, *, out: Tensor) -> None:
@@ -180,9 +180,9 @@ expert_swiglu_backward = kernel(
 
 @jit
 def _combine(slots, weights, out, width, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr, B: tl.constexpr):
-    """Program (i, token): B columns of a token."""
-    token = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * B + tl.arange(0, B)
+    """Program (token, i): B columns of a token."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * B + tl.arange(0, B)
     there = column < width
     total = tl.zeros((B,), dtype=tl.float32)
     for k in tl.static_range(CHOSEN):
@@ -198,7 +198,7 @@ def _run_combine(slots: Tensor, weights: Tensor | None, *, out: Tensor) -> None:
         size = min(1024, power_of_two(width))
         given = slots if weights is None else weights
         launch(
-            _combine, (blocks(width, size), tokens), slots, given, out, width,
+            _combine, (tokens, blocks(width, size)), slots, given, out, width,
             CHOSEN=len(slots) // tokens, WEIGHTED=weights is not None, B=size,
         )  # fmt: skip
 
