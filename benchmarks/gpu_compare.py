@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_cases import NEEDS_CUDA, NOT_INSTALLED
+from models.attention.fla import uses_fla
 
 FLOAT32, BFLOAT16, BFLOAT16_MODEL = 2e-5, 2e-2, 5e-2
 DTYPES = ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16))
@@ -76,7 +77,7 @@ def without_flash_linear_attention(device: torch.device) -> str:
         return NEEDS_CUDA
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # noqa: F401
 
-    return ""
+    return "" if uses_fla(device, torch.bfloat16) else "not right here"
 
 
 def forward_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:

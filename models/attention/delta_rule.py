@@ -31,12 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.attention.fla import uses_fla
+from models.attention.delta_kernels import delta_rule_in_kernels, uses_kernels
+from models.attention.fla import flash_gated_delta_rule, uses_fla
 from models.blocks.documents import Documents
+from models.kernels.delta_chunks import NORM_EPS
 from quant.common.devices import on_cpu
 from quant.products import without_autocast
-
-NORM_EPS = 1e-6  # under the root when keys and queries are scaled to unit length
 
 
 def gated_delta_rule(
@@ -47,16 +47,13 @@ def gated_delta_rule(
     query, key [N, hk, dk] as they are before scaling; value [N, hv, dv], where hv is a multiple of hk and value head j
     reads key head j // (hv / hk); decay float32 [N, hv], the g ≤ 0 above; beta float32 [N, hv]. Gradients for all five.
     States and everything between are float32 (float64 for a float64 value). On CUDA in half precision the kernels of
-    flash-linear-attention are used when they are installed, everywhere else the chunked form in torch.
+    flash-linear-attention are used when they are installed and right, or else those of models/kernels where they have
+    shown that they are, and everywhere else the chunked form in torch.
     """
-    # A broken installation is an error: the torch form would be several times slower, and nobody would know why.
     if uses_fla(value.device, value.dtype):
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        wide = (decay.to(torch.float32), beta.to(torch.float32))
-        inputs = (x[None] for x in (query, key, value, *wide))
-        out: Tensor = chunk_gated_delta_rule(*inputs, use_qk_l2norm_in_kernel=True, cu_seqlens=documents.offsets)[0]
-        return out[0]
+        return flash_gated_delta_rule(query, key, value, decay, beta, documents.offsets)
+    if uses_kernels(query, value):
+        return delta_rule_in_kernels(query, key, value, decay, beta, documents)
     return chunked_gated_delta_rule(query, key, value, decay, beta, documents)
 
 

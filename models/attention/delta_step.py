@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.cache import Continued
-from models.attention.delta_rule import NORM_EPS, chunks_from_state
+from models.attention.delta_rule import chunks_from_state
 from models.blocks.documents import Documents
+from models.kernels.delta_chunks import NORM_EPS
 
 
 def continued_gated_delta_rule(

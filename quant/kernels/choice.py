@@ -26,7 +26,8 @@ class Kernel:
 
     schema: its arguments as torch's library writes them, outputs after a star. run: launches the Triton kernel.
     reference: the same in torch's operations. trials: small arguments at random, on a device. tolerance: of a trial,
-    relative to the largest value of the reference; 0 asks for the same bits.
+    relative to the largest value of the reference; 0 asks for the same bits. tolerance_16_bit: of a trial with an
+    output of 16 bits, where that is more.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Kernel:
     reference: Callable[..., None]
     trials: Callable[[torch.device], Iterable[Arguments]]
     tolerance: float
+    tolerance_16_bit: float = 0.0
 
     def __call__(self, *inputs: Any, **outputs: Tensor | None) -> None:
         getattr(torch.ops.nibble, self.name).default(*inputs, **outputs)
@@ -51,7 +53,9 @@ class Kernel:
                 return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             # Triton's interpreter cuts float32 off where bfloat16 ends, and multiplies no bfloat16 at all.
             cut = INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in outputs.values())
-            if not worst <= max(self.tolerance, 2**-7 if cut else 0.0):
+            half = any(tensor.element_size() == 2 for tensor in outputs.values())
+            tolerance = max(self.tolerance, self.tolerance_16_bit if half else 0.0, 2**-7 if cut else 0.0)
+            if not worst <= tolerance:
                 return f"trial {number} differs from torch's form by {worst:.1e} of its largest value"
         return None
 
@@ -79,9 +83,10 @@ def kernel(
     reference: Callable[..., None],
     trials: Callable[[torch.device], Iterable[Arguments]],
     tolerance: float,
+    tolerance_16_bit: float = 0.0,
 ) -> Kernel:
     """Defines the operator `nibble::name`. On the meta device it computes nothing; recorded, it says its launches."""
-    made = KERNELS[name] = Kernel(name, schema, run, reference, trials, tolerance)
+    made = KERNELS[name] = Kernel(name, schema, run, reference, trials, tolerance, tolerance_16_bit)
 
     def on_meta(*inputs: Any, **outputs: Tensor) -> None:
         if is_recording():

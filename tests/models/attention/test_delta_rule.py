@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -324,14 +325,83 @@ def test_an_old_flash_linear_attention_is_not_used(
         about = f"Metadata-Version: 2.1\nName: {distribution.replace('_', '-')}\nVersion: {version}\n"
         (tmp_path / f"{distribution}-{version}.dist-info" / "METADATA").write_text(about)
     monkeypatch.syspath_prepend(tmp_path)
-    fla._fla_is_right.cache_clear()
+    fla.fla_version.cache_clear()
     try:
         for _ in range(2):
-            assert fla.uses_fla(torch.device("cuda"), torch.bfloat16) == right
+            assert (fla.fla_version() is not None) == right
+            assert right or not fla.uses_fla(torch.device("cuda"), torch.bfloat16)
         assert not fla.uses_fla(torch.device("cpu"), torch.bfloat16)
         assert not fla.uses_fla(torch.device("cuda"), torch.float32)
     finally:
-        fla._fla_is_right.cache_clear()
+        fla.fla_version.cache_clear()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (not right)
     assert right or f"flash-linear-attention {version} isn't used: before 0.5.0 it" in said[0]
+
+
+class _WrongGradient(torch.autograd.Function):
+    """Leaves a value as it is, and doubles its gradient."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+def test_flash_linear_attention_is_tried_forward_and_backward() -> None:
+    def right(*arguments: Tensor) -> Tensor:
+        documents = Documents.from_lengths(arguments[5].diff().tolist())
+        return chunked_gated_delta_rule(*arguments[:5], documents)
+
+    def wrong(query: Tensor, *rest: Tensor) -> Tensor:
+        return 1.1 * right(query, *rest)
+
+    def one_document(*arguments: Tensor) -> Tensor:
+        return chunked_gated_delta_rule(*arguments[:5], Documents.from_lengths([len(arguments[0])]))
+
+    def wrong_backward(query: Tensor, *rest: Tensor) -> Tensor:
+        return right(_WrongGradient.apply(query), *rest)
+
+    def raising(*arguments: Tensor) -> Tensor:
+        raise RuntimeError("PassManager::run failed\nand more")
+
+    def without_numbers(*arguments: Tensor) -> Tensor:
+        return right(*arguments) * float("nan")
+
+    cpu = torch.device("cpu")
+    assert fla.failure_of(right, cpu) is None
+    assert "output differs" in (fla.failure_of(wrong, cpu) or "")
+    assert "output differs" in (fla.failure_of(one_document, cpu) or "")
+    assert "output differs" in (fla.failure_of(without_numbers, cpu) or "")
+    assert "gradient of query differs" in (fla.failure_of(wrong_backward, cpu) or "")
+    assert fla.failure_of(raising, cpu) == "RuntimeError: PassManager::run failed"
+
+
+def test_an_installation_that_fails_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rule = tmp_path / "fla" / "ops" / "gated_delta_rule"
+    rule.mkdir(parents=True)
+    for folder in (tmp_path / "fla", tmp_path / "fla" / "ops"):
+        (folder / "__init__.py").write_text("")
+    raising = "def chunk_gated_delta_rule(*given, **named):\n    raise RuntimeError('its backward fails')\n"
+    (rule / "__init__.py").write_text(raising)
+    about = tmp_path / "fla_core-0.6.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: fla-core\nVersion: 0.6.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for cached in (fla.fla_version, fla._is_right):
+        cached.cache_clear()
+    try:
+        assert [fla._is_right(torch.device("cpu")) for _ in range(2)] == [False, False]
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+            del sys.modules[name]
+        for cached in (fla.fla_version, fla._is_right):
+            cached.cache_clear()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "flash-linear-attention 0.6.0 isn't used: RuntimeError: its backward fails" in said and "3.7.1" in said
+    assert "\n" not in said
