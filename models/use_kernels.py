@@ -1,9 +1,9 @@
 """Which kernels a run uses on its GPU: those that were right when they were tried there, in a process of their own.
 
-In a process of its own, since a kernel may do worse than be wrong: an address that isn't there ends what its process
-does on the GPU, and a compiler can end the process. The first trial on a card compiles for a minute or so; that all
-kernels were right is remembered in the user's cache folder, for this card, driver and version of torch, of Triton and
-of the kernels themselves. Where one was wrong all are tried anew.
+In a process of its own, since a kernel may do worse than be wrong: an address that isn't there ends all that its
+process can do on the GPU, and a compiler can end the process. The first trial on a card compiles for a minute or so;
+that all kernels were right is remembered in the user's cache folder, for this card, driver and version of torch, of
+Triton and of the kernels themselves. Where one was wrong all are tried anew.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from quant.kernels.language import AVAILABLE
 log = logging.getLogger("nibble")
 
 TRIAL = (sys.executable, "-m", "models.use_kernels")
-TRIAL_SECONDS = 600.0  # of one kernel
+TRIAL_SECONDS = 600.0  # of one process; some 100 compilations
 
 
 def use_kernels(device: torch.device, wanted: str = "auto", *, first: bool = True) -> None:
@@ -45,6 +45,7 @@ def use_kernels(device: torch.device, wanted: str = "auto", *, first: bool = Tru
     use(())
     if wanted == "torch" or device.type != "cuda":
         return
+    torch.cuda.set_device(device)  # Triton launches on the current one
     names, path = sorted(KERNELS), _record(device)
     wrong = _recall(path, names)
     if first and wrong != {}:
@@ -68,19 +69,22 @@ def try_apart(command: Sequence[str], names: Sequence[str], seconds: float = TRI
     while left:
         failure = None
         try:
-            done = subprocess.run([*command, *left], capture_output=True, text=True, timeout=seconds * len(left))
+            done = subprocess.run([*command, *left], capture_output=True, text=True, timeout=seconds)
             output, failure = done.stdout, _ending(done)
         except subprocess.TimeoutExpired as error:
             output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
             failure = f"the trial took more than {seconds:.0f} s"
+        answered = 0
         for line in output.splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, TypeError):
                 name, found = parse_json(line)
                 if left and name == left[0]:
                     left.pop(0)
+                    answered += 1
                     if found is not None:
                         wrong[name] = str(found)
-        if left:  # the process ended with this one
+        # The process ended with the next one, unless it ended itself after an error that spoils what follows.
+        if left and (failure is not None or not answered):
             wrong[left.pop(0)] = failure or "the trial said nothing"
     return wrong
 
@@ -100,7 +104,9 @@ def _record(device: torch.device) -> Path:
         for file in sorted(Path(str(module.__file__)).parent.glob("*.py")):
             known.append(hashlib.sha256(file.read_bytes()).hexdigest())
     name = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nibble" / "kernels" / f"{name}.json"
+    # expanduser leaves the tilde where a user has no home.
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "nibble" / "kernels" / f"{name}.json"
 
 
 def _driver() -> str:
@@ -134,10 +140,15 @@ def _remember(path: Path, names: Sequence[str], wrong: dict[str, str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Tries kernels on a device: `cuda:0 NAME …`. Prints a line of JSON for each: its name, what is wrong or null."""
-    device, *names = sys.argv[1:] if argv is None else argv
+    given, *names = sys.argv[1:] if argv is None else argv
+    device = torch.device(given)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     for name in names:
-        failure = KERNELS[name].failure(torch.device(device)) if AVAILABLE else "Triton is not installed"
+        failure = KERNELS[name].failure(device) if AVAILABLE else "Triton is not installed"
         print(json.dumps([name, failure]), flush=True)
+        if failure is not None and AVAILABLE:
+            break  # an illegal address spoils all that this process does later; the others are tried in another one
     return 0
 
 

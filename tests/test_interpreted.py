@@ -13,13 +13,22 @@ import pytest
 FILES = sorted((Path(__file__).parent / "kernels").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_kernels_under_the_interpreter(file: Path) -> None:
+def interpret(file: Path, *options: str) -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1", "run tests/kernels itself where the variable is set"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options, file],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_kernels_under_the_interpreter(file: Path) -> None:
+    interpret(file)
+
+
+@pytest.mark.slow
+def test_slow_kernels_under_the_interpreter() -> None:
+    interpret(FILES[0].parent, "-m", "slow")

@@ -11,6 +11,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from importlib.util import find_spec
 
@@ -65,7 +66,10 @@ def fla_version() -> str | None:
 
 @functools.cache
 def _is_right(device: torch.device) -> bool:
-    failure = failure_of(flash_gated_delta_rule, device)
+    # In a thread of its own: this one may be inside a layer that is computed again, whose hooks on saved tensors would
+    # take the trial for a part of it, or in inference mode.
+    with ThreadPoolExecutor(1) as apart:
+        failure = apart.submit(failure_of, flash_gated_delta_rule, device).result()
     if failure is not None:
         log.warning(
             "flash-linear-attention %s isn't used: %s. The gated delta rule runs without it, slower. Another "

@@ -181,7 +181,7 @@ delta_through_states = kernel(
     run=_run_through_states,
     reference=_reference_through_states,
     trials=_through_states_trials,
-    tolerance=TOLERANCES["tolerance"],
+    **TOLERANCES,
 )
 
 

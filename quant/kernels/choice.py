@@ -53,7 +53,8 @@ class Kernel:
                 return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             # Triton's interpreter cuts float32 off where bfloat16 ends, and multiplies no bfloat16 at all.
             cut = INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in outputs.values())
-            half = any(tensor.element_size() == 2 for tensor in outputs.values())
+            given = [value for value in (*inputs, *outputs.values()) if isinstance(value, Tensor)]
+            half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in given)
             tolerance = max(self.tolerance, self.tolerance_16_bit if half else 0.0, 2**-7 if cut else 0.0)
             if not worst <= tolerance:
                 return f"trial {number} differs from torch's form by {worst:.1e} of its largest value"

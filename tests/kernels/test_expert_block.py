@@ -12,7 +12,9 @@ from tests.helpers import assert_close
 from tests.models.blocks.test_experts import CHOSEN, EXPERTS, gradients, make_block, make_input, plainly
 
 
-@pytest.mark.parametrize(("kind", "at_a_time"), [("none", None), ("nf4", 4), ("int8", 1)])
+@pytest.mark.parametrize(
+    ("kind", "at_a_time"), [("none", None), pytest.param("int8", 1, marks=pytest.mark.slow), ("nf4", 4)]
+)
 def test_output_and_gradients_equal_autograd(kind: str, at_a_time: int | None) -> None:
     block = make_block(kind, trained=kind == "none")
     block.experts_at_a_time = at_a_time

@@ -164,6 +164,7 @@ def killed(pid: int) -> str:
 # --- one process is killed
 
 
+@pytest.mark.slow
 def test_one_killed_in_a_step_ends_all_and_the_same_command_goes_on(
     world: World, undisturbed: Path, launch: Launch, tmp_path: Path
 ) -> None:

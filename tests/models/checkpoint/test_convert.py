@@ -98,6 +98,7 @@ def test_fused_experts_and_other_shards_give_the_same_bytes(hub: Path, tmp_path:
     assert contents(tmp_path / "parts", "*.safetensors") == contents(tmp_path / "whole", "*.safetensors")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_experts_or_layers(tmp_path: Path) -> None:
     result = run("-m", "tests.measure_convert", tmp_path)
     assert result.returncode == 0, result.stderr

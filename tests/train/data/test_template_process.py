@@ -82,6 +82,7 @@ def test_a_template_that_goes_wrong_for_some_rows_only_ends_the_run_at_these() -
         template.renderings_of([(say(text, "a"), [False, True], None) for text in ("fine", "bomb")])
 
 
+@pytest.mark.slow
 def test_it_is_what_the_template_is_here() -> None:
     chats: list[Conversation] = [
         (say("q", "a"), [False, True], None),

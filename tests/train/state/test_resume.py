@@ -210,6 +210,7 @@ def test_another_config_in_the_same_folder_is_refused(
     assert "train.seed is 5 now, 0 there" in message
 
 
+@pytest.mark.slow
 def test_files_may_move_but_not_change(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
