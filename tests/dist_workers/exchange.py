@@ -15,11 +15,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.adapters.lora import trainable_parameters
-from models.blocks import experts
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.linear import ExpertWeights, Linear, LoRA
 from models.decoder import CausalLM
+from models.experts import torch_form
 from models.experts.block import Experts
 from models.registry import ARCHITECTURES
 from parallel.exchange import ExpertExchange
@@ -167,7 +167,7 @@ def cut(model: CausalLM, meshes: Meshes) -> None:
 def step(model: CausalLM, tokens: Tensor, length: list[int], target: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
     """Hidden states, gradients (whole, of experts those of the owned ones), and how often experts were multiplied."""
     model.zero_grad()
-    with mock.patch.object(experts, "_forward", wraps=experts._forward) as forward:
+    with mock.patch.object(torch_form, "forward", wraps=torch_form.forward) as forward:
         hidden = model.hidden(tokens, Documents.from_lengths(length))
         (hidden * target).sum().backward()
     gradients = {}

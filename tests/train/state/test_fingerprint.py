@@ -61,6 +61,7 @@ FREE = {
     "data.eval": "held.jsonl",
     "data.on_bad_row": "error",
     "train.activation_checkpointing": "false",
+    "train.kernels": "torch",
     "train.log_every": "7",
     "train.eval_every": "7",
     "train.keep_best": "true",
