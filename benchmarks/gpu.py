@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import run_command
 from benchmarks.gpu_cases import CASES, NOT_HERE, Case, NamedCase
 from benchmarks.report import table
 from quant.common.errors import NibbleError
@@ -320,15 +321,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    try:
-        return run(arguments)
-    except NibbleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from benchmarks.command import run_command
 from benchmarks.launches_cases import FULL, STORAGES
 from benchmarks.report import table
 from quant.common.errors import NibbleError
@@ -76,15 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    try:
-        return run(arguments)
-    except NibbleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

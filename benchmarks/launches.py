@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.command import run_command
 from benchmarks.launches_cases import ADAPTER_DTYPES, FULL, KERNELS, STORAGES, LaunchCase, full_config, targets_of
 from benchmarks.report import table
 from quant.common.errors import NibbleError
@@ -109,15 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    try:
-        return run(arguments)
-    except NibbleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":
