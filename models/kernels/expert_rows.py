@@ -61,7 +61,8 @@ expert_swiglu = kernel(
     run=_run_swiglu,
     reference=_reference_swiglu,
     trials=_swiglu_trials,
-    tolerance=8e-3,
+    tolerance=1e-5,
+    tolerance_16_bit=8e-3,
 )
 
 
@@ -174,7 +175,8 @@ expert_swiglu_backward = kernel(
     run=_run_swiglu_backward,
     reference=_reference_swiglu_backward,
     trials=_swiglu_backward_trials,
-    tolerance=8e-3,
+    tolerance=1e-5,
+    tolerance_16_bit=8e-3,
 )
 
 
@@ -223,5 +225,6 @@ combine_slots = kernel(
     run=_run_combine,
     reference=_reference_combine,
     trials=_combine_trials,
-    tolerance=8e-3,
+    tolerance=1e-5,
+    tolerance_16_bit=8e-3,
 )

@@ -27,7 +27,7 @@ class Kernel:
     schema: its arguments as torch's library writes them, outputs after a star. run: launches the Triton kernel.
     reference: the same in torch's operations. trials: small arguments at random, on a device. tolerance: of a trial,
     relative to the largest value of the reference; 0 asks for the same bits. tolerance_16_bit: of a trial with an
-    output of 16 bits, where that is more.
+    input or output of 16 bits, where that is more.
     """
 
     name: str
@@ -72,6 +72,7 @@ def _difference(given: Tensor, right: Tensor) -> float:
 
 
 KERNELS: dict[str, Kernel] = {}
+# Of the whole process: autograd computes CUDA's gradients in threads of its own, which see no context variable.
 _used: set[str] = set()
 _library = torch.library.Library("nibble", "DEF")
 

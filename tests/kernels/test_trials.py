@@ -28,7 +28,7 @@ def test_another_result_is_told(name: str) -> None:
     """A kernel that leaves a value out: every output has to be compared, in every trial."""
     kernel = KERNELS[name]
     for number, (_, outputs) in enumerate(kernel.trials(CPU)):
-        for changed in outputs:
+        for changed in (name for name, output in outputs.items() if output.numel()):
 
             def almost(*inputs: Any, changed: str = changed, **given: torch.Tensor) -> None:
                 kernel.reference(*inputs, **given)
