@@ -40,7 +40,7 @@ def use_kernels(device: torch.device, wanted: str = "auto", *, first: bool = Tru
     """Decides for this process, before it computes anything on `device`.
 
     wanted: auto, all kernels that are right on this device (none on a CPU), or torch, none. first: of the processes on
-    this machine; the others come after it, and believe what it has found. It says in one line which are left out.
+    this machine; the others come after it, and believe what it has remembered. It says in one line which are left out.
     """
     use(())
     if wanted == "torch" or device.type != "cuda":
@@ -48,10 +48,10 @@ def use_kernels(device: torch.device, wanted: str = "auto", *, first: bool = Tru
     torch.cuda.set_device(device)  # Triton launches on the current one
     names, path = sorted(KERNELS), _record(device)
     wrong = _recall(path, names)
-    if first and wrong != {}:
+    if wrong is None or (first and wrong):
         wrong = try_apart((*TRIAL, str(device)), names)
         _remember(path, names, wrong)
-    use(set(names) - set(names if wrong is None else wrong))
+    use(set(names) - set(wrong))
     if first and wrong:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in wrong.items())
         log.warning(
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     for name in names:
-        failure = KERNELS[name].failure(device) if AVAILABLE else "Triton is not installed"
+        failure = KERNELS[name].failure(device) if AVAILABLE else "Triton is not here"
         print(json.dumps([name, failure]), flush=True)
         if failure is not None and AVAILABLE:
             break  # an illegal address spoils all that this process does later; the others are tried in another one

@@ -24,10 +24,13 @@ _KERNELS = (delta_prepare, delta_scan, delta_scan_backward, delta_inside, delta_
 _WIDEST = {torch.bfloat16: 128, torch.float32: 64}
 
 
+def usable(device: torch.device, dtype: torch.dtype, width: int = 1) -> bool:
+    """Whether all kernels are used on this device and hold heads of this dtype and width."""
+    return width <= _WIDEST.get(dtype, 0) and all(uses(kernel, device) for kernel in _KERNELS)
+
+
 def uses_kernels(query: Tensor, value: Tensor) -> bool:
-    """Whether all kernels are used on this device and hold heads of this width and dtype."""
-    width = max(query.shape[2], value.shape[2])
-    return width <= _WIDEST.get(value.dtype, 0) and all(uses(kernel, value.device) for kernel in _KERNELS)
+    return usable(value.device, value.dtype, max(query.shape[2], value.shape[2]))
 
 
 def delta_rule_in_kernels(

@@ -42,6 +42,12 @@ def test_a_kernel_that_ends_the_trial_is_left_out_and_the_others_tried() -> None
     assert wrong["silent"] == "the trial said nothing"
 
 
+def test_an_error_that_spoils_what_follows_is_not_blamed_on_the_next() -> None:
+    """`main` ends its process after it, with code 0."""
+    first_alone = TRIAL + "        raise SystemExit(0)"
+    assert try_apart((sys.executable, "-c", first_alone), ["wrong", "right", "last"]) == {"wrong": "differs"}
+
+
 def test_a_trial_that_does_not_end_is_ended() -> None:
     wrong = try_apart((sys.executable, "-c", TRIAL), ["right", "hangs"], seconds=1)
     assert wrong == {"hangs": "the trial took more than 1 s"}
@@ -66,7 +72,10 @@ def test_nothing_is_used_on_a_cpu() -> None:
         assert not any(uses(kernel, torch.device("meta")) for kernel in KERNELS.values())
 
 
-def test_the_trial_prints_a_line_for_each_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_trial_prints_a_line_for_each_kernel(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(use_kernels, "AVAILABLE", False)
     assert use_kernels.main(["cpu", "expert_swiglu", "combine_slots"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines == [[name, "Triton is not installed"] for name in ("expert_swiglu", "combine_slots")]
+    assert lines == [[name, "Triton is not here"] for name in ("expert_swiglu", "combine_slots")]

@@ -26,7 +26,7 @@ from train.generate.settings import read_settings
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint and an adapter for it; storage, double_quant, dtype and device where a config says them, else None.
+    """A checkpoint and an adapter for it; storage, double_quant, dtype, device and kernels where a config says them.
 
     result: what a config's run made, where that is asked. plain, variables: of a run whose rows are no conversations,
     and of its chat template.
@@ -38,6 +38,7 @@ class Source:
     double_quant: bool | None = None
     dtype: str | None = None
     device: str | None = None
+    kernels: str = "auto"
     layout: Packing | None = None
     result: str | None = None
     plain: bool = False
@@ -63,6 +64,7 @@ def source_of(model: str | None, adapter: str | None, config_file: str | None, l
         config.model.double_quant,
         config.model.dtype,
         config.train.device,
+        config.train.kernels,
         layout,
         result,
         plain=config.data.format == "text",
@@ -114,7 +116,7 @@ def load_source(
     stored = (folder.path, kind, kept, where)
 
     def load() -> CausalLM:
-        use_kernels(where)
+        use_kernels(where, source.kernels)
         return load_model(*stored, source.adapter, double_quant=double, layout=source.layout, progress=True)
 
     longest = longest_context(folder.config, str(folder.path / "config.json"))

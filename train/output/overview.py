@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from models.adapters.targets import layer_of
+from models.attention.delta_kernels import usable
 from models.attention.fla import uses_fla
 from models.checkpoint.native import describe
 from models.decoder import CausalLM
@@ -63,9 +64,12 @@ def model_text(
             f"each {share}\n"
         )
     if device.type == "cuda" and any(row.group == "linear_attention" for row in groups):
-        fused = uses_fla(device, model.dtype)
-        ways = ("flash-linear-attention", "torch, slower than flash-linear-attention (pip install -e '.[fla]')")
-        text += f"\n  gated delta rule by {ways[0] if fused else ways[1]}\n"
+        way = "torch, slower than flash-linear-attention (pip install -e '.[fla]')"
+        if uses_fla(device, model.dtype):
+            way = "flash-linear-attention"
+        elif usable(device, model.dtype):
+            way = "kernels of this project"
+        text += f"\n  gated delta rule by {way}\n"
     return text
 
 
