@@ -17,6 +17,8 @@ from quant.storage import Kind, StorageSpec
 from tests.dist_workers import memory
 from tests.processes import run_processes
 
+pytestmark = pytest.mark.slow  # four processes, 50 s of CPU
+
 MiB = 2**20
 # Large enough for a few percent to mean something: 24 million parameters, most of them experts'.
 CONFIG = {
