@@ -14,11 +14,10 @@ Shapes: N tokens, H hidden, k and v heads of keys and of values, d dimensions of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention.cache import Continued
@@ -26,7 +25,7 @@ from models.attention.delta_rule import gated_delta_rule
 from models.attention.delta_step import continued_gated_delta_rule
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, rotary_dimensions
-from models.attention.short_conv import continued_convolution, short_convolution
+from models.attention.short_conv import continued_convolution, split_convolution
 from models.blocks.configjson import MAX_LAYERS, choices, refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
@@ -37,6 +36,7 @@ from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm
 from models.experts.block import Experts
+from models.kernels.delta_gates import delta_gates
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import flag, integer, number
 from quant.common.words import shown
@@ -176,12 +176,12 @@ class Filters(nn.Module):
         super().__init__()
         self.weight = factory.empty(channels, 1, width)
 
-    def forward(self, x: Tensor, documents: Documents) -> Tensor:
-        """x [N, C]: [N, C]."""
+    def forward(self, x: Tensor, documents: Documents, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """x [N, C]: [N, C], split into so many channels."""
         weight = self.weight.squeeze(1)
         if isinstance(documents, Continued):
-            return continued_convolution(x, weight, documents, self)
-        return short_convolution(x, weight, documents)
+            return continued_convolution(x, weight, documents, self).split(list(sizes), 1)
+        return split_convolution(x, weight, documents, sizes)
 
 
 class GatedDeltaNet(nn.Module):
@@ -205,14 +205,11 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
         """x [N, H]: [N, H]."""
         c = self.config
-        mixed, gate, beta, step = together(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
-        mixed = self.conv1d(mixed, documents)
-        query, key, value = mixed.split((c.keys, c.keys, c.values), dim=-1)
+        mixed, gate, write, step = together(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        query, key, value = self.conv1d(mixed, documents, (c.keys, c.keys, c.values))
         query, key = (part.unflatten(-1, (c.key_heads, c.key_dim)) for part in (query, key))
         value = value.unflatten(-1, (c.value_heads, c.value_dim))
-        beta = beta.to(torch.float32).sigmoid()
-        step = F.softplus(step.to(torch.float32) + self.dt_bias)
-        inputs = (query, key, value, -self.A_log.exp() * step, beta)
+        inputs = (query, key, value, *delta_gates(step, write, self.A_log, self.dt_bias))
         if isinstance(documents, Continued):
             out = continued_gated_delta_rule(*inputs, documents, self)
         else:

@@ -5,6 +5,7 @@ Shapes: N tokens, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from models.attention.cache import Continued
 from models.blocks.documents import Documents
+from models.kernels.rows import rows_of
+from models.kernels.short_conv import short_conv_backward, short_conv_forward, usable
 from quant.common.devices import on_cpu
 
 # Scratch in float32 is a few times this many rows of C channels.
@@ -25,7 +28,12 @@ def short_convolution(x: Tensor, weight: Tensor, documents: Documents) -> Tensor
     x [N, C], weight [C, width]. Computed in float32, or in float64 when x is; returns [N, C] in the dtype of x.
     Gradients for x and weight. Only these two are kept for the backward pass.
     """
-    result: Tensor = _ShortConvolution.apply(x, weight, documents.positions)
+    return split_convolution(x, weight, documents, [x.shape[1]])[0]
+
+
+def split_convolution(x: Tensor, weight: Tensor, documents: Documents, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """`short_convolution` split into up to three parts of so many channels, whose gradients come apart too."""
+    result: tuple[Tensor, ...] = _ShortConvolution.apply(x, weight, documents.positions, sizes)
     return result
 
 
@@ -58,33 +66,42 @@ def continued_convolution(x: Tensor, weight: Tensor, documents: Continued, owner
 
 class _ShortConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, positions: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, weight, positions)
-        taps = _Taps(weight, positions, x.dtype)
-        out = torch.empty_like(x)
-        for start, stop in _blocks(x):
-            out[start:stop] = torch.nn.functional.silu(taps.convolve(x, start, stop), inplace=True)
-        return out
+        out = x.new_empty(x.shape)
+        if usable(x, weight):
+            short_conv_forward(rows_of(x), weight.contiguous(), positions, out=out)
+        else:
+            taps = _Taps(weight, positions, x.dtype)
+            for start, stop in _blocks(x):
+                out[start:stop] = torch.nn.functional.silu(taps.convolve(x, start, stop), inplace=True)
+        return out.split(list(sizes), 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, positions = ctx.saved_tensors
-        needs_x, needs_weight, _ = ctx.needs_input_grad
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        dx = x.new_empty(x.shape) if needs_x else None
+        if dx is not None and usable(x, weight):
+            short_conv_backward([rows_of(grad) for grad in grads], rows_of(x), weight.contiguous(), positions, dx=dx)
+            needs_x = False
+        if not needs_x and not needs_weight:
+            return dx, None, None, None
+        grad = torch.cat(grads, 1) if len(grads) > 1 else grads[0]
         taps = _Taps(weight, positions, x.dtype)
         width = weight.shape[1]
-        dx = torch.empty_like(x) if needs_x else None
         dw = torch.zeros_like(taps.rows) if needs_weight else None
         for start, stop in _blocks(x):
             # A token's gradient comes from the next width - 1 tokens too: their part is computed again.
             end = min(stop + width - 1, len(x)) if needs_x else stop
             y = taps.convolve(x, start, end)
-            dy = torch.ops.aten.silu_backward(grads[0][start:end].to(y.dtype), y)
-            if dx is not None:
+            dy = torch.ops.aten.silu_backward(grad[start:end].to(y.dtype), y)
+            if dx is not None and needs_x:
                 dx[start:stop] = taps.input_gradient(dy, start, stop)
             if dw is not None:
                 taps.add_weight_gradient(x, dy[: stop - start], start, dw)
-        return dx, None if dw is None else dw.flip(0).t().to(weight.dtype), None
+        return dx, None if dw is None else dw.flip(0).t().to(weight.dtype), None, None
 
 
 def _blocks(x: Tensor) -> list[tuple[int, int]]:

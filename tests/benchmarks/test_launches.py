@@ -34,7 +34,7 @@ FEW_LAYERS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "afmoe": ({"num_hidden_layers": 2, "num_dense_layers": 0, "global_attn_every_n_layers": 2}, [146, 152]),
     "qwen3_moe": ({"num_hidden_layers": 2}, [107, 112]),
     # Gated delta rule, attention.
-    "qwen3_5_moe": ({"num_hidden_layers": 2, "full_attention_interval": 2}, [245, 151]),
+    "qwen3_5_moe": ({"num_hidden_layers": 2, "full_attention_interval": 2}, [161, 151]),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 import quant.kernels.dequantise
 import quant.kernels.grouped  # noqa: F401
-from models.kernels import expert_rows, gates, latent_keys, rms_norm, rotary, router  # noqa: F401
+from models.kernels import delta_gates, expert_rows, gates, latent_keys, rms_norm, rotary, router, short_conv  # noqa: F401
 from quant.kernels.choice import KERNELS, Arguments
 
 CPU = torch.device("cpu")
