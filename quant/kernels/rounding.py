@@ -56,11 +56,12 @@ def _run(values: Tensor, numbers: Tensor | None, number: int, key1: int, key2: i
 
 
 def _reference(values: Tensor, numbers: Tensor | None, number: int, key1: int, key2: int, *, out: Tensor) -> None:
-    count, options = values.numel(), {"dtype": torch.int32, "device": values.device}
+    count = values.numel()
+    index = torch.arange(count if numbers is None else BLOCK, dtype=torch.int32, device=values.device)
     if numbers is None:
-        index = torch.arange(count, **options).add_(number)
+        index += number
     else:
-        index = (numbers[: blocks(count, BLOCK), None] + torch.arange(BLOCK, **options)).view(-1)[:count]
+        index = (numbers[: blocks(count, BLOCK), None] + index).view(-1)[:count]
     # Shifts of int32 keep the sign, and its products wrap around.
     random = index.bitwise_xor_(key1).mul_(key2 | 1)
     random ^= random >> 16 & 0xFFFF

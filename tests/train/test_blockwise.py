@@ -1,5 +1,5 @@
-"""Small tensors updated together, bit for bit as bitsandbytes updates each, bfloat16 ones as in float32 and then rounded
-stochastically; launches of an update and of clipping."""
+"""Small tensors updated together, bit for bit as bitsandbytes updates each, those of bfloat16 as in float32 and then
+rounded stochastically; launches of an update and of clipping."""
 
 from __future__ import annotations
 
