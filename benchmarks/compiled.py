@@ -31,7 +31,7 @@ TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|QMMA|IMMA|DMMA)\b[.\w]*")
 
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
-    torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+    torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
 }  # fmt: skip
 
 
@@ -55,7 +55,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any,
     names = launch.kernel.arg_names
     types, constants, attributes = {}, dict(launch.constants), {}
     for place, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
+        any_value = launch.kernel.params[place].do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and not any_value):
             constants[name] = value
         elif isinstance(value, Tensor):
             types[name] = f"*{_TYPES[value.dtype]}"
@@ -63,7 +64,7 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any,
                 attributes[place,] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             types[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not any_value:
                 attributes[place,] = [["tt.divisibility", 16]]
         else:
             types[name] = "fp32"

@@ -97,8 +97,7 @@ def measure_training(job: Job, meshes: Meshes | None, world: World) -> dict[str,
     planned = planned_gathers(shards, sizes)
     found |= {"planned": planned.packed, "dense": planned.dense}
     # AdamW's usual epsilon would make steps out of the round-off of gradients that are next to nothing.
-    counts = {name: math.prod(part.shape) for name, part in shards.parts.items()}
-    optimizer = build_optimizer("adamw", shards.parameters, LEARNING_RATE, eps=1e-3, sizes=counts)
+    optimizer = build_optimizer("adamw", shards.parameters, LEARNING_RATE, eps=1e-3, parts=shards.parts)
     losses, seconds = [], []
 
     def step(number: int) -> None:

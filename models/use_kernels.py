@@ -24,6 +24,7 @@ import torch
 import models.kernels
 import models.registry  # with every layer that has kernels
 import quant.kernels
+import quant.kernels.rounding  # the optimiser's, which no layer has
 from quant.common.errors import NibbleError
 from quant.common.files import write_atomically
 from quant.common.jsonfile import parse_json

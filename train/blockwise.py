@@ -6,11 +6,17 @@ other in memory, each from a block of the 8-bit states on, so that blocks and th
 Their gradients stay where autograd puts them, and are copied side by side just for the update, a few MB at a time:
 gradients that always lay there would have to be added to instead of being taken over, one launch for each, and would
 take their memory throughout the step.
+
+A bfloat16 parameter, and its gradient, are copied to float32 for the update, in pieces that a scratch of bounded size
+holds, and what comes out is rounded stochastically (quant/kernels/rounding.py): bitsandbytes would round it to the
+nearest, where an update of less than 2⁻⁹ of a weight is lost each time. The random bits follow from the seed, the
+parameter's number of updates, which its state has, and the place of a value among all that are trained: an interrupted
+run draws what it would have drawn, and so do processes that hold the same part of a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +26,22 @@ from torch.optim import Optimizer
 
 from quant.common.devices import on_cpu
 from quant.common.errors import NibbleError
+from quant.kernels import rounding
+from quant.kernels.rounding import keys_of, round_stochastically, wrapped
 
-BLOCK = 256  # values per scale of bitsandbytes' 8-bit states
+BLOCK = rounding.BLOCK  # values per scale of bitsandbytes' 8-bit states
 # Small tensors are updated together up to so many values: on a CPU the update's float32 copies should stay in caches. A
 # tensor of a quarter of it keeps a device busy for longer than a launch takes, and is updated from its own gradient.
 CPU_TOGETHER = 2**18
 TOGETHER = 2**22
+# A bfloat16 parameter of more than so many times what is updated together is updated in pieces.
+PIECE = 2
 
 
 @dataclass(frozen=True)
 class _Buffer:
     """Tensors of one group, dtype, device and kind of state: values and states flat, padded with zeros, which an update
-    keeps as they are. starts: where each begins.
+    keeps as they are. starts: where each begins. numbers: of bfloat16 values, int32: of each block's first.
     """
 
     group: dict[str, Any]
@@ -39,6 +49,7 @@ class _Buffer:
     starts: list[int]
     values: Tensor
     states: dict[str, Tensor]
+    numbers: Tensor | None
 
 
 class BlockwiseAdamW(Optimizer):
@@ -47,12 +58,18 @@ class BlockwiseAdamW(Optimizer):
     A parameter's state is bitsandbytes' own, of its shape (for small ones a view). One without a gradient is left as it
     is. join: small parameters may be moved in memory, where each keeps its shape and values, and `data` becomes a view.
     Where their memory belongs to others (FSDP's), all are updated one by one. So are paged states, which bitsandbytes
-    allocates one by one; their tensors have 10⁵ values at least.
+    allocates one by one; their tensors have 10⁵ values at least. numbers: by parameter's name, of its first value, for
+    the random bits of bfloat16 ones, and seed for the same.
     """
 
-    def __init__(self, inner: Any, join: bool) -> None:
+    def __init__(self, inner: Any, join: bool, numbers: Mapping[str, int], seed: int = 0) -> None:
         super().__init__(inner.param_groups, inner.defaults)
-        self.inner, self.state = inner, inner.state
+        self.inner, self.state, self.seed = inner, inner.state, seed
+        self._numbers: dict[nn.Parameter, int] = {
+            parameter: numbers[name]
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
         # The name that its states have in checkpoints.
         self.kind = f"bitsandbytes.{type(inner).__name__}"
         self._buffers: list[_Buffer] = []
@@ -89,7 +106,11 @@ class BlockwiseAdamW(Optimizer):
                 at = start // BLOCK if key.startswith("absmax") else start
                 state[key] = _moved(state[key], states[key][at:])
         tables = {key: first[key] for key in ("qmap1", "qmap2") if key in first}
-        return _Buffer(group, parameters, starts, values, states | tables)
+        numbers = None
+        if values.dtype == torch.bfloat16:
+            firsts = [self._numbers[x] + first for x in parameters for first in range(0, x.numel(), BLOCK)]
+            numbers = torch.tensor([wrapped(first) for first in firsts], dtype=torch.int32, device=values.device)
+        return _Buffer(group, parameters, starts, values, states | tables, numbers)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -132,7 +153,8 @@ class BlockwiseAdamW(Optimizer):
         assert parameter.grad is not None
         state["step"] += 1
         parameter.data = parameter.data.contiguous()
-        _update(group, parameter, parameter.grad.contiguous(), state, state["step"])
+        gradient = parameter.grad.contiguous().view(-1)
+        self._update(group, parameter.data.view(-1), gradient, state, state["step"], self._numbers[parameter])
 
     def _update_span(self, buffer: _Buffer, span: range) -> None:
         parameters, starts = buffer.parameters[span.start : span.stop], buffer.starts[span.start : span.stop]
@@ -145,14 +167,31 @@ class BlockwiseAdamW(Optimizer):
         together = buffer.values.new_zeros(stop - start)
         places = [together[at - start :][: x.numel()].view(x.shape) for at, x in zip(starts, gradients, strict=True)]
         torch._foreach_copy_(places, gradients)
-        state = dict(buffer.states)
-        for key, value in buffer.states.items():
-            if key.startswith("state"):
-                state[key] = value[start:stop]
-            elif key.startswith("absmax"):
-                state[key] = value[start // BLOCK : -(-stop // BLOCK)]
-        step = self.state[parameters[0]]["step"]
-        _update(buffer.group, buffer.values[start:stop], together, state, step)
+        state, step = _piece(buffer.states, start, stop), self.state[parameters[0]]["step"]
+        numbers = buffer.numbers[start // BLOCK :] if buffer.numbers is not None else 0
+        self._update(buffer.group, buffer.values[start:stop], together, state, step, numbers)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        values: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Any],
+        step: int,
+        numbers: Tensor | int,
+    ) -> None:
+        """values and gradient: flat. numbers: as `round_stochastically` has them."""
+        if values.dtype != torch.bfloat16:
+            _adamw(group, values, gradient, _piece(state, 0, values.numel()), step)
+            return
+        keys, most = keys_of(self.seed, step), PIECE * _together(values.device) // BLOCK * BLOCK
+        for start in range(0, values.numel(), most):
+            stop = min(start + most, values.numel())
+            exact, exact_gradient = (values.new_empty(stop - start, dtype=torch.float32) for _ in range(2))
+            torch._foreach_copy_([exact, exact_gradient], [values[start:stop], gradient[start:stop]])
+            _adamw(group, exact, exact_gradient, _piece(state, start, stop), step)
+            here = numbers[start // BLOCK :] if isinstance(numbers, Tensor) else numbers + start
+            round_stochastically(exact, here, keys, out=values[start:stop])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "inner"):
@@ -177,7 +216,20 @@ def _moved(tensor: Tensor, room: Tensor) -> Tensor:
     return view
 
 
-def _update(group: dict[str, Any], values: Tensor, gradient: Tensor, state: dict[str, Any], step: int) -> None:
+def _piece(states: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The states of the values start .. stop, whole blocks of them."""
+    pieces = dict(states)
+    for key, value in states.items():
+        if key.startswith("absmax"):
+            pieces[key] = value[start // BLOCK : -(-stop // BLOCK)]
+        elif key.startswith("state"):
+            pieces[key] = value.view(-1)[start:stop]
+            if getattr(value, "is_paged", False):  # bitsandbytes asks for it, as paged states look like the host's
+                pieces[key].is_paged = True
+    return pieces
+
+
+def _adamw(group: dict[str, Any], values: Tensor, gradient: Tensor, state: Mapping[str, Any], step: int) -> None:
     from bitsandbytes import functional
 
     (beta1, beta2), common = group["betas"], {"eps": group["eps"], "step": step, "lr": group["lr"]}

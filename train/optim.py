@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from parallel.parts import Cut
 from quant.common.devices import without_waiting
 from quant.common.errors import NibbleError
 from train.blockwise import BlockwiseAdamW
@@ -32,21 +33,24 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    sizes: Mapping[str, int] | None = None,
+    parts: Mapping[str, Cut] | None = None,
+    seed: int = 0,
 ) -> Optimizer:
     """AdamW over the parameters that require a gradient; weight decay (decoupled) on matrices and stacks of them only.
 
-    named_parameters: what this process holds of each; empty parts are left out. sizes: of a model that is cut over
-    processes the number of values of the whole tensors, by name, where that differs. With None all are whole and
-    nobody else's memory, and bitsandbytes' optimisers move the small ones together (train/blockwise.py).
+    named_parameters: what this process holds of each; empty parts are left out. parts: of a model that is cut over
+    processes, by name, which parts of what these are, where they aren't whole. With None all are whole and nobody
+    else's memory, and bitsandbytes' optimisers move the small ones together (train/blockwise.py).
 
     `adamw` keeps both moments in float32. It is torch's fused AdamW when all parameters are float32. Torch would keep
     the moments of a bfloat16 parameter in bfloat16, where the second one stops moving (it changes by 0.1 % a step, half
-    of what bfloat16 resolves); those runs take bitsandbytes' 32-bit AdamW, the same formula in float32. The parameter
-    itself is still rounded to bfloat16 after each update, so that updates below 0.2 % of a weight can be lost.
+    of what bfloat16 resolves); those runs take bitsandbytes' 32-bit AdamW, the same formula in float32.
     `adamw_8bit` (bitsandbytes) keeps both moments in 8 bits with one scale per 256 values, tensors of fewer than 4096
     values in float32 (whatever the size of this process's part). `paged_…` are the same with states in memory that CUDA
     moves to the host under pressure.
+
+    All compute the update of a bfloat16 parameter in float32 and round what comes out stochastically, with random bits
+    from `seed`: the same for the same seed, step and value of the whole model, however it is cut.
 
     Raises NibbleError for an unknown name, a paged optimiser without CUDA and for nothing to train.
     """
@@ -79,11 +83,25 @@ def build_optimizer(
         "paged_adamw_8bit": library.PagedAdamW8bit,
     }
     optimizer = classes[name](groups, **options)
-    _allocate_states(library.GlobalOptimManager.get_instance(), optimizer, sizes or {})
-    return BlockwiseAdamW(optimizer, join=sizes is None)
+    _allocate_states(library.GlobalOptimManager.get_instance(), optimizer, parts or {})
+    return BlockwiseAdamW(optimizer, parts is None, _numbers(trained, parts or {}), seed)
 
 
-def _allocate_states(manager: Any, optimizer: Any, sizes: Mapping[str, int]) -> None:
+def _numbers(trained: Sequence[tuple[str, nn.Parameter]], parts: Mapping[str, Cut]) -> dict[str, int]:
+    """The number of each parameter's first value among all that are trained, on whatever processes. A part along the
+    first dimension has the numbers that it has in the whole; one along another has its own, as if parts were stacked.
+    """
+    numbers, first = {}, 0
+    for name, parameter in trained:
+        size, numbers[name] = parameter.numel(), first
+        if (cut := parts.get(name)) is not None:
+            size = math.prod(cut.shape)
+            numbers[name] += size // cut.shape[cut.dim] * cut.start
+        first += size
+    return numbers
+
+
+def _allocate_states(manager: Any, optimizer: Any, parts: Mapping[str, Cut]) -> None:
     """Allocate bitsandbytes' states, in 8 bits also for small parts of large tensors: the arithmetic is that of one
     process, and a tensor's state has one dtype on all processes.
 
@@ -92,7 +110,7 @@ def _allocate_states(manager: Any, optimizer: Any, sizes: Mapping[str, int]) -> 
     when the state, which alone depends on it, is there.
     """
     for name, parameter, group, place in parameters_of(optimizer):
-        if parameter.numel() < _MIN_8BIT_SIZE <= sizes.get(name, 0):
+        if name in parts and parameter.numel() < _MIN_8BIT_SIZE <= math.prod(parts[name].shape):
             manager.override_config(parameter, "min_8bit_size", 0)
         optimizer.init_state(group, parameter, *place)
         manager.pid2config.pop(id(parameter), None)

@@ -6,7 +6,6 @@ The files of its folder: train/state/run_folder.py. Resuming from a checkpoint: 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -168,7 +167,8 @@ def _run(
         train.betas,
         train.eps,
         train.weight_decay,
-        sizes={name: math.prod(part.shape) for name, part in shards.parts.items()} if meshes is not None else None,
+        shards.parts if meshes is not None else None,
+        train.seed,
     )
     progress = Progress(**restore(checkpoint, folder, shards, optimizer, total_steps, report, world))
 

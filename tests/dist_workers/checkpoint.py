@@ -105,8 +105,7 @@ def cut_run(optimizer: str, world: World, replicate: int = 1) -> Run:
         name: nn.Parameter((parts[name].of(parameter) if name in parts else parameter).detach().clone())
         for name, parameter in whole.items()
     }
-    sizes = {name: parameter.numel() for name, parameter in whole.items()}
-    return Run(parameters, build_optimizer(optimizer, parameters.items(), 0.01, weight_decay=0.1, sizes=sizes), parts)
+    return Run(parameters, build_optimizer(optimizer, parameters.items(), 0.01, weight_decay=0.1, parts=parts), parts)
 
 
 def wipe(run: Run) -> Run:

@@ -6,7 +6,6 @@ import gc
 import hashlib
 from typing import Any
 
-import numpy as np
 import torch
 
 import models.checkpoint.tensorfile
@@ -94,8 +93,7 @@ def _step(world: World, shards: Shards, meshes: Meshes) -> dict[str, Any]:
     model = shards.model
     model.train()
     model.activation_checkpointing = True
-    counts = {name: int(np.prod(part.shape)) for name, part in shards.parts.items()}
-    optimizer = build_optimizer("adamw", shards.parameters, 1e-3, sizes=counts)
+    optimizer = build_optimizer("adamw", shards.parameters, 1e-3, parts=shards.parts)
     tokens = torch.randint(0, model.vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(world.rank))
     batches = [one_document(tokens)]
 

@@ -81,9 +81,8 @@ def train(world: World, case: dict[str, Any]) -> tuple[list[float], list[float],
     model.train()
     model.activation_checkpointing = settings.activation_checkpointing
     optimizer = build_optimizer(
-        settings.optimizer, shards.parameters, settings.learning_rate, eps=settings.eps,
-        sizes={name: int(np.prod(part.shape)) for name, part in shards.parts.items()},
-    )  # fmt: skip
+        settings.optimizer, shards.parameters, settings.learning_rate, eps=settings.eps, parts=shards.parts
+    )
     rows = examples(36, vocabulary=model.vocabulary)
     batches = StepBatches(
         rows,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import quant.kernels.dequantise
-import quant.kernels.grouped  # noqa: F401
+import quant.kernels.grouped
+import quant.kernels.rounding  # noqa: F401
 from models.kernels import delta_gates, expert_rows, gates, latent_keys, rms_norm, rotary, router, short_conv  # noqa: F401
 from quant.kernels.choice import KERNELS, Arguments
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from parallel.parts import Cut
 from quant.common.errors import NibbleError
 from train.optim import (
     NAMES,
@@ -124,7 +125,7 @@ def test_state_before_the_first_step_and_of_a_parameter_without_gradient(name: s
 
 
 def test_adamw_keeps_float32_moments_for_bfloat16_parameters() -> None:
-    """Updates equal those of torch's AdamW in float32, then rounded."""
+    """Updates equal those of torch's AdamW in float32, then rounded up or down."""
     parameters = make_parameters(torch.bfloat16)
     optimizer = build_optimizer("adamw", parameters.items(), 0.01, weight_decay=0.1)
     exact = {name: nn.Parameter(parameter.detach().float()) for name, parameter in parameters.items()}
@@ -140,7 +141,7 @@ def test_adamw_keeps_float32_moments_for_bfloat16_parameters() -> None:
         assert tensor.dtype == torch.float32, name
     for name, parameter in parameters.items():
         difference = (parameter.float() - exact[name]).abs() / exact[name].abs().clamp(min=1e-3)
-        assert difference.max() < 2**-8, name
+        assert difference.max() < 2**-7, name
 
 
 def test_weight_decay_reaches_matrices_only() -> None:
@@ -222,7 +223,7 @@ def test_one_norm_of_parts_on_two_processes() -> None:
 def test_a_process_that_holds_nothing() -> None:
     for name in ("adamw", "adamw_8bit"):
         empty = {"stack.A": nn.Parameter(torch.zeros(0, 100))}
-        optimizer = build_optimizer(name, empty.items(), 0.01, sizes={"stack.A": 10_000})
+        optimizer = build_optimizer(name, empty.items(), 0.01, parts={"stack.A": Cut((100, 100), 0, 100, 100)})
         empty["stack.A"].grad = torch.zeros(0, 100)
         assert clip_gradients(empty.items(), 1.0, 1, total=lambda squares: squares + 9.0) == 3.0
         optimizer.step()
@@ -233,8 +234,9 @@ def test_a_process_that_holds_nothing() -> None:
 
 def test_settings_of_one_optimiser_are_not_those_of_another() -> None:
     parameter = nn.Parameter(torch.zeros(1000))
-    for sizes, dtype in (({"a": 5000}, torch.uint8), (None, torch.float32), ({"a": 1000}, torch.float32)):
-        optimizer = build_optimizer("adamw_8bit", [("a", parameter)], 0.01, sizes=sizes)
+    for size, dtype in ((5000, torch.uint8), (None, torch.float32), (1000, torch.float32)):
+        parts = {"a": Cut((size,), 0, 0, 1000)} if size is not None else None
+        optimizer = build_optimizer("adamw_8bit", [("a", parameter)], 0.01, parts=parts)
         assert optimizer_state(optimizer).tensors["state1.a"].dtype == dtype, (
             "this version of bitsandbytes settles in another way, or elsewhere than in init_state, whether a state has "
             "8 bits: see _allocate_states"

@@ -115,7 +115,10 @@ class AdapterConfig(Section):
     layers: Annotated[tuple[Annotated[int, Field(ge=0, le=10**4)], ...], Tuple, Field(min_length=1)] | None = Field(
         default=None, description="Numbers of the layers that get LoRA (PEFT's layers_to_transform); null: all."
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the LoRA matrices.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Type of the LoRA matrices and their gradients. Updates in bfloat16 are rounded stochastically.",
+    )
     serve_with: Literal["vllm", "llamacpp"] | None = Field(
         default=None,
         description="Leave out of the groups of adapter.targets the matrices that this server can't serve LoRA on "

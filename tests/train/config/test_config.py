@@ -40,9 +40,10 @@ def test_documented_defaults() -> None:
     assert (config.train.keep_checkpoints, config.data.on_bad_row) == (2, "skip")
 
 
-def test_qlora_config_spells_out_the_defaults() -> None:
+def test_qlora_config_spells_out_the_defaults_but_for_bfloat16_lora() -> None:
     qlora = load_config(CONFIGS[0].parent / "glm47_qlora.yaml")
     overrides = [f"model.path={qlora.model.path}", "data.train=train.jsonl", f"output.dir={qlora.output.dir}"]
+    overrides.append("adapter.dtype=bfloat16")
     assert qlora == parse_config(MINIMAL, overrides)
 
 
