@@ -1,5 +1,5 @@
-"""What `benchmarks.gpu` trains at full size. Free of torch, so that `--help` and errors are instant, and of all that the
-peer's environment hasn't.
+"""What `benchmarks.gpu` trains at full size. Free of torch, so that `--help` and errors are instant, and of
+all that the peer's environment hasn't.
 """
 
 from __future__ import annotations

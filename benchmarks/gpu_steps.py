@@ -7,6 +7,7 @@ Imports torch and what the peer's environment has too.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import statistics
@@ -28,7 +29,10 @@ Step = Callable[[Tensor], float]  # trains on tokens int64 [sequences, length] a
 
 def begin(request: Request) -> torch.device:
     device = choose_device(request.device)
-    if request.memory_limit is not None and device.type == "cuda":
+    if device.type != "cuda":
+        return device
+    torch.cuda.set_device(device)
+    if request.memory_limit is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, request.memory_limit * 2**30 / total), device)
     return device
@@ -38,10 +42,8 @@ def answer(cases: Sequence[Case], device: torch.device, measure: Callable[[Case]
     """Prints what `measure` finds for each case, which leaves nothing behind but the model."""
     for case in cases:
         found: Result | None = None
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):  # the error, which holds what the case made, is gone below
             found = measure(case)
-        except torch.OutOfMemoryError:
-            pass  # the error holds what the case made, and is gone below
         print(json.dumps({"result": found, "reason": "" if found else OUT_OF_MEMORY}), flush=True)
         gc.collect()
         if device.type == "cuda":

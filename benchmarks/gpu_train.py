@@ -7,6 +7,7 @@ and takes it off again.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -118,6 +119,7 @@ def run(request: Request) -> None:
         "parameters": parameter_table(model)[-1].parameters,
         "build_seconds": time.perf_counter() - start,
     }
+    print(json.dumps({"built": of_model}), flush=True)
     answer(request.group.cases, device, lambda case: of_model | measure(model, request, case, device))
 
 
