@@ -1,4 +1,4 @@
-"""`python -m benchmarks.growth`: how a step's launches, memory and device time grow, counted without a GPU, as a plot."""
+"""`python -m benchmarks.growth`: how a step's launches, memory and device time grow, counted without a GPU."""
 
 from __future__ import annotations
 
@@ -76,11 +76,9 @@ def plot(what: str, found: Sequence[dict[str, Any]], file: Path) -> None:
         for kernels, style in zip(KERNELS, ("o-", "s--"), strict=True):
             own = [point for point in found if point["kernels"] == kernels]
             axes.plot([p["value"] for p in own], [p[name] for p in own], style, markersize=4, label=FORMS[kernels])
-        values = sorted({point["value"] for point in found})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(values, [f"{value // 1024}k" if value >= 1024 else str(value) for value in values])
         axes.set_xlabel(GROWTHS[what][0])
         axes.set_title(label, fontsize="medium")
+        axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     axes.legend()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import launches
+from benchmarks import growth, launches
 from benchmarks.launches_cases import LaunchCase, full_config, targets_of
 from benchmarks.launches_step import META, build, measure, supply_rows
 from benchmarks.operations import ALLOCATION, Recorder, Total
@@ -149,3 +149,22 @@ def test_as_many_experts_at_a_time_as_fit(experts: int, hidden: int, width: int,
     """At most 512 MiB of the larger stack, chunks alike."""
     assert as_fit(experts, 2 * width * hidden, torch.bfloat16) == chunk
     assert 2 * 2 * chunk * width * hidden <= 512 * 2**20
+
+
+def test_growth_is_counted_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, picture = tmp_path / "rank.json", tmp_path / "rank.svg"
+    options = ["--values", "8", "64", "--layers", "2", "--json", str(figures), "--plot", str(picture)]
+    assert growth.main(["rank", *options]) == 0
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    assert [(point["kernels"], point["value"]) for point in found] == [
+        ("triton", 8), ("triton", 64), ("torch", 8), ("torch", 64)
+    ]  # fmt: skip
+    few, many, *_ = found
+    assert few["launches"] == many["launches"] and few["peak"] < many["peak"], "a larger rank is larger, not longer"
+    assert "64, torch's forms" in capsys.readouterr().out
+    assert picture.read_text(encoding="utf-8").startswith("<?xml")
+    assert growth.case_of("tokens", 8192, "torch", None).sequences == 8
+    assert growth.case_of("length", 8192, "torch", None).length == 8192
+    assert growth.case_of("experts", 8, "torch", None).config["n_routed_experts"] == 8
+    assert growth.main(["rank", "--values", "0"]) == 2
+    assert growth.main(["rank", "--plot", str(tmp_path / "rank.txt")]) == 2
