@@ -18,7 +18,7 @@ from quant.common.files import check_outputs
 ARCHITECTURE, MODEL = "glm4_moe_lite", "GLM-4.7-Flash"
 # What grows: its words on the axis, and its values.
 GROWTHS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "tokens": ("tokens of a step, in sequences of 1024", (1024, 2048, 4096, 8192, 16384, 32768)),
+    "tokens": ("tokens, in sequences of 1024", (1024, 2048, 4096, 8192, 16384, 32768)),
     "length": ("tokens of one sequence", (1024, 2048, 4096, 8192, 16384, 32768)),
     "experts": ("experts of a layer, 4 of them chosen", (8, 16, 32, 64, 128, 256)),
     "rank": ("rank of LoRA", (4, 8, 16, 32, 64, 128)),
