@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import signal
 import subprocess
 import threading
 import time
@@ -49,10 +51,18 @@ def lines_of(
 ) -> Iterator[tuple[str, str]]:
     """Run a command: ("line", text) for each line of its standard output as it comes, and last ("end", reason).
 
-    reason is "" for a clean end, otherwise what happened; the command is killed after `limit` seconds.
+    reason is "" for a clean end, otherwise what happened; the command is killed after `limit` seconds, with
+    what it has started (models/use_kernels.py tries kernels in a process).
     """
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
     out: queue.Queue[str | None] = queue.Queue()
     said: list[str] = []
@@ -85,7 +95,10 @@ def lines_of(
         yield "end", "" if code == 0 else _reason(code, said)
     finally:
         if process.poll() is None:
-            process.kill()
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
             process.wait()
 
 

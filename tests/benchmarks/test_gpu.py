@@ -111,6 +111,22 @@ def test_lines_of_a_process_come_with_its_end():
     assert run(oom) == [("end", OUT_OF_MEMORY)]
     assert run("print('a', flush=True); import time; time.sleep(60)", 2.0)[-1] == ("end", "stopped after 2 s")
 
+    starts = "import subprocess as s, sys; p = s.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    (_, text), end = run(f"{starts}; print(p.pid, flush=True); p.wait()", 2.0)
+    assert end == ("end", "stopped after 2 s")
+    deadline = time.monotonic() + LIMIT
+    while _runs(int(text)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(int(text)), "nor does what it started go on"
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process, other than one that is dead and not yet waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
 
 DIES = """
 import json, sys
