@@ -15,14 +15,15 @@ from train.data.batches import Batch
 from train.loss import linear_cross_entropy
 
 
-def batch_loss(model: CausalLM, batch: Batch, denominator: float) -> Tensor:
+def batch_loss(model: CausalLM, batch: Batch, denominator: float | Tensor, rows: int | None = None) -> Tensor:
     """Sum of the cross-entropy over the batch's labelled tokens, divided by `denominator`: a float32 scalar.
 
     `batch` must be on the model's device. The logits of all tokens never exist at once.
+    rows: of `linear_cross_entropy`.
     """
 
     def cross_entropy(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, batch.labels, denominator, labelled=batch.labelled)
+        return linear_cross_entropy(hidden, weight, batch.labels, denominator, labelled=batch.labelled, rows=rows)
 
     return model.head.reduce(model.hidden(batch.tokens, batch.documents), cross_entropy)
 

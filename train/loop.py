@@ -18,6 +18,7 @@ from quant.common.errors import NibbleError
 from quant.common.words import counted, format_bytes, format_seconds
 from train.config.sections import TrainConfig
 from train.data.batches import Batch, EvalBatches, StepBatches
+from train.graph import PassGraph
 from train.held_out import batch_loss, held_out_loss
 from train.optim import NonFiniteError, check_loss, clip_gradients, measure_gradients
 from train.output.metrics import MetricsLog
@@ -64,12 +65,13 @@ def training_step(
     max_grad_norm: float | None,
     device: torch.device,
     world: World = ALONE,
+    graph: PassGraph | None = None,
 ) -> StepResult:
     """One optimiser step over all its micro-batches; `step` is for messages. The learning rate is the optimiser's.
 
     On several processes each has its own micro-batches, equally many; the result is that of all of them. A single
     process skips a micro-batch without a label, which has no gradient, unless `model.balance` or `model.usage` counts
-    its tokens.
+    its tokens. graph: replays the passes that it can.
 
     Raises NonFiniteError for a loss or gradient that is infinite or not a number, before any weight has changed.
     """
@@ -80,14 +82,18 @@ def training_step(
         raise NibbleError(f"step {step} has no token to learn; such rows should have been skipped. See data.train.")
     balance = model.balance
     counted = balance is not None or (model.usage is not None and model.usage.counting)
-    loss = torch.zeros((), device=device)
+    loss, passes = torch.zeros((), device=device), 0
     if balance is not None:
         balance.begin_step()
     for number, batch in enumerate(batches, start=1):
         # Gathering a sharded model is collective, so every process runs every pass.
         if not counted and batch.labelled == 0 and shards.meshes is None:
             continue
+        passes += 1
         # One denominator for the whole step, so that every labelled token has the same weight.
+        if graph is not None and not counted and (done := graph.run(batch, labelled, first=passes == 1)) is not None:
+            loss += done
+            continue
         part = batch_loss(model, batch.to(device), denominator=labelled)
         loss += part.detach()
         extra = balance.collect(batch.real_tokens / tokens) if balance is not None else None
@@ -100,7 +106,7 @@ def training_step(
     check_loss(measured.loss, step)
     grad_norm = clip_gradients(shards.parameters, max_grad_norm, step, measured=measured)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=graph is None or not graph.keeps_gradients)
     return StepResult(measured.loss, grad_norm, tokens, labelled, balance.end_step() if balance is not None else {})
 
 
@@ -131,6 +137,7 @@ class Loop:
     best: BestResult | None = None
     stopped_early: bool = False
     usage_every: int | None = None  # output.expert_usage
+    graph: PassGraph | None = None  # train.cuda_graph
 
     def run(self) -> bool:
         """Train to the last step, or until train.patience ends it, and evaluate; False when stopped by a signal.
@@ -191,6 +198,7 @@ class Loop:
                 max_grad_norm=settings.max_grad_norm,
                 device=self.device,
                 world=self.world,
+                graph=self.graph,
             )
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}\n{self.last_checkpoint()}") from error
@@ -278,6 +286,8 @@ class Loop:
         self.report.end_progress()
         count, started = len(self.held_out), time.perf_counter()
         self._count_usage()
+        if self.graph is not None:
+            self.graph.make_room()
         loss = held_out_loss(
             self.shards.model,
             self.held_out,

@@ -34,6 +34,7 @@ def linear_cross_entropy(
     denominator: float | Tensor,
     *,
     labelled: int | None = None,
+    rows: int | None = None,
     chunk_bytes: int | None = None,
 ) -> Tensor:
     """Sum of the cross-entropy over labelled rows, divided by `denominator`: a float32 scalar.
@@ -46,8 +47,9 @@ def linear_cross_entropy(
     are required; under `torch.no_grad()` none are.
 
     `labelled` is the number of labels that aren't -100, when the caller knows it: on CUDA that saves a wait for the
-    device. `chunk_bytes` bounds the logits held at a time (default: 16 MiB on CPU, 256 MiB on CUDA) and, where the head
-    has to be upcast, the upcast part of it; no fewer than 16 rows by 64 words are used.
+    device. `rows`, at least as many, is how many rows are computed instead, others without a loss among them: then no
+    shape depends on the labels. `chunk_bytes` bounds the logits held at a time (default: 16 MiB on CPU, 256 MiB on
+    CUDA) and, where the head has to be upcast, the upcast part of it; no fewer than 16 rows by 64 words are used.
 
     Raises NibbleError for a label outside 0..V-1 (on CUDA a device-side assertion, which costs no wait).
     """
@@ -56,12 +58,21 @@ def linear_cross_entropy(
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels must be [N] = [{hidden.shape[0]}], not {tuple(labels.shape)}")
     chunk_bytes = chunk_bytes or _chunk_bytes(hidden)
-    rows = _labelled_rows(labels, labelled)
-    targets = labels.index_select(0, rows)
-    _check_targets(targets, rows, head_weight.shape[0])
+    unlabelled = None
+    if rows is None:
+        chosen = _labelled_rows(labels, labelled)
+        targets = labels.index_select(0, chosen)
+    else:
+        chosen = (labels == IGNORED).to(torch.uint8).argsort(stable=True)[:rows]  # those with a label come first
+        targets = labels.index_select(0, chosen)
+        unlabelled = targets == IGNORED
+        targets = targets.masked_fill(unlabelled, 0)
+    _check_targets(targets, chosen, head_weight.shape[0])
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, head_weight, rows, targets, denominator, chunk_bytes)
-    loss, _, _ = _loss_and_gradients(hidden, head_weight, rows, targets, denominator, chunk_bytes, False, False)
+        return _LinearCrossEntropy.apply(hidden, head_weight, chosen, targets, unlabelled, denominator, chunk_bytes)
+    loss, _, _ = _loss_and_gradients(
+        hidden, head_weight, chosen, targets, unlabelled, denominator, chunk_bytes, False, False
+    )
     return loss
 
 
@@ -145,12 +156,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         rows: Tensor,
         targets: Tensor,
+        unlabelled: Tensor | None,
         denominator: float | Tensor,
         chunk_bytes: int,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         loss, d_hidden, d_weight = _loss_and_gradients(
-            hidden, weight, rows, targets, denominator, chunk_bytes, need_hidden, need_weight
+            hidden, weight, rows, targets, unlabelled, denominator, chunk_bytes, need_hidden, need_weight
         )
         ctx.tokens = hidden.shape[0]
         ctx.save_for_backward(rows, d_hidden, d_weight)
@@ -164,7 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_hidden is not None:
             full = d_hidden.new_zeros(ctx.tokens, d_hidden.shape[1])
             full.index_copy_(0, rows, d_hidden * grad_loss)
-        return full, None if d_weight is None else d_weight * grad_loss, None, None, None, None
+        return full, None if d_weight is None else d_weight * grad_loss, None, None, None, None, None
 
 
 @without_autocast
@@ -173,6 +185,7 @@ def _loss_and_gradients(
     weight: Tensor,
     rows: Tensor,
     targets: Tensor,
+    unlabelled: Tensor | None,
     denominator: float | Tensor,
     chunk_bytes: int,
     need_hidden: bool,
@@ -183,6 +196,7 @@ def _loss_and_gradients(
     For a row with label y, e_v = exp(logit_v - max) and R = sum of e_v over v ≠ y, the gradient of the loss is
     (sum_{v≠y} e_v w_v - R w_y) / (R + e_y). Leaving y out of the sum keeps the small gradients of confident rows exact:
     p_y - 1 is never formed by subtraction, nor rounded to bfloat16.
+    unlabelled: bool [n], the rows without a loss, whose targets are any; None: there are none.
     """
     n, width, vocabulary = rows.shape[0], hidden.shape[1], weight.shape[0]
     dtype = product_dtype(hidden.device, weight.dtype)
@@ -227,11 +241,12 @@ def _loss_and_gradients(
             if d_x is not None:
                 _add_product(d_x.mul_(decay), e.to(dtype), w)
         total = rest + (picked - top).exp_()
-        loss += (top - picked).add_(total.log()).sum()
+        none = None if unlabelled is None else unlabelled[start : start + block, None]
+        loss += _without((top - picked).add_(total.log()), none).sum()
 
         if d_x is not None and d_hidden is not None:
             own = weight.index_select(0, target.squeeze(1)).float()
-            d_hidden[start : start + block] = d_x.sub_(own.mul_(rest)).div_(total.mul(denominator))
+            d_hidden[start : start + block] = _without(d_x.sub_(own.mul_(rest)).div_(total.mul(denominator)), none)
         if d_weight is not None:
             for part in slices:
                 if len(slices) == 1:  # the buffer still holds e
@@ -240,11 +255,16 @@ def _loss_and_gradients(
                     p = logits_of(x, head(part)).sub_(top).exp_().div_(total)
                 column, inside = _columns_of(target, part)
                 p.scatter_(1, column, torch.where(inside, -rest / total, p.gather(1, column)))
-                _add_product(d_weight[part], p.to(dtype).T, x)
+                _add_product(d_weight[part], _without(p, none).to(dtype).T, x)
 
     if d_weight is not None:
         d_weight = d_weight.div_(denominator).to(weight.dtype)
     return loss / denominator, d_hidden, d_weight
+
+
+def _without(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x [n, …] with zeros in the rows bool [n, 1], in place."""
+    return x if rows is None else x.masked_fill_(rows, 0.0)
 
 
 def _chunk_shape(rows: int, vocabulary: int, upcast_width: int, chunk_bytes: int) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from quant.common.errors import NibbleError
 from quant.common.files import write_atomically
 from train.config.load import Config, dump_config
 from train.data.load import load_data
+from train.graph import graph_for
 from train.loop import Loop, Progress
 from train.model import check_model, content_fingerprint, load_trainable_model, trained_tensors
 from train.optim import build_optimizer
@@ -243,6 +244,7 @@ def _run(
             extended_from=extension.start if extension is not None else 0,
             best=best,
             usage_every=config.output.expert_usage,
+            graph=graph_for(config, shards, device, report.note),
         )
         world.wait(report.note, "load the model")
         try:

@@ -50,7 +50,7 @@ class Part:
 def parts_by_length(documents: Documents, longest: int) -> tuple[Part, ...]:
     """Cuts a flat batch around every document of more than `longest` tokens."""
     if documents.longest <= longest:
-        return (Part(slice(0, sum(documents.lengths)), documents),)
+        return (Part(slice(0, len(documents.positions)), documents),)
     parts, start = [], 0
     for is_long, group in itertools.groupby(documents.lengths, lambda length: length > longest):
         lengths = list(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +34,14 @@ class RopeConfig:
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 [N, rotary/2], for positions int64 [N]."""
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
-        angles = positions[:, None].to(torch.float32) * frequencies
+        angles = positions[:, None].to(torch.float32) * _on_device(self.frequencies, positions.device)
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32, made once: a copy from the host in every pass would wait for the device."""
+    return torch.tensor(frequencies, dtype=torch.float32, device=device)
 
 
 def partial_rotary_factor(config: dict[str, Any], where: str, default: float = 1.0) -> float:

@@ -48,3 +48,18 @@ class Documents:
     @property
     def real_tokens(self) -> int:
         return sum(self.lengths) - self.padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownDocuments(Documents):
+    """Documents of which the host knows only that none has more than `limit` tokens: a pass over them can be recorded
+    and replayed with others in `offsets` and `positions`.
+
+    lengths is empty, so that what depends on them fails. Documents at the end may have no tokens.
+    """
+
+    limit: int
+
+    @property
+    def longest(self) -> int:
+        return self.limit

@@ -99,7 +99,7 @@ def _run(
         (rows // chunk, heads),
         query, key, value, decay, beta, positions, inverse, corrected, factors, d_out,
         d_corrected, d_attention, d_system, d_value, d_log, d_beta,
-        len(value), rows, query.stride(0), key.stride(0), value.stride(0), **sizes(query, value, chunk) | {"B": 32},
+        len(value), rows, query.stride(0), key.stride(0), value.stride(0), **sizes(query, value, chunk) | {"B": 16},
         warps=8, stages=1,
     )  # fmt: skip
 

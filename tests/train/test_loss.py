@@ -42,13 +42,14 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 CHUNKS = [1 << 24, 210_000, 4_100]
 
 
+@pytest.mark.parametrize("rows", [None, 60, 83])  # 47 have a label
 @pytest.mark.parametrize("chunk_bytes", CHUNKS)
-def test_equals_cross_entropy_in_float32(chunk_bytes: int) -> None:
+def test_equals_cross_entropy_in_float32(chunk_bytes: int, rows: int | None) -> None:
     hidden, head, labels = make(83, 24, 1111, torch.float32)
     loss, d_hidden, d_head = reference(hidden, head, labels, 37)
     hidden.requires_grad_()
     head.requires_grad_()
-    actual = linear_cross_entropy(hidden, head, labels, 37, chunk_bytes=chunk_bytes)
+    actual = linear_cross_entropy(hidden, head, labels, 37, rows=rows, chunk_bytes=chunk_bytes)
     assert actual.dtype == torch.float32
     assert actual.shape == ()
     got_hidden, got_head = torch.autograd.grad(actual, (hidden, head))

@@ -250,6 +250,11 @@ class TrainConfig(Section):
         description="On CUDA: auto uses this project's Triton kernels, each of which is first tried on the GPU against "
         "what it computes in torch's operations (the first run on a card takes a minute longer); torch uses none.",
     )
+    cuda_graph: Literal["auto", "off"] = Field(
+        default="auto",
+        description="On one CUDA device with data.packing: auto records a micro-batch's pass as a CUDA graph and "
+        "replays it, if the first replay gives the loss and gradient norm of the usual pass; off doesn't.",
+    )
     log_every: Steps = Field(
         default=1, description="Steps between two log lines, which give the mean loss and gradient norm of these steps."
     )

@@ -85,6 +85,21 @@ def make_batch(
     return Batch(torch.from_numpy(flat), torch.from_numpy(labels), documents, real, labelled)
 
 
+def filled(batch: Batch, tokens: int, longest: int) -> Batch:
+    """`batch`, on the host, with more padding: `tokens` in all, in documents of at most `longest` tokens."""
+    missing, documents, pad = tokens - len(batch.tokens), batch.documents, torch.nn.functional.pad
+    lengths = list(documents.lengths[:-1] if documents.padding else documents.lengths)
+    padding = documents.padding + missing
+    lengths += [min(longest, padding - start) for start in range(0, padding, longest)]
+    return Batch(
+        pad(batch.tokens, (0, missing)),
+        pad(batch.labels, (0, missing), value=IGNORED),
+        Documents.from_lengths(lengths, padding=padding),
+        batch.real_tokens,
+        batch.labelled,
+    )
+
+
 def empty_batch() -> Batch:
     """Padding alone: what a process computes while the others have rows and it has none."""
     labels = torch.full((MULTIPLE,), IGNORED, dtype=torch.int64)

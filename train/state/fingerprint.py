@@ -26,6 +26,7 @@ _FREE_ON_RESUME = (
     "data.on_bad_row",
     "train.activation_checkpointing",
     "train.kernels",
+    "train.cuda_graph",
     "train.log_every",
     "train.eval_every",
     "train.keep_best",

@@ -62,6 +62,7 @@ FREE = {
     "data.on_bad_row": "error",
     "train.activation_checkpointing": "false",
     "train.kernels": "torch",
+    "train.cuda_graph": "off",
     "train.log_every": "7",
     "train.eval_every": "7",
     "train.keep_best": "true",
