@@ -52,7 +52,10 @@ def groups() -> list[Group]:
         ("optimisers", gpu_checks_optim.optimisers),
     ]
     last: Group = ("flash-linear-attention", gpu_checks_sequence.flash_linear_attention)
-    return [*blocks, *gpu_checks_sequence.groups(), *gpu_checks_models.groups(), *gpu_checks_cut.groups(), last]
+    models = [*gpu_checks_models.groups(), *gpu_checks_cut.groups()]
+    # flash-linear-attention tunes its kernels when it is first used, which can take minutes.
+    models.sort(key=lambda group: group[0].startswith("qwen3_5"))
+    return [*blocks, *gpu_checks_sequence.groups(), *models, last]
 
 
 def checks(device: torch.device) -> Iterator[Check]:

@@ -1,14 +1,14 @@
-"""One full-size case of `benchmarks.gpu` in a process of its own: `python -m benchmarks.gpu_train REQUEST`.
+"""Cases of `benchmarks.gpu` on one model, in a process of their own: `python -m benchmarks.gpu_train REQUEST`.
 
 The model is built on the meta device, given uninitialised tensors on the accelerator and filled there with random
-bytes: nothing is downloaded or quantised, and memory and speed don't depend on the values.
-The last line of standard output is the result as JSON.
+values: nothing is downloaded or quantised, and memory and speed don't depend on the values. Each case puts its LoRA on
+and takes it off again.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
+import math
 import sys
 import time
 from typing import Any
@@ -17,33 +17,36 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.gpu_cases import ALPHA, MODELS, RANK, Case
+from benchmarks.gpu_cases import ALPHA, Case, Request, config_of
+from benchmarks.gpu_steps import Result, answer, begin, learning_tensors, run_steps
 from benchmarks.measure import synchronise
-from models.adapters.lora import add_lora, trainable_parameters
-from models.adapters.targets import AdapterSpec
+from models.adapters.lora import attach_lora, trainable_parameters
+from models.adapters.targets import AdapterSpec, resolve
 from models.blocks.documents import Documents
+from models.blocks.linear import ExpertWeights, Linear
 from models.blocks.router import Router
 from models.checkpoint.keymap import key_map_of
 from models.decoder import CausalLM
 from models.load import allocate
 from models.registry import ARCHITECTURES
 from models.use_kernels import use_kernels
-from parallel.device import choose_device, peak_memory_bytes
+from quant.choices import named_dtype
 from quant.storage import DenseStorage, Storage, StorageSpec
 from train.demo.checkpoint import initial_value
-from train.demo.models import demo_model
 from train.loss import linear_cross_entropy
 from train.optim import build_optimizer, clip_gradients, measure_gradients
+from train.output.parameter_table import parameter_table
 
 Parameters = list[tuple[str, nn.Parameter]]
+SPREAD = 0.02  # of random matrices
 
 
-def build_random(case: Case, device: torch.device) -> CausalLM:
-    """The model with random weights on `device`, frozen."""
-    given = MODELS[case.model]
-    architecture = ARCHITECTURES[given["model_type"]]
-    config = architecture.parse_config(demo_model(given["model_type"]).config if case.tiny else given, "config.json")
-    model = architecture.build(config, StorageSpec(case.storage), torch.bfloat16, "meta")  # type: ignore[arg-type]
+def build_random(request: Request, device: torch.device) -> CausalLM:
+    """The group's model with random weights on `device`, frozen."""
+    config = config_of(request.group.model, request.tiny)
+    architecture = ARCHITECTURES[config["model_type"]]
+    spec = StorageSpec(request.group.storage)  # type: ignore[arg-type]
+    model = architecture.build(architecture.parse_config(config, "config.json"), spec, torch.bfloat16, "meta")
     allocate(model, device)
     generator = torch.Generator(device).manual_seed(0)
     on_host = torch.Generator().manual_seed(0)
@@ -57,14 +60,16 @@ def build_random(case: Case, device: torch.device) -> CausalLM:
             elif key.group == "embedding":
                 # Much larger than what a layer adds: tokens stay distinct through all layers, and so do their routes.
                 target.normal_(generator=generator)
+            elif math.prod(key.shape) > 2**20:  # the head: as below, without the CPU's seconds
+                target.normal_(std=SPREAD, generator=generator)
             else:
-                target.copy_(initial_value(model, key, 0.02, on_host))
+                target.copy_(initial_value(model, key, SPREAD, on_host))
     model.requires_grad_(False)
     return model.train()
 
 
 def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Values as large as those of weights with a standard deviation of about 0.02."""
+    """Values as large as those of weights with a standard deviation of about SPREAD."""
     if name == "packed":
         low, high = (0, 256) if tensor.dtype == torch.uint8 else (-127, 128)
         tensor.random_(low, high, generator=generator)
@@ -75,7 +80,7 @@ def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     elif name == "nested_offset":  # … plus this
         tensor.fill_(0.04)
     elif name == "value":
-        tensor.normal_(std=0.02, generator=generator)
+        tensor.normal_(std=SPREAD, generator=generator)
     else:  # absmax of a block, or the scale of a row
         tensor.uniform_(0.03, 0.05, generator=generator)
 
@@ -102,62 +107,53 @@ def train_step(model: CausalLM, named: Parameters, optimizer: Optimizer, tokens:
     return measured.loss
 
 
-def measure(case: Case) -> dict[str, Any]:
-    device = choose_device(case.device)
-    if case.memory_limit is not None and device.type == "cuda":
-        total_memory = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, case.memory_limit * 2**30 / total_memory), device)
-    use_kernels(device, case.kernels)
+def run(request: Request) -> None:
+    """Prints what each case found."""
+    device = begin(request)
     start = time.perf_counter()
-    model = build_random(case, device)
+    model = build_random(request, device)
     model.activation_checkpointing = True
-    add_lora(model, AdapterSpec(case.targets, RANK, ALPHA, dtype=getattr(torch, case.adapter_dtype)))
-    named = trainable_parameters(model)
-    optimizer = build_optimizer(case.optimizer, named, learning_rate=2e-4)
     synchronise(device)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    adapter = sum(parameter.numel() * parameter.element_size() for _, parameter in named)
-    result: dict[str, Any] = {
-        "weights": weights - adapter,
-        "trainable": sum(parameter.numel() for _, parameter in named),
+    of_model = {
+        "weights": sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())),
+        "parameters": parameter_table(model)[-1].parameters,
         "build_seconds": time.perf_counter() - start,
     }
-
-    generator = torch.Generator(device).manual_seed(1)
-    documents, total = Documents.from_lengths([case.length] * case.sequences, device), case.length * case.sequences
-
-    def step() -> float:
-        tokens = torch.randint(0, model.vocabulary, (total,), generator=generator, device=device)
-        return train_step(model, named, optimizer, tokens, documents)
-
-    seconds, losses = [], []
-    for number in range(case.warmup + case.steps):
-        synchronise(device)
-        began = time.perf_counter()
-        losses.append(step())
-        synchronise(device)
-        if number >= case.warmup:
-            seconds.append(time.perf_counter() - began)
-    result |= {
-        "losses": losses,
-        "seconds": seconds,
-        "tokens_per_second": total / statistics.median(seconds),
-        "peak": peak_memory_bytes(device),
-        "reserved": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
-        "in_use": _in_use(device),
-        "busiest_expert": _busiest(model, step),
-    }
-    if case.profile:
-        result["kernels"] = _kernels(device, step)
-    return result
+    print(json.dumps({"built": of_model}), flush=True)
+    answer(request.group.cases, device, lambda case: of_model | measure(model, request, case, device))
 
 
-def _in_use(device: torch.device) -> int:
-    """Bytes of the device that are taken, the CUDA context and other processes included."""
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
+def measure(model: CausalLM, request: Request, case: Case, device: torch.device) -> Result:
+    """Trains a LoRA on `model`, which afterwards has none."""
+    use_kernels(device, case.kernels, first=case == request.group.cases[0])
+    try:
+        put_lora(model, case)
+        named = trainable_parameters(model)
+        optimizer = build_optimizer("adamw_8bit", named, learning_rate=2e-4)
+        documents = Documents.from_lengths([case.length] * case.sequences, device)
+
+        def step(tokens: Tensor) -> float:
+            return train_step(model, named, optimizer, tokens.flatten(), documents)
+
+        result, one = run_steps(device, request, case, model.vocabulary, step, optimizer)
+        result["busiest_expert"] = _busiest(model, lambda: result.update(learning=learning_tensors(optimizer, one)))
+        if request.profile:
+            result["kernels"] = _kernels(device, one)
+        return result
+    finally:
+        for module in model.modules():
+            if isinstance(module, Linear | ExpertWeights):
+                module.lora = None
+
+
+def put_lora(model: CausalLM, case: Case) -> None:
+    """LoRA as `add_lora` gives it, drawn on the model's device, which takes no time."""
+    spec = AdapterSpec(case.targets, case.rank, ALPHA, dtype=getattr(torch, case.adapter_dtype))
+    targets = resolve(key_map_of(model), spec, model.model_type)
+    with torch.no_grad():
+        for lora in attach_lora(model, targets, spec.rslora, named_dtype(spec.dtype)):
+            lora.A.uniform_(-(bound := lora.A.shape[-1] ** -0.5), bound)
+            lora.B.zero_()
 
 
 def _busiest(model: CausalLM, step: Any) -> float:
@@ -191,4 +187,4 @@ def _kernels(device: torch.device, step: Any) -> list[tuple[str, float, int]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Case.loads(sys.argv[1]))))
+    run(Request.loads(sys.argv[1]))

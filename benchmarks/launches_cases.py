@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.gpu_cases import BOTH, MODELS, RANK, TRINITY
+from benchmarks.gpu_cases import BOTH, MODELS, QWEN3, RANK, TRINITY
 
 # By architecture: the model's name, and its sizes in config.json's words. What is absent has the defaults of models/.
 FULL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -13,10 +13,7 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("GLM-4.5-Air", {"head_dim": 128}),
     "glm_moe_dsa": ("GLM-5", {}),
     "afmoe": ("Trinity-Mini", {**MODELS[TRINITY], "num_hidden_layers": 32}),
-    "qwen3_moe": (
-        "Qwen3-30B-A3B",
-        {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
-    ),
+    "qwen3_moe": (QWEN3, MODELS[QWEN3]),
     "qwen3_5_moe": ("Qwen3.5-35B-A3B", {"model_type": "qwen3_5_moe_text"}),
 }
 STORAGES = ("nf4", "int8", "none")

@@ -20,6 +20,7 @@ from models.blocks.documents import Documents
 from models.decoder import CausalLM
 from models.experts.block import Experts, LocalExperts
 from models.registry import ARCHITECTURES
+from quant.fourbit import code, dynamic_map
 from quant.kernels.choice import KERNELS, using
 from quant.storage import StorageSpec
 from train.optim import build_optimizer
@@ -110,6 +111,8 @@ def measure(case: LaunchCase) -> Step:
 def _measure(case: LaunchCase) -> Step:
     began = time.process_time()
     model = build(case)
+    if case.storage == "nf4":
+        code(case.storage, META), dynamic_map(META)  # made once in a process: no part of a step
     named = trainable_parameters(model)
     optimizer = build_optimizer(case.optimizer, named, learning_rate=2e-4)
     adapter = {id(parameter) for _, parameter in named}

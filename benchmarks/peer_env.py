@@ -12,6 +12,7 @@ from pathlib import Path
 from quant.common.errors import NibbleError
 
 TRANSFORMERS, PEFT, BITSANDBYTES, ACCELERATE = "5.14.1", "0.19.1", "0.49.1", "1.15.0"
+NATIVE_ONLY = "measure this side: --native-only"
 STAMP = "nibble-peer.json"  # written when everything is installed
 
 
@@ -27,17 +28,32 @@ def requirements(bitsandbytes: str = BITSANDBYTES) -> list[str]:
     ]
 
 
-def peer_python(root: Path, wanted: list[str], say: Callable[[str], None]) -> Path:
-    """The interpreter of the environment under `root` that holds `wanted`; made first if it isn't there.
+def python_in(folder: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
-    Raises NibbleError with the end of pip's output when the installation fails.
-    """
+
+def environment_of(root: Path, wanted: list[str]) -> tuple[Path, bool]:
+    """The folder under `root` of the environment that holds `wanted`, and whether it is there and does."""
     name = next(entry for entry in wanted if entry.startswith("bitsandbytes"))
     folder = root / name.replace("==", "-")
-    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     stamp = folder / STAMP
-    content = json.dumps({"python": sys.version.split()[0], "requirements": wanted})
-    if python.exists() and stamp.is_file() and stamp.read_text(encoding="utf-8") == content:
+    there = python_in(folder).exists() and stamp.is_file() and stamp.read_text(encoding="utf-8") == _content(wanted)
+    return folder, there
+
+
+def _content(wanted: list[str]) -> str:
+    return json.dumps({"python": sys.version.split()[0], "requirements": wanted})
+
+
+def peer_python(root: Path, wanted: list[str], say: Callable[[str], None], instead: str = NATIVE_ONLY) -> Path:
+    """The interpreter of the environment under `root` that holds `wanted`; made first if it isn't there.
+
+    Raises NibbleError with the end of pip's output when the installation fails, and what to do `instead`.
+    """
+    folder, there = environment_of(root, wanted)
+    python = python_in(folder)
+    if there:
         return python
     say(f"making the peer's environment in {folder} (a few minutes, once): {', '.join(wanted)}")
     commands = [
@@ -50,7 +66,7 @@ def peer_python(root: Path, wanted: list[str], say: Callable[[str], None]) -> Pa
             end = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
             raise NibbleError(
                 f"the peer's environment {folder} could not be made ({' '.join(command[1:4])} failed):\n{end}\n"
-                "Mend the installation (pip reads PIP_INDEX_URL and its like), or measure this side: --native-only."
+                f"Mend the installation (pip reads PIP_INDEX_URL and its like), or {instead}."
             )
-    stamp.write_text(content, encoding="utf-8")
+    (folder / STAMP).write_text(_content(wanted), encoding="utf-8")
     return python

@@ -59,11 +59,20 @@ def summary(results: Sequence[Result], tokens: int) -> dict[str, float]:
     }
 
 
+def different_work(native: Result, peer: Result) -> str:
+    """What the peer holds or trains otherwise, or ""."""
+    different = [
+        f"{what} is {peer[what]}, here {native[what]}"
+        for what in ("parameters", "trainable", "tensors", "trainable_dtype")
+        if native[what] != peer[what]
+    ]
+    return "; ".join(different)
+
+
 def check_equal_work(native: Result, peer: Result, name: str, dtype: str) -> None:
     """Raises NibbleError unless both sides held and trained as many parameters and started from the same loss."""
-    for what in ("parameters", "trainable", "tensors", "trainable_dtype"):
-        if native[what] != peer[what]:
-            raise NibbleError(f"{name} doesn't do the same work: {what} is {peer[what]}, here {native[what]}.")
+    if different := different_work(native, peer):
+        raise NibbleError(f"{name} doesn't do the same work: {different}.")
     ours, theirs = native["losses"][0], peer["losses"][0]
     if not abs(ours - theirs) <= LOSS_TOLERANCE[dtype] * abs(ours):
         raise NibbleError(f"{name} doesn't compute the same: its first loss is {theirs:.5f}, here it is {ours:.5f}.")

@@ -4,7 +4,7 @@ Set up as its users set it up: `from_pretrained` with bitsandbytes' 4-bit Linear
 by `bitsandbytes.nn.parametrize.replace_parameter_4bit`, gradient checkpointing, LoRA on modules and on parameters,
 torch's fused AdamW. The backend is transformers' `experts_implementation`, with these words behind a plus sign:
 `+autocast` trains under bfloat16 autocast, as the Trainer's `bf16=True` does (without it PEFT's LoRA computes in
-float32); `+repaired` makes both expert adapters work, see `_forget_dequantised`.
+float32); `+repaired` makes both expert adapters work, see `forget_dequantised`.
 
 The last line of standard output is the result as JSON.
 """
@@ -63,8 +63,8 @@ def measure(request: Request) -> Measured:
                 # A parameter that is parametrised already is only found by its full name.
                 stacks.append(f"{name}.{leaf}")
             if "repaired" in words:
-                module.register_forward_pre_hook(_forget_dequantised)
-    measured.parameters, measured.frozen_bytes, measured.notes["stacks"] = _count(model)
+                module.register_forward_pre_hook(forget_dequantised)
+    measured.parameters, measured.frozen_bytes, measured.notes["stacks"] = count_stored(model)
     model.config.use_cache = False
     model.gradient_checkpointing_enable()
     adapter = peft.LoraConfig(
@@ -101,7 +101,7 @@ def measure(request: Request) -> Measured:
     return measured
 
 
-def _forget_dequantised(module: nn.Module, inputs: Any) -> None:
+def forget_dequantised(module: nn.Module, inputs: Any) -> None:
     """Before the experts read their weights: drop what was cached before the adapters were put on top.
 
     PEFT's wrapper of one expert parameter opens the cache of parametrised tensors, and then the wrapper of the other
@@ -111,7 +111,7 @@ def _forget_dequantised(module: nn.Module, inputs: Any) -> None:
     parametrize._cache.clear()
 
 
-def _count(model: nn.Module) -> tuple[int, int, dict[str, int]]:
+def count_stored(model: nn.Module) -> tuple[int, int, dict[str, int]]:
     """Parameters and bytes of the model as it is stored, and the same of the 4-bit stacks alone."""
     states: dict[int, Any] = {}  # of parametrised tensors, by the tensor that holds their bytes
     for module in model.modules():

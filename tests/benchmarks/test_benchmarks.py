@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,12 @@ import torch
 from benchmarks import (
     checkpoint,
     generate,
-    gpu,
-    gpu_timings,
-    gpu_train,
     peer_env,
     report,
     step,
     usage,
 )
 from benchmarks.checkpoint import ensure_checkpoint, parameters_of
-from benchmarks.gpu_cases import CASES, MODELS, Case
 from benchmarks.measure import batch
 from benchmarks.setting import DEFAULT, EXPERTS, SETTINGS, Request
 from models.adapters.lora import add_lora
@@ -35,7 +30,6 @@ from models.adapters.targets import AdapterSpec
 from models.load import load_model
 from quant.common.errors import NibbleError
 from quant.storage import StorageSpec
-from tests.processes import LIMIT
 from train.output.parameter_table import parameter_table
 
 MiB = 1 << 20
@@ -113,7 +107,6 @@ def test_tokens_differ_in_each_step_and_repeat_in_each_process():
 def test_request_passes_through_json():
     request = Request("folder", dtype="float32", backend="eager+repaired", threads=3)
     assert Request.loads(request.dumps()) == request
-    assert all(Case.loads(named.case.dumps()) == named.case for named in CASES)
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -140,25 +133,6 @@ def test_physical_cores_count_hyperthreads_once():
     assert step.physical_cores(text, 8) == 4
     assert step.physical_cores(text, 3) == 3
     assert step.physical_cores("", 6) == 6
-
-
-def test_gpu_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: benchmarks.gpu needs a CUDA device")
-    assert "--tiny --device cpu" in error
-    assert gpu.main(["--device", "cpu"]) == 2
-    assert "add --tiny" in capsys.readouterr().err
-
-
-def test_gpu_refuses_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert gpu.main(["--device", "cuda:3"]) == 2
-    assert "this machine has 1 CUDA devices" in capsys.readouterr().err
-    assert gpu.main(["--device", "quantum"]) == 2
-    assert "choose cuda or cuda:<number>" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- the peer's environment
@@ -250,40 +224,7 @@ def test_profile_text_shows_shares():
     assert "products   75   75 %" in text
 
 
-def test_case_table_shows_failures_beside_results():
-    found = {
-        "trainable": 42_000_000,
-        "weights": 15 * gpu.GiB,
-        "peak": 18 * gpu.GiB,
-        "reserved": 19 * gpu.GiB,
-        "tokens_per_second": 4321.0,
-        "seconds": [0.9, 1.0],
-        "busiest_expert": 1.4,
-    }
-    outcomes = [
-        gpu.Outcome("nf4", "24", found),
-        gpu.Outcome("int8", "35", None, gpu.OUT_OF_MEMORY),
-        gpu.Outcome("other", "35", None, "ImportError: no"),
-    ]
-    lines = gpu.case_table(outcomes).splitlines()
-    expected = ["nf4", "42.0", "15.00", "18.00", "19.00", "24", "4,321", "0.90", "to", "1.00", "1.4"]
-    assert lines[2].split() == expected
-    assert "out of memory" in lines[3]
-    assert "no result" in lines[4]
-
-
 # ------------------------------------------------------------------------------------------------- processes and checks
-
-
-def test_lines_of_a_process_come_with_its_end():
-    def run(code: str, limit: float = LIMIT) -> list[tuple[str, str]]:
-        return list(gpu.lines_of([sys.executable, "-c", code], limit))
-
-    assert run("print('a'); print('b')") == [("line", "a"), ("line", "b"), ("end", "")]
-    assert run("raise ValueError('wrong')") == [("end", "ValueError: wrong")]
-    oom = "class OutOfMemoryError(Exception): pass\nraise OutOfMemoryError('CUDA out of memory. Tried')"
-    assert run(oom) == [("end", gpu.OUT_OF_MEMORY)]
-    assert run("print('a', flush=True); import time; time.sleep(60)", 2.0)[-1] == ("end", "stopped after 2 s")
 
 
 def test_peer_that_fails_is_named_and_the_others_go_on(
@@ -312,68 +253,6 @@ def test_peer_that_fails_is_named_and_the_others_go_on(
 def test_profile_of_another_architecture_is_refused(capsys: pytest.CaptureFixture[str]):
     assert step.main(["--arch", "afmoe", "--profile"]) == 2
     assert "--profile knows the parts of glm4_moe_lite only" in capsys.readouterr().err
-
-
-def test_timings_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    gpu_timings.main("cpu", tiny=True)
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    figures = [timing for timing in found if not timing["note"]]
-    assert len(found) == 4 and len(figures) == 3
-    assert all(timing["forward"] > 0 and timing["backward"] > 0 for timing in figures)
-    lines = gpu.timing_table([*found, {"name": "other", "note": "RuntimeError: no"}]).splitlines()
-    assert len(lines) == 7
-    assert lines[-1].split() == ["other", "RuntimeError:", "no"]
-
-    def broken(*given: Any) -> Any:
-        raise RuntimeError("no kernel image\nis available")
-
-    monkeypatch.setattr(gpu_timings, "measure", broken)
-    assert [timing.note for timing in gpu_timings.timings(torch.device("cpu"), tiny=True)] == [
-        "RuntimeError: no kernel image"
-    ] * 2
-
-
-def test_command_says_what_passed_and_what_did_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    checks = [
-        {"name": "a", "figure": "1 of 2", "passed": True},
-        {"name": "b", "figure": "not installed", "passed": None},
-    ]
-    timed = [{"name": "c", "note": "not installed"}]
-    monkeypatch.setattr(gpu, "run_checks", lambda *given: checks)
-    monkeypatch.setattr(gpu, "run_timings", lambda *given: timed)
-    monkeypatch.setattr(gpu, "CASES", ())
-    command = ["--tiny", "--device", "cpu"]
-    assert gpu.main(command) == 0
-    out = capsys.readouterr().out
-    assert "1 of 1 checks passed, 1 could not be tried here\n" in out
-    assert "8192" not in out and "operations, tiny sizes, bfloat16" in out
-    timed[0]["note"] = "RuntimeError: no"
-    assert gpu.main(command) == 1, "a timing failed"
-    timed[0]["note"], checks[1]["passed"] = "", False
-    timed[0] |= {"forward": 1.0, "backward": 2.0, "peak": 3 << 20}
-    capsys.readouterr()
-    assert gpu.main(command) == 1, "a check failed"
-    out = capsys.readouterr().out
-    assert "1 of 2 checks passed\nFAIL  b: not installed" in out
-    assert ["c", "1.00", "2.00", "3"] in [line.split() for line in out.splitlines()]
-
-
-@pytest.mark.parametrize("named", [CASES[1], CASES[2], CASES[3], CASES[4]], ids=lambda named: named.name)
-def test_random_model_trains_and_spreads_its_tokens(named: Any):
-    found = gpu_train.measure(replace(named.case, length=64, warmup=1, steps=1, device="cpu", tiny=True))
-    assert all(math.isfinite(loss) for loss in found["losses"])
-    assert found["tokens_per_second"] > 0
-    assert 1.0 <= found["busiest_expert"] < 3.0
-
-
-@pytest.mark.parametrize(
-    ("model", "parameters"),
-    [(name, count) for name, count in zip(MODELS, (29_943_390_976, 34_660_610_688, 26_123_974_400), strict=True)],
-)
-def test_models_have_published_sizes(model: str, parameters: int):
-    """With all their layers."""
-    config = {key: value for key, value in MODELS[model].items() if key != "num_hidden_layers"}
-    assert parameters_of(config) == parameters
 
 
 # --------------------------------------------------------------------------------------------------------- generation

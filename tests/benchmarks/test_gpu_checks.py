@@ -8,23 +8,22 @@ import math
 import sys
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import (
-    gpu,
     gpu_checks,
     gpu_checks_models,
     gpu_checks_sequence,
     gpu_compare,
+    gpu_report,
     gpu_timings,
     gpu_train,
 )
 from benchmarks import gpu_checks_optim as optim
-from benchmarks.gpu_cases import CASES
+from benchmarks.gpu_cases import GROUPS, Request
 from models.adapters.lora import trainable_parameters
 from models.attention.indexer import Indexer
 from models.blocks.balance import AuxiliaryLoss, BiasUpdate
@@ -59,7 +58,7 @@ def test_a_check_that_raises_is_a_failure_and_the_others_go_on(monkeypatch: pyte
     assert [(check.name, check.passed) for check in found[:1]] == [("first", False)]
     assert found[0].figure == "RuntimeError: no kernel image"
     assert [check.passed for check in found[1:]] == [True, True]
-    assert gpu.check_line({"name": "loss", "figure": "0 of 1", "passed": None}) == "skip  loss: 0 of 1"
+    assert gpu_report.check_line({"name": "loss", "figure": "0 of 1", "passed": None}) == "skip  loss: 0 of 1"
 
 
 def test_every_device_of_a_check_carries_its_index(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -68,14 +67,15 @@ def test_every_device_of_a_check_carries_its_index(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(gpu_checks, "groups", lambda: [("one", lambda device: devices.append(device) or iter(()))])
     monkeypatch.setattr(gpu_timings, "timings", lambda device, tiny: devices.append(device) or iter(()))
-    monkeypatch.setattr(gpu_train, "build_random", lambda case, device: devices.append(device) or sys.exit())
+    monkeypatch.setattr(gpu_train, "build_random", lambda request, device: devices.append(device) or sys.exit())
     for name in ("cuda", "cuda:0"):
         gpu_checks.main(name, "torch")
         gpu_timings.main(name, tiny=True)
         with pytest.raises(SystemExit):
-            gpu_train.measure(replace(CASES[0].case, device=name, kernels="torch"))
+            gpu_train.run(Request(GROUPS[0], device=name))
     assert devices == [torch.device("cuda", 1)] * 3 + [torch.device("cuda", 0)] * 3
 
 

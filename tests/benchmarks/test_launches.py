@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import launches
+from benchmarks import growth, launches, launches_step
 from benchmarks.launches_cases import LaunchCase, full_config, targets_of
 from benchmarks.launches_step import META, build, measure, supply_rows
 from benchmarks.operations import ALLOCATION, Recorder, Total
@@ -27,7 +28,7 @@ from train.optim import build_optimizer
 # Launches of each of the first layers at full width, 2 × 2048 tokens, nf4, bfloat16 LoRA of rank 32, recomputation.
 # The first layer needs no gradient for its input. What changes a number here changes docs/performance.md too.
 FEW_LAYERS: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "glm4_moe_lite": ({"num_hidden_layers": 2}, [109, 159]),
+    "glm4_moe_lite": ({"num_hidden_layers": 2}, [98, 159]),
     "glm4_moe": ({"num_hidden_layers": 2}, [68, 184]),
     "glm_moe_dsa": ({"num_hidden_layers": 2, "first_k_dense_replace": 1}, [98, 469]),
     # In a window, full.
@@ -150,3 +151,28 @@ def test_as_many_experts_at_a_time_as_fit(experts: int, hidden: int, width: int,
     """At most 512 MiB of the larger stack, chunks alike."""
     assert as_fit(experts, 2 * width * hidden, torch.bfloat16) == chunk
     assert 2 * 2 * chunk * width * hidden <= 512 * 2**20
+
+
+def test_growth_is_counted_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count itself is held by the tests above."""
+
+    def counted(case: LaunchCase) -> Any:
+        return SimpleNamespace(total=Total(case.rank, seconds=0.5), peak=case.rank << 30)
+
+    monkeypatch.setattr(launches_step, "measure", counted)
+    figures, picture = tmp_path / "rank.json", tmp_path / "rank.svg"
+    options = ["--values", "8", "64", "--json", str(figures), "--plot", str(picture)]
+    assert growth.main(["rank", *options]) == 0
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    assert [(point["kernels"], point["value"], point["launches"], point["peak"]) for point in found] == [
+        ("triton", 8, 8, 8), ("triton", 64, 64, 64), ("torch", 8, 8, 8), ("torch", 64, 64, 64)
+    ]  # fmt: skip
+    assert "64, torch's forms" in capsys.readouterr().out
+    assert picture.read_text(encoding="utf-8").startswith("<?xml")
+    assert growth.case_of("tokens", 8192, "torch", None).sequences == 8
+    assert growth.case_of("length", 8192, "torch", None).length == 8192
+    assert growth.case_of("experts", 8, "torch", 2).config["n_routed_experts"] == 8
+    assert growth.main(["rank", "--values", "0"]) == 2
+    assert growth.main(["rank", "--plot", str(tmp_path / "rank.txt")]) == 2
