@@ -60,7 +60,8 @@ def config_of(model: str, tiny: bool) -> dict[str, Any]:
 class Case:
     """One measurement on a model that is there: sequences of `length` tokens each in one micro-batch.
 
-    targets, rank, adapter_dtype: of LoRA. kernels: as train.kernels. words: of the peer, see gpu_peer.py.
+    targets, rank, adapter_dtype: of LoRA. kernels: as train.kernels. graph: passes are replayed as a CUDA graph.
+    words: of the peer, see gpu_peer.py.
     published: peak GiB that axolotl's examples/glm47-flash states for 2 × 2048 tokens and rank 32; "" for others. Its
     attention cases name q_proj, k_proj, v_proj and o_proj, of which this architecture has only o_proj; here all five
     attention projections are trained.
@@ -72,6 +73,7 @@ class Case:
     sequences: int = 2
     length: int = 2048
     kernels: str = "auto"
+    graph: bool = False
     words: tuple[str, ...] = ()
     published: str = ""
 
@@ -79,7 +81,8 @@ class Case:
     def name(self) -> str:
         parts = [f"{' + '.join(self.targets)} r{self.rank}", f"{self.adapter_dtype} LoRA"]
         parts += [f"{self.sequences} × {self.length}", *self.words]
-        return ", ".join([*parts, "torch's forms"] if self.kernels == "torch" else parts)
+        parts += ["torch's forms"] if self.kernels == "torch" else []
+        return ", ".join([*parts, "CUDA graph"] if self.graph else parts)
 
 
 @dataclass(frozen=True)
@@ -131,20 +134,25 @@ LONG: dict[str, Any] = {"sequences": 1, "length": 8192}
 # tunes its own for as long or longer: what uses it comes last.
 GROUPS = (
     Group(
-        GLM, "nf4", 140,
+        GLM, "nf4", 155,
         (
             Case(ATTENTION, published="24"),
             Case(BOTH, published="34"),
             Case(BOTH, "bfloat16", published="34"),
             Case(BOTH, **LONG),
+            Case(BOTH, "bfloat16", graph=True),
             Case(BOTH, "bfloat16", **LONG),
+            Case(BOTH, "bfloat16", **LONG, graph=True),
             Case(BOTH, "bfloat16", kernels="torch", published="34"),
         ),
     ),
-    Group(GLM, "int8", 35, (Case(BOTH, published="45 to 50"), Case(BOTH, "bfloat16"), Case(ATTENTION, published="35"))),
-    Group(QWEN3, "nf4", 35, (Case(BOTH, rank=16), Case(BOTH, "bfloat16", rank=16))),
-    Group(TRINITY, "nf4", 25, (Case(BOTH), Case(BOTH, "bfloat16"), Case(BOTH, **LONG))),
-    Group(QWEN35, "nf4", 40, (Case(MIXERS_TOO), Case(MIXERS_TOO, "bfloat16"))),
+    Group(GLM, "int8", 30, (Case(BOTH, published="45 to 50"), Case(BOTH, "bfloat16"), Case(ATTENTION, published="35"))),
+    Group(QWEN3, "nf4", 30, (Case(BOTH, rank=16), Case(BOTH, "bfloat16", rank=16))),
+    Group(TRINITY, "nf4", 20, (Case(BOTH), Case(BOTH, "bfloat16"), Case(BOTH, **LONG))),
+    Group(
+        QWEN35, "nf4", 40,
+        (Case(MIXERS_TOO), Case(MIXERS_TOO, "bfloat16"), Case(MIXERS_TOO, "bfloat16", graph=True)),
+    ),
 )  # fmt: skip
 PEER = Group(
     GLM, "nf4", 80,

@@ -14,7 +14,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_checks_cut, gpu_checks_models, gpu_checks_optim, gpu_checks_sequence
+from benchmarks import gpu_checks_cut, gpu_checks_graph, gpu_checks_models, gpu_checks_optim, gpu_checks_sequence
 from benchmarks.gpu_compare import CPU, DTYPES, Check, Group, compare, random, short
 from models.blocks.factory import Factory
 from models.blocks.linear import LoRA
@@ -52,7 +52,7 @@ def groups() -> list[Group]:
         ("optimisers", gpu_checks_optim.optimisers),
     ]
     last: Group = ("flash-linear-attention", gpu_checks_sequence.flash_linear_attention)
-    models = [*gpu_checks_models.groups(), *gpu_checks_cut.groups()]
+    models = [*gpu_checks_models.groups(), *gpu_checks_cut.groups(), *gpu_checks_graph.groups()]
     # flash-linear-attention tunes its kernels when it is first used, which can take minutes.
     models.sort(key=lambda group: group[0].startswith("qwen3_5"))
     return [*blocks, *gpu_checks_sequence.groups(), *models, last]

@@ -55,13 +55,14 @@ def case_table(outcomes: Sequence[Outcome]) -> str:
     head[0] = outcomes[0].group
     built = next((outcome.result for outcome in outcomes if outcome.result), None)
     made = f"weights {built['weights'] / GiB:.2f} GiB, made in {built['build_seconds']:.0f} s\n" if built else ""
-    reasons = [f"{outcome.case.name}: {outcome.reason}\n" for outcome in outcomes if outcome.reason]
+    said = ((o.case.name, o.reason or (o.result or {}).get("graph")) for o in outcomes)
+    reasons = [f"{name}: {text}\n" for name, text in said if text]
     return made + "".join(reasons) + table(head, rows)
 
 
 def work_of(case: Case) -> Case:
     """What both sides are asked to do in it."""
-    return replace(case, words=(), published="", kernels="auto")
+    return replace(case, words=(), published="", kernels="auto", graph=False)
 
 
 def peer_table(outcomes: Sequence[Outcome]) -> tuple[str, list[str]]:

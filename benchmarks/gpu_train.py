@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.gpu_cases import ALPHA, Case, Request, config_of
-from benchmarks.gpu_steps import Result, answer, begin, learning_tensors, run_steps
+from benchmarks.gpu_steps import Result, Step, answer, begin, learning_tensors, run_steps
 from benchmarks.measure import synchronise
 from models.adapters.lora import attach_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec, resolve
@@ -131,12 +131,18 @@ def measure(model: CausalLM, request: Request, case: Case, device: torch.device)
         named = trainable_parameters(model)
         optimizer = build_optimizer("adamw_8bit", named, learning_rate=2e-4)
         documents = Documents.from_lengths([case.length] * case.sequences, device)
+        notes = list[str]()
+        replayed = replayed_step(model, optimizer, case, device, notes) if case.graph else None
 
         def step(tokens: Tensor) -> float:
+            if replayed is not None:
+                return replayed(tokens)
             return train_step(model, named, optimizer, tokens.flatten(), documents)
 
         result, one = run_steps(device, request, case, model.vocabulary, step, optimizer)
         result["busiest_expert"] = _busiest(model, lambda: result.update(learning=learning_tensors(optimizer, one)))
+        if notes:
+            result["graph"] = "; ".join(notes)
         if request.profile:
             result["kernels"] = _kernels(device, one)
         return result
@@ -144,6 +150,26 @@ def measure(model: CausalLM, request: Request, case: Case, device: torch.device)
         for module in model.modules():
             if isinstance(module, Linear | ExpertWeights):
                 module.lora = None
+
+
+def replayed_step(model: CausalLM, optimizer: Optimizer, case: Case, device: torch.device, notes: list[str]) -> Step:
+    """A run's own step, whose passes are replayed where the device is CUDA. notes: gets what it says of that."""
+    from parallel.shards import Shards
+    from train.data.batches import make_batch
+    from train.graph import PassGraph
+    from train.loop import training_step
+
+    shards, graph = Shards(model), None
+    if device.type == "cuda":
+        size = case.sequences * case.length
+        graph = PassGraph(shards, device, tokens=size, longest=case.length, note=notes.append)
+
+    def step(tokens: Tensor) -> float:
+        rows = [(row, [True] * len(row)) for row in tokens.tolist()]
+        batch = make_batch(rows, range(len(rows)))
+        return training_step(shards, optimizer, [batch], step=0, max_grad_norm=1.0, device=device, graph=graph).loss
+
+    return step
 
 
 def put_lora(model: CausalLM, case: Case) -> None:

@@ -202,7 +202,8 @@ def ours() -> list[dict[str, Any]]:
     printed: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda text, **options: printed.append(text))
-        gpu_train.run(tiny(Case(ATTENTION, length=64), Case(BOTH, "bfloat16", length=64), model=GLM))
+        cases = (Case(ATTENTION, length=64), Case(BOTH, "bfloat16", length=64), Case(BOTH, length=64, graph=True))
+        gpu_train.run(tiny(*cases, model=GLM))
     return [json.loads(line) for line in printed]
 
 
@@ -211,7 +212,7 @@ def tiny(*cases: Case, model: str = GLM, peer: bool = False) -> Request:
 
 
 def test_cases_train_on_the_model_that_is_there(ours: list[dict[str, Any]]):
-    built, attention, both = ours
+    built, attention, both, replayed = ours
     assert built["built"]["parameters"] == 1_176_192
     for found in (attention["result"], both["result"]):
         assert found["learning"] == found["tensors"], "in the third step A has a gradient too"
@@ -221,6 +222,9 @@ def test_cases_train_on_the_model_that_is_there(ours: list[dict[str, Any]]):
     # LoRA of 7 more stacks of both kinds, and nothing left of the case before.
     assert both["result"]["tensors"] == attention["result"]["tensors"] + 2 * 2 * 3
     assert attention["result"]["losses"][0] == pytest.approx(both["result"]["losses"][0]), "B is zero"
+    # By a run's own step, which on a CPU replays nothing.
+    assert replayed["result"]["losses"][0] == pytest.approx(both["result"]["losses"][0], rel=1e-3)
+    assert "graph" not in replayed["result"]
 
 
 @pytest.mark.parametrize("group", GROUPS[3:], ids=lambda group: group.name)

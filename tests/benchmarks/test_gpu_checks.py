@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import (
     gpu_checks,
+    gpu_checks_graph,
     gpu_checks_models,
     gpu_checks_sequence,
     gpu_compare,
@@ -365,3 +366,21 @@ def test_small_tensors_have_no_rounding_to_allow_for():
     torch.testing.assert_close(optim.bound_8bit(gradients, 1.0), torch.full((16, 255), 3 * optim.ROUNDING).double())
     gradients = [torch.cat((gradient, gradient[:1])) for gradient in gradients]  # 4335 values
     assert optim.bound_8bit(gradients, 1.0).min() > 4 * optim.ROUNDING
+
+
+def test_steps_of_a_model_whose_pass_cannot_be_recorded_are_the_usual_ones():
+    """As on a CPU, whose attention asks for the lengths of documents."""
+
+    class NoGraphs:
+        def record(self, work: Any) -> Any:
+            work()
+
+        def release(self) -> None: ...
+
+    found = gpu_checks_graph._train("glm4_moe_lite", CPU, graph=True, recorder=NoGraphs())
+    usual = gpu_checks_graph._train("glm4_moe_lite", CPU, graph=False)
+    assert found[0] == usual[0] and all(map(torch.equal, found[1], usual[1]))
+    (note,) = found[2]
+    assert note.startswith("no CUDA graph, passes are computed as usual: ") and not usual[2]
+    (check,) = gpu_checks_graph.replayed("glm4_moe_lite", CPU)
+    assert check.passed is None
