@@ -31,7 +31,7 @@ from models.load import allocate
 from models.registry import ARCHITECTURES
 from models.use_kernels import use_kernels
 from quant.choices import named_dtype
-from quant.storage import DenseStorage, Storage, StorageSpec
+from quant.storage import Storage, StorageSpec
 from train.demo.checkpoint import initial_value
 from train.loss import linear_cross_entropy
 from train.optim import build_optimizer, clip_gradients, measure_gradients
@@ -91,9 +91,11 @@ def loss_of(model: CausalLM, tokens: Tensor, documents: Documents) -> Tensor:
     labels = torch.roll(tokens, -1)
     labels[ends] = -100
     labelled = len(tokens) - len(documents.lengths)
-    head = model.head.weight
-    assert isinstance(head, DenseStorage)
-    return linear_cross_entropy(model.hidden(tokens, documents), head.value, labels, labelled, labelled=labelled)
+
+    def cross_entropy(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, labelled, labelled=labelled)
+
+    return model.head.reduce(model.hidden(tokens, documents), cross_entropy)
 
 
 def train_step(model: CausalLM, named: Parameters, optimizer: Optimizer, tokens: Tensor, documents: Documents) -> float:

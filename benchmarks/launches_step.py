@@ -17,6 +17,7 @@ from benchmarks.operations import ALL_KINDS, Recorder, Total, kind_of
 from models.adapters.lora import add_lora, trainable_parameters
 from models.adapters.targets import AdapterSpec
 from models.blocks.documents import Documents
+from models.blocks.recomputed import kept
 from models.decoder import CausalLM
 from models.experts.block import Experts, LocalExperts
 from models.registry import ARCHITECTURES
@@ -80,16 +81,19 @@ def build(case: LaunchCase) -> CausalLM:
 
 class EqualShares:
     """An `Experts.exchange` of one process that says how many rows each expert has, equally many: on the meta device
-    there are no values to count. waits: how often it was asked, where a run waits for the device (`Routing.by_expert`).
+    there are no values to count. waits: how often it was asked, where a run waits for the device (`Routing.on_host`).
     """
 
     def __init__(self, experts: int) -> None:
         self.experts, self.waits = experts, 0
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, compute: LocalExperts) -> Tensor:
+        return compute(x, chosen, weights, kept(lambda: self._rows(chosen.numel())))
+
+    def _rows(self, choices: int) -> tuple[int, ...]:
         self.waits += 1
-        each, rest = divmod(chosen.numel(), self.experts)
-        return compute(x, chosen, weights, tuple(each + (index < rest) for index in range(self.experts)))
+        each, rest = divmod(choices, self.experts)
+        return tuple(each + (index < rest) for index in range(self.experts))
 
 
 def supply_rows(model: CausalLM) -> list[EqualShares]:

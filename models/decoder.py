@@ -21,6 +21,7 @@ from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear, keeping_dense
 from models.blocks.norm import RMSNorm
+from models.blocks.recomputed import FirstPass
 from models.blocks.usage import ExpertUsage, RouterWatch
 from models.generation.engine import Generated, generate
 from models.generation.sampling import GREEDY, Sampling
@@ -247,14 +248,15 @@ class CausalLM(nn.Module):
 
     def _contexts(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         """Around a layer's computation and its recomputation, which must not count the experts' choices again."""
-        return keeping_dense(), self._again()
+        first = FirstPass()
+        return self._within(first.computing()), self._within(first.again(), *(w.paused() for w in self.watches))
 
     @contextlib.contextmanager
-    def _again(self) -> Iterator[None]:
+    def _within(self, *contexts: contextlib.AbstractContextManager[None]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(keeping_dense())
-            for watch in self.watches:
-                stack.enter_context(watch.paused())
+            for context in contexts:
+                stack.enter_context(context)
             yield
 
 

@@ -6,8 +6,8 @@ computed there by the block of models/experts/block.py, and comes back weighted;
 float32, in the order of its choices. Gradients are exchanged the same way in the other direction.
 
 Time: five exchanges of rows per layer and step (two forward, one in the recomputation of activation checkpointing, two
-backward) and one small exchange of counts before each forward one. The host waits for the device once, for the counts:
-it must know how much to send and to expect.
+backward) and one small exchange of counts before the first. The host waits for the device once, for the counts: it must
+know how much to send and to expect. The recomputation and the backward pass send as much as the first pass did.
 
 Memory: what a process receives is kept for the backward pass, n rows [n, H] in the dtype of x: N·K on average, which is
 K times what the layer of one process keeps, and P·N·K when all tokens choose the experts of one process. Activation
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.blocks.recomputed import kept
 from models.experts.block import LocalExperts
 from models.experts.routing import count_choices
 from models.experts.torch_form import combine
@@ -32,10 +33,17 @@ from models.experts.torch_form import combine
 
 @dataclass(frozen=True)
 class _Routes:
-    """How many rows go to each process of the group, and how many come from each."""
+    """Which rows go to which process of the group, and which come from each.
 
+    slots: int64 [N·K], the slot token·K + choice of every row that is sent, by expert. sent, received: rows by process.
+    expert: int64 [n], the expert of every row received, numbered from 0. rows: how many each expert has.
+    """
+
+    slots: Tensor
     sent: list[int]
     received: list[int]
+    expert: Tensor
+    rows: tuple[int, ...]
     group: dist.ProcessGroup
 
     def dispatch(self, rows: Tensor) -> Tensor:
@@ -69,54 +77,57 @@ class ExpertExchange:
         N may differ between the processes and may be 0. Every process must call it, and have gradients flow back or
         not, as the others do.
         """
-        processes, choices, flat = self.group.size(), chosen.shape[1], chosen.flatten()
-        slots = torch.argsort(flat, stable=True)  # the slot token·K + choice of every row that is sent, by expert
+        routes, choices = kept(lambda: self._routes(chosen)), chosen.shape[1]
+        arrived = _Send.apply(x, choices, routes)
+        arrived_weights = _Send.apply(weights.reshape(-1, 1), 1, routes)
+        return _Return.apply(compute(arrived, routes.expert[:, None], arrived_weights, routes.rows), choices, routes)
+
+    def _routes(self, chosen: Tensor) -> _Routes:
+        processes, flat = self.group.size(), chosen.flatten()
         mine = count_choices(flat, self.experts)
         theirs = torch.empty_like(mine)  # by sender and local expert
         dist.all_to_all_single(theirs, mine, group=self.group)
-        counts = torch.stack((mine, theirs)).view(2, processes, -1).tolist()  # the wait for the device
+        counts = self.on_host(torch.stack((mine, theirs)).view(2, processes, -1))
         sent, received = ([sum(of_process) for of_process in side] for side in counts)
-        routes = _Routes(sent, received, self.group)
         rows = tuple(sum(of_expert) for of_expert in zip(*counts[1], strict=True))
-
-        expert = torch.arange(len(rows), device=x.device).repeat(processes)
+        expert = torch.arange(len(rows), device=chosen.device).repeat(processes)
         expert = expert.repeat_interleave(theirs, output_size=sum(received))
-        arrived = _Send.apply(x, slots, choices, routes)
-        arrived_weights = _Send.apply(weights.reshape(-1, 1), slots, 1, routes)
-        return _Return.apply(compute(arrived, expert[:, None], arrived_weights, rows), slots, choices, routes)
+        return _Routes(torch.argsort(flat, stable=True), sent, received, expert, rows, self.group)
+
+    def on_host(self, counts: Tensor) -> list[list[list[int]]]:
+        """int64 [2, P, E/P], rows sent by owner and received by sender: the one wait for the device."""
+        numbers: list[list[list[int]]] = counts.tolist()
+        return numbers
 
 
 # Two autograd functions, each the other's transpose. Nothing after the experts is saved for the backward pass: under
 # activation checkpointing a layer's recomputation still ends at the experts, with their input that has travelled once
-# more, before they are multiplied (models/experts/block.py). `_Return` therefore keeps the first computation's slots,
-# 8 bytes a row, as an attribute. Routing is computed from the same bits both times, so they are those of the
-# recomputation too.
+# more, before they are multiplied (models/experts/block.py). Routes are those of the first computation both times
+# (`kept`), 16 bytes a row, and no part of what is saved.
 
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Tensor, choices: int, routes: _Routes) -> Tensor:
+    def forward(ctx: Any, x: Tensor, choices: int, routes: _Routes) -> Tensor:
         """x [N, H], K = `choices` rows of each token: [n, H]."""
-        ctx.save_for_backward(slots)
         ctx.choices, ctx.routes = choices, routes
-        return routes.dispatch(x.index_select(0, slots // choices))
+        return routes.dispatch(x.index_select(0, routes.slots // choices))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slots,) = ctx.saved_tensors
-        return _by_token(ctx.routes.collect(grads[0]), slots, ctx.choices), None, None, None
+        return _by_token(ctx.routes.collect(grads[0]), ctx.routes.slots, ctx.choices), None, None
 
 
 class _Return(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, slots: Tensor, choices: int, routes: _Routes) -> Tensor:
+    def forward(ctx: Any, y: Tensor, choices: int, routes: _Routes) -> Tensor:
         """y [n, H]: [N, H], each token the sum of its K rows."""
-        ctx.slots, ctx.choices, ctx.routes = slots, choices, routes
-        return _by_token(routes.collect(y), slots, choices)
+        ctx.choices, ctx.routes = choices, routes
+        return _by_token(routes.collect(y), routes.slots, choices)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.routes.dispatch(grads[0].index_select(0, ctx.slots // ctx.choices)), None, None, None
+        return ctx.routes.dispatch(grads[0].index_select(0, ctx.routes.slots // ctx.choices)), None, None
 
 
 def _by_token(rows: Tensor, slots: Tensor, choices: int) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import ExpertWeights, trained
+from models.blocks.recomputed import kept
 from models.experts import kernel_form, torch_form
 from models.experts.routing import Routing
 from quant.kinds import new_storage
@@ -104,9 +105,12 @@ class Experts(nn.Module):
     def _local(self, x: Tensor, chosen: Tensor, weights: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """A LocalExperts."""
         way = kernel_form if kernel_form.usable(x.device, chosen.numel(), self.experts) else torch_form
-        routing = Routing.by_expert(chosen, self.experts, rows)
-        if way is torch_form:
-            routing = routing.on_host()  # the block's one wait for the device
+
+        def route() -> Routing:
+            routing = Routing.by_expert(chosen, self.experts, rows)
+            return routing.on_host() if way is torch_form else routing  # the block's one wait for the device
+
+        routing = kept(route)
         tensors: list[Tensor | None] = []
         for projection in (self.gate_up_proj, self.down_proj):
             lora = projection.lora

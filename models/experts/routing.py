@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from models.kernels.routing import rows_by_expert
+from quant.kernels.choice import uses
 from quant.products import Groups
 
 
@@ -38,6 +40,11 @@ class Routing:
     @staticmethod
     def by_expert(chosen: Tensor, experts: int, rows: tuple[int, ...] | None = None) -> Routing:
         """Of choices int64 [N, K]. rows: as the attribute, where they are known already."""
+        if uses(rows_by_expert, chosen.device):
+            slots = chosen.new_empty(chosen.numel())
+            ends = torch.empty(experts, dtype=torch.int32, device=chosen.device)
+            rows_by_expert(chosen.contiguous(), slots=slots, ends=ends)
+            return Routing(slots, ends, rows)
         # Stable: the rows of an expert keep the order of tokens, so a run repeats bit for bit.
         experts_of_rows, slots = chosen.flatten().sort(stable=True)
         numbers = torch.arange(experts, device=chosen.device)

@@ -13,7 +13,17 @@ import torch
 import quant.kernels.dequantise
 import quant.kernels.grouped
 import quant.kernels.rounding  # noqa: F401
-from models.kernels import delta_gates, expert_rows, gates, latent_keys, rms_norm, rotary, router, short_conv  # noqa: F401
+from models.kernels import (  # noqa: F401
+    delta_gates,
+    expert_rows,
+    gates,
+    latent_keys,
+    rms_norm,
+    rotary,
+    router,
+    routing,
+    short_conv,
+)
 from quant.kernels.choice import KERNELS, Arguments
 
 CPU = torch.device("cpu")
