@@ -151,7 +151,7 @@ class DecoderLayer(nn.Module):
 
     def up_to_last_norm(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """x after the attention, and the output of the feed-forward half: [N, H] each."""
-        x, normed = self.input_layernorm.after(x)
+        x, normed = self.input_layernorm.after(x, room=self.self_attn.room())
         attended = self.self_attn(normed, documents, tables if self.sliding else None)
         x, normed = self.pre_mlp_layernorm.after(x, self.post_attention_layernorm(attended))
         return x, self.mlp(normed)

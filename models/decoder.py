@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.attention.gqa import GroupedQueryAttention
+from models.attention.mla import LatentAttention
 from models.attention.rope import RopeConfig
 from models.blocks.balance import Balance
 from models.blocks.documents import Documents
@@ -90,7 +92,13 @@ class Embedding(nn.Module):
 class PreNormLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): what most architectures' layers are. norm: makes one, by size."""
 
-    def __init__(self, hidden: int, attention: nn.Module, mlp: nn.Module, norm: Callable[[int], RMSNorm]) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        attention: LatentAttention | GroupedQueryAttention,
+        mlp: nn.Module,
+        norm: Callable[[int], RMSNorm],
+    ) -> None:
         super().__init__()
         self.input_layernorm = norm(hidden)
         self.self_attn = attention
@@ -99,7 +107,7 @@ class PreNormLayer(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, H] and the rotary tables of its positions: [N, H]."""
-        x, normed = self.input_layernorm.after(x)
+        x, normed = self.input_layernorm.after(x, room=self.self_attn.room())
         x, normed = self.post_attention_layernorm.after(x, self.self_attn(normed, documents, tables))
         return x + self.mlp(normed)
 

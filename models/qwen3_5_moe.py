@@ -256,7 +256,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(c, factory)
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
-        x, normed = self.input_layernorm.after(x)
+        x, normed = self.input_layernorm.after(x, room=0 if self.linear else self.self_attn.room())
         mixed = self.linear_attn(normed, documents) if self.linear else self.self_attn(normed, documents, tables)
         x, normed = self.post_attention_layernorm.after(x, mixed)
         return x + self.mlp(normed)

@@ -21,7 +21,7 @@ from models.attention.rope import normed_and_rotated
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear, together
+from models.blocks.linear import Linear, room, together
 from models.blocks.mlp import times_sigmoid
 from models.blocks.norm import RMSNorm
 from quant.common.errors import NibbleError
@@ -95,11 +95,18 @@ class GroupedQueryAttention(nn.Module):
             assert norm is not None
             self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)
 
+    def projections(self) -> list[Linear]:
+        """Of the input."""
+        return [self.q_proj, self.k_proj, self.v_proj, *((self.gate_proj,) if self.config.gate == "gate_proj" else ())]
+
+    def room(self) -> int:
+        """Of the input: see models/blocks/linear.py::room."""
+        return room(*self.projections())
+
     def forward(self, x: Tensor, documents: Documents, tables: Tables | None) -> Tensor:
         """x [N, H] and the rotary tables of its positions (None: no positions): [N, H]."""
         c = self.config
-        projections = [self.q_proj, self.k_proj, self.v_proj, *((self.gate_proj,) if c.gate == "gate_proj" else ())]
-        query, key, value, *gates = together(x, *projections)
+        query, key, value, *gates = together(x, *self.projections())
         query, key, value = (part.unflatten(-1, (-1, c.head_dim)) for part in (query, key, value))
         gate = gates[0] if gates else None
         if c.gate == "q_proj":

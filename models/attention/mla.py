@@ -24,7 +24,7 @@ from models.blocks.configjson import refuse_unread
 from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear, together
+from models.blocks.linear import Linear, room, together
 from models.blocks.norm import RMSNorm
 from models.kernels.latent_keys import latent_keys, usable
 from quant.common.errors import NibbleError
@@ -103,16 +103,21 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, H] and the rotary tables float32 [N, rope_dim/2] of its positions: [N, H]."""
-        query, _, narrow = self.projected(x, tables)
+        query, _, narrow = self.projected(x, tables, room=room(self.q_b_proj) if self.config.query_rank else 0)
         if isinstance(documents, Continued):
             out = self.continued(query, self.kept(narrow, tables), documents)
         else:
             out = causal_attention(query, *self.keys_and_values(narrow, tables), documents, self.config.scale)
         return self.o_proj(out.flatten(1))
 
-    def projected(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def room(self) -> int:
+        """Of the input: see models/blocks/linear.py::room."""
+        return room(self.q_proj if self.config.query_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa)
+
+    def projected(self, x: Tensor, tables: tuple[Tensor, Tensor], room: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, h, key_dim]; what they are expanded from, [N, query_rank] or x; what keys and values are made of,
         [N, latent_rank + rope_dim]: their latent before its norm, and the key of all heads before its rotation.
+        room: beside what queries are expanded from.
         """
         c = self.config
         if c.query_rank is None:
@@ -120,7 +125,7 @@ class LatentAttention(nn.Module):
             query, narrow = together(x, self.q_proj, self.kv_a_proj_with_mqa)
         else:
             latent, narrow = together(x, self.q_a_proj, self.kv_a_proj_with_mqa)
-            latent = self.q_a_layernorm(latent)
+            latent = self.q_a_layernorm(latent, room)
             query = self.q_b_proj(latent)
         query = rotate_last(query.unflatten(-1, (c.heads, c.key_dim)), tables, interleaved=c.interleaved)
         return query, latent, narrow
@@ -135,9 +140,10 @@ class LatentAttention(nn.Module):
         """Keys [N, h, key_dim] and values [N, h, value_dim]."""
         c = self.config
         latent, shared_key = narrow.split((c.latent_rank, c.rope_dim), dim=-1)
-        latent = self.kv_a_layernorm(latent)
         if usable(narrow.device):
+            latent = self.kv_a_layernorm(latent, room(self.kv_b_proj))
             return latent_keys(self.wide(latent), shared_key, tables, c.nope_dim, interleaved=c.interleaved)
+        latent = self.kv_a_layernorm(latent)
         return self.expanded(latent, rotate(shared_key[:, None], tables, interleaved=c.interleaved))
 
     def expanded(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,15 @@
 
 A layer owns a Storage (how the frozen weight is kept) and, when it is adapted, a LoRA (Hu et al. 2021,
 arXiv:2106.09685). Neither knows the other: y = x Wᵀ + s · (x Aᵀ) Bᵀ, with the low-rank product added to the same
-float32- or bfloat16-accumulated result, so that B = 0 leaves every bit of the base's output as it is.
+float32- or bfloat16-accumulated result, so that B = 0 leaves every bit of the base's output as it is; where an
+accelerator makes one product of both (`room`), it adds zeros to that product's sums.
 
 Shapes: N tokens, E experts, R rank.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from models.blocks.factory import Factory
 from quant.common.devices import on_cpu
+from quant.fourbit import dense_together, together_at_once
 from quant.products import product_dtype, without_autocast
 from quant.storage import Storage
 
@@ -139,14 +142,88 @@ def together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """What each of the layers makes of the same x [N, in].
 
     In fewer operations than one after another: the A of all LoRA are multiplied at once, and the products that give
-    the gradient of x add to one another.
+    the gradient of x add to one another. x may be [N, in + room(*layers)], whose last columns are written here.
     """
+    beside = x.shape[1] - layers[0].in_features
+    if beside and beside == room(*layers):
+        pairs = [(layer.lora.A, layer.lora.B) if layer.lora is not None else (None, None) for layer in layers]
+        joined: tuple[Tensor, ...] = _SideBySide.apply(x, layers, *itertools.chain(*pairs))
+        return joined
+    if beside:
+        x = x[:, : layers[0].in_features]
     tensors: list[Tensor | None] = []
     for layer in layers:
         a, b = (layer.lora.A, layer.lora.B) if layer.lora is not None else (None, None)
         tensors += [trained(layer.weight), layer.bias, a, b]
     out: tuple[Tensor, ...] = _LoRALinear.apply(x, layers, *tensors)
     return out
+
+
+def room(*layers: Linear) -> int:
+    """How many columns beside their x [N, in] these layers want for x Aᵀ, where that makes their LoRA a part of the
+    products with their dense weights. None on a CPU. They are to be used by these layers alone, together.
+    """
+    loras = [layer.lora for layer in layers if layer.lora is not None]
+    columns = sum(lora.rank for lora in loras)
+    # Rows of a multiple of 16 bytes; one factor for all that is joined.
+    fit = columns % 8 == 0 and len({lora.scaling for lora in loras}) == 1
+    plain = all(layer.bias is None for layer in layers)
+    return columns if fit and plain and together_at_once([layer.weight for layer in layers]) else 0
+
+
+class _SideBySide(torch.autograd.Function):
+    """`together` where x has room: [x, s · x Aᵀ] times dense weights with B beside them. Gradients come likewise: dy
+    times both is dx beside dy B. Sums are the products' own; an untrained B adds zeros to them.
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, x: Tensor, layers: tuple[Linear, ...], *pairs: Tensor | None) -> tuple[Tensor, ...]:
+        sizes = [layer.out_features for layer in layers]
+        columns, height = layers[0].in_features, sum(sizes)
+        dense = _side_by_side(x, layers, pairs)
+        scale = next(layer.lora.scaling for layer in layers if layer.lora is not None)
+        x[:, columns:].addmm_(x[:, :columns], dense[height:, :columns].t(), beta=0, alpha=scale)
+        ctx.save_for_backward(x, dense if _keeps_dense.get() else None, *pairs)
+        ctx.layers, ctx.scale = layers, scale
+        return torch.mm(x, dense[:height].t()).split(sizes, 1)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, dense, *pairs = ctx.saved_tensors
+        layers: tuple[Linear, ...] = ctx.layers
+        sizes = [layer.out_features for layer in layers]
+        columns, height = layers[0].in_features, sum(sizes)
+        if dense is None:
+            dense = _side_by_side(x, layers, pairs)
+        needs_x = ctx.needs_input_grad[0]
+        first = 0 if needs_x else columns
+        d = torch.empty_like(x)
+        for index, (dy, part) in enumerate(zip(grads, dense[:height].split(sizes), strict=True)):
+            d[:, first:].addmm_(dy, part[:, first:], beta=min(index, 1))
+        d_inner, rows = d[:, columns:], x[:, :columns]
+        d_a = dense.new_empty(d_inner.shape[1], columns)
+        d_a.addmm_(d_inner.t(), rows, beta=0, alpha=ctx.scale)
+        if needs_x:
+            d[:, :columns].addmm_(d_inner, dense[height:, :columns], alpha=ctx.scale)
+        result: list[Tensor | None] = []
+        each = zip(grads, _parts(x[:, columns:], pairs[1::2]), _parts(d_a, pairs[1::2], dim=0), strict=True)
+        for index, (dy, inner, own) in enumerate(each):
+            needs_a, needs_b = ctx.needs_input_grad[2 + 2 * index :][:2]
+            a, b = pairs[2 * index : 2 * index + 2]
+            result.append(own.to(a.dtype) if needs_a and own is not None and a is not None else None)
+            wanted = needs_b and inner is not None and b is not None
+            result.append(torch.mm(dy.t(), inner).to(b.dtype) if wanted else None)  # type: ignore[arg-type]
+        return d if needs_x else None, None, *result
+
+
+def _side_by_side(x: Tensor, layers: Sequence[Linear], pairs: Sequence[Tensor | None]) -> Tensor:
+    """Dense weights, and A and B, of all layers: [Σ out + Σ R, in + Σ R]."""
+    ranks = x.shape[1] - layers[0].in_features
+    dense = x.new_empty(sum(layer.out_features for layer in layers) + ranks, x.shape[1])
+    dense_together([layer.weight for layer in layers], pairs[0::2], pairs[1::2], out=dense)
+    return dense
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -224,8 +301,12 @@ def _base_products(rows: Tensor, layers: Sequence[Linear]) -> Sequence[tuple[Ten
         return [(None, None)] * len(layers)
     joined = rows.new_empty(sum(sizes), rows.shape[1])
     weights = joined.split(sizes)
-    for layer, weight in zip(layers, weights, strict=True):
-        layer.weight.dense(out=weight)
+    if together_at_once([layer.weight for layer in layers]):
+        nothing = [None] * len(layers)
+        dense_together([layer.weight for layer in layers], nothing, nothing, out=joined)
+    else:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.dense(out=weight)
     return list(zip(torch.mm(rows, joined.t()).split(sizes, 1), weights, strict=True))
 
 

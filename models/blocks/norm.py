@@ -28,17 +28,19 @@ class RMSNorm(nn.Module):
         self.weight = factory.full(1.0, size)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, room: int = 0) -> Tensor:
+        """room: columns beside the result that nothing is written to (models/blocks/linear.py::room)."""
         if usable(x.device):
-            return rms_norm(x, self.weight, self.eps, self.offset)
-        return self.in_torch(x)
+            return rms_norm(x, self.weight, self.eps, self.offset, room)
+        out = self.in_torch(x)
+        return F.pad(out, (0, room)) if room else out
 
-    def after(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def after(self, x: Tensor, update: Tensor | None = None, room: int = 0) -> tuple[Tensor, Tensor]:
         """x + update, or x itself, and its norm: for a residual stream, whose gradients are then summed at once."""
         if usable(x.device):
-            return add_and_norm(x, update, self.weight, self.eps, self.offset)
+            return add_and_norm(x, update, self.weight, self.eps, self.offset, room)
         x = x if update is None else x + update
-        return x, self(x)
+        return x, self(x, room)
 
     def in_torch(self, x: Tensor) -> Tensor:
         if self.weight.dtype != x.dtype:

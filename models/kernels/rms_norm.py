@@ -19,7 +19,7 @@ from quant.kernels.language import blocks, jit, launch, tl
 
 @jit
 def _rms_norm(
-    x, update, weight, out, inverse, total, rows, columns, x_row, update_row, eps, offset,
+    x, update, weight, out, inverse, total, rows, columns, x_row, update_row, out_row, eps, offset,
     ADDED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Program i: ROWS rows."""
@@ -36,7 +36,8 @@ def _rms_norm(
     scale = tl.rsqrt(tl.sum(values * values, 1) / columns + eps)
     tl.store(inverse + row, scale, mask=row < rows)
     factor = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32) + offset
-    tl.store(out + at, (values * scale[:, None] * factor[None, :]).to(out.dtype.element_ty), mask=there)
+    target = out + row[:, None] * out_row + column[None, :]
+    tl.store(target, (values * scale[:, None] * factor[None, :]).to(out.dtype.element_ty), mask=there)
 
 
 @jit
@@ -68,7 +69,7 @@ def _run(
     launch(
         _rms_norm, (blocks(count, rows),),
         x, x if update is None else update, weight, out, inverse, out if total is None else total,
-        count, columns, x.stride(0), 0 if update is None else update.stride(0), eps, offset,
+        count, columns, x.stride(0), 0 if update is None else update.stride(0), out.stride(0), eps, offset,
         ADDED=update is not None, ROWS=rows, B=width, warps=warps,
     )  # fmt: skip
 
@@ -120,7 +121,7 @@ def _trials(device: torch.device) -> Iterator[Arguments]:
     for rows, columns, wide, dtype, weight_dtype, added, offset in _TRIALS:
         x, update = (torch.randn(rows, wide, generator=generator).to(device, dtype)[:, :columns] for _ in range(2))
         weight = torch.randn(columns, generator=generator).to(device, weight_dtype)
-        outputs = {"out": x.new_empty(rows, columns), "inverse": x.new_empty(rows, dtype=torch.float32)}
+        outputs = {"out": x.new_empty(rows, wide)[:, :columns], "inverse": x.new_empty(rows, dtype=torch.float32)}
         if added:
             outputs["total"] = x.new_empty(rows, columns)
         yield (x, update if added else None, weight, 1e-5, offset), outputs
@@ -134,7 +135,7 @@ def _trials_backward(device: torch.device) -> Iterator[Arguments]:
         yield (grad, update, x, weight, inverse, offset), {"dx": torch.empty_like(outputs["out"])}
 
 
-# x, update [n, d] with any distance between rows, weight [d], out and total contiguous [n, d], inverse float32 [n]:
+# x, update, out [n, d] with any distance between rows, weight [d], total contiguous [n, d], inverse float32 [n]:
 # total = x + update, or x where there is none; inverse of the root of its mean square; out = total · inverse ·
 # (weight + offset).
 rms_norm_forward = kernel(
@@ -164,32 +165,38 @@ def usable(device: torch.device) -> bool:
     return uses(rms_norm_forward, device) and uses(rms_norm_backward, device)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """x [..., d] over the root of its mean square, times weight + offset: in the dtype of x."""
-    out: Tensor = _RMSNorm.apply(x, None, weight, eps, offset)[1]
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, room: int = 0) -> Tensor:
+    """x [..., d] over the root of its mean square, times weight + offset: [..., d + room] in the dtype of x, with
+    nothing written to the last `room` columns.
+    """
+    out: Tensor = _RMSNorm.apply(x, None, weight, eps, offset, room)[1]
     return out
 
 
-def add_and_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+def add_and_norm(
+    x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float, room: int = 0
+) -> tuple[Tensor, Tensor]:
     """x + update (x where there is none), and its norm. The gradients of both are summed where x's is computed."""
-    total, out = _RMSNorm.apply(x, update, weight, eps, offset)
+    total, out = _RMSNorm.apply(x, update, weight, eps, offset, room)
     return total, out
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float
+        ctx: Any, x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float, room: int
     ) -> tuple[Tensor, Tensor]:
-        rows = rows_of(x)
-        out, inverse = x.new_empty(x.shape), x.new_empty(len(rows), dtype=torch.float32)
+        rows, columns = rows_of(x), x.shape[-1]
+        inverse = x.new_empty(len(rows), dtype=torch.float32)
+        out = x.new_empty(*x.shape[:-1], columns + room)
+        written = rows_of(out)[:, :columns]
         total = x
         if update is None:
-            rms_norm_forward(rows, None, weight, eps, offset, out=rows_of(out), inverse=inverse)
+            rms_norm_forward(rows, None, weight, eps, offset, out=written, inverse=inverse)
         else:
-            total = torch.empty_like(out)
+            total = x.new_empty(x.shape)
             rms_norm_forward(
-                rows, rows_of(update), weight, eps, offset, out=rows_of(out), inverse=inverse, total=rows_of(total)
+                rows, rows_of(update), weight, eps, offset, out=written, inverse=inverse, total=rows_of(total)
             )
         ctx.save_for_backward(total, weight, inverse)
         ctx.offset = offset
@@ -201,15 +208,16 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         total_grad, grad = grads
         x, weight, inverse = ctx.saved_tensors
-        needs_x, needs_update, needs_weight, _, _ = ctx.needs_input_grad
+        needs_x, needs_update, needs_weight, *_ = ctx.needs_input_grad
         dx = dw = None
         if grad is None:
-            return total_grad, total_grad if needs_update else None, None, None, None
+            return total_grad, total_grad if needs_update else None, None, None, None, None
+        grad = rows_of(grad)[:, : x.shape[-1]]
         if needs_x or needs_update:
             dx = x.new_empty(x.shape)
             summed = None if total_grad is None else rows_of(total_grad)
-            rms_norm_backward(rows_of(grad), summed, rows_of(x), weight, inverse, ctx.offset, dx=rows_of(dx))
+            rms_norm_backward(grad, summed, rows_of(x), weight, inverse, ctx.offset, dx=rows_of(dx))
         if needs_weight:
             unit = rows_of(x).to(torch.float32) * inverse[:, None]
-            dw = (rows_of(grad).to(torch.float32) * unit).sum(0).to(weight.dtype)
-        return dx if needs_x else None, dx if needs_update else None, dw, None, None
+            dw = (grad.to(torch.float32) * unit).sum(0).to(weight.dtype)
+        return dx if needs_x else None, dx if needs_update else None, dw, None, None, None

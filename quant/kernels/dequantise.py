@@ -16,7 +16,24 @@ from quant.kernels.language import blocks, jit, launch, power_of_two, tl
 
 BLOCK = 64  # values that share a scale
 NESTED_BLOCK = 256  # scales that share a nested scale
-_BLOCKS_AT_A_TIME = 64  # of a program: 16 packed bytes for each of its threads
+BLOCKS_AT_A_TIME = 64  # of a program: 16 packed bytes for each of its threads
+
+
+@jit
+def decoded(
+    packed, absmax, nested_absmax, nested_offset, code, scales_map, there, block, nested, matrix,
+    NESTED: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """The values float32 [G, 2 · HALF] of G blocks, with nested scales at `nested`."""
+    if NESTED:
+        index = tl.load(absmax + block, mask=there, other=0).to(tl.int32)
+        scale = tl.load(scales_map + index) * tl.load(nested_absmax + nested, mask=there, other=0.0)
+        scale += tl.load(nested_offset + matrix)
+    else:
+        scale = tl.load(absmax + block, mask=there, other=0.0)
+    pairs = tl.load(packed + block[:, None] * HALF + tl.arange(0, HALF)[None, :], mask=there[:, None], other=0)
+    pairs = pairs.to(tl.int32)
+    return tl.interleave(tl.load(code + (pairs >> 4)) * scale[:, None], tl.load(code + (pairs & 15)) * scale[:, None])
 
 
 @jit
@@ -40,17 +57,10 @@ def _four_bit(
     block = tl.program_id(0) * G + tl.arange(0, G)
     there = block < blocks_each
     scale_at = matrix * blocks_each + block
-    if NESTED:
-        index = tl.load(absmax + scale_at, mask=there, other=0).to(tl.int32)
-        nested = tl.load(nested_absmax + matrix * nested_each + block // NESTED_BLOCK, mask=there, other=0.0)
-        scale = tl.load(scales_map + index) * nested + tl.load(nested_offset + matrix)
-    else:
-        scale = tl.load(absmax + scale_at, mask=there, other=0.0)
-    at = tl.arange(0, HALF)
-    pairs = tl.load(packed + scale_at[:, None] * HALF + at[None, :], mask=there[:, None], other=0).to(tl.int32)
-    even = tl.load(code + (pairs >> 4)) * scale[:, None]
-    odd = tl.load(code + (pairs & 15)) * scale[:, None]
-    values = tl.interleave(even, odd).to(out.dtype.element_ty)
+    values = decoded(
+        packed, absmax, nested_absmax, nested_offset, code, scales_map, there, scale_at,
+        matrix * nested_each + block // NESTED_BLOCK, matrix, NESTED, HALF,
+    ).to(out.dtype.element_ty)  # fmt: skip
     column = tl.arange(0, 2 * HALF)
     tl.store(out + scale_at[:, None] * (2 * HALF) + column[None, :], values, mask=there[:, None])
 
@@ -70,14 +80,14 @@ def _run_four_bit(
     nested = nested_absmax is not None
     launch(
         _four_bit,
-        (blocks(each, _BLOCKS_AT_A_TIME), matrices),
+        (blocks(each, BLOCKS_AT_A_TIME), matrices),
         packed, absmax, nested_absmax if nested else code, nested_offset if nested else code, code, scales_map, out,
         each, nested_absmax.shape[-1] if nested_absmax is not None else 0,
-        NESTED=nested, G=_BLOCKS_AT_A_TIME, HALF=BLOCK // 2, NESTED_BLOCK=NESTED_BLOCK, fuse=False,
+        NESTED=nested, G=BLOCKS_AT_A_TIME, HALF=BLOCK // 2, NESTED_BLOCK=NESTED_BLOCK, fuse=False,
     )  # fmt: skip
 
 
-def _reference_four_bit(
+def reference_four_bit(
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
@@ -128,7 +138,7 @@ dequantise_four_bit = kernel(
     "(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, Tensor code, Tensor scales_map, *,"
     " Tensor(a!) out) -> ()",
     run=_run_four_bit,
-    reference=_reference_four_bit,
+    reference=reference_four_bit,
     trials=_four_bit_trials,
     tolerance=0.0,
 )

@@ -12,7 +12,8 @@ import torch
 
 import quant.kernels.dequantise
 import quant.kernels.grouped
-import quant.kernels.rounding  # noqa: F401
+import quant.kernels.rounding
+import quant.kernels.side_by_side  # noqa: F401
 from models.kernels import (  # noqa: F401
     delta_gates,
     expert_rows,
