@@ -1,5 +1,5 @@
-"""What happens to the experts' rows before, between and after their products, a launch each: which they are, SwiGLU, its
-gradients, and the sum of a token's slots.
+"""What happens to the experts' rows before, between and after their products, a launch each: which they are, SwiGLU,
+its gradients, and the sum of a token's slots.
 
 Float32 inside, rounded once.
 
