@@ -44,21 +44,27 @@ def parser() -> argparse.ArgumentParser:
     add("--layers", type=int, help="fewer layers than the model has")
     add("--length", type=int, default=LaunchCase.length, help="tokens of a sequence (default: %(default)s)")
     add("--sequences", type=int, default=LaunchCase.sequences, help="packed into a step (default: %(default)s)")
+    add("--processes", type=int, default=1, help="that FSDP2 cuts the model over; one of them is counted")
+    add("--expert", type=int, default=1, help="of them, how many the experts are distributed over")
     add("--json", type=Path, metavar="FILE", help="write everything counted to FILE")
     return made
+
+
+def _cut(case: LaunchCase) -> str:
+    return f", one of {case.processes} processes, expert {case.expert}" if case.processes > 1 else ""
 
 
 def case_row(name: str, case: LaunchCase, step: Step) -> list[str]:
     layers = len(step.layers)
     return [
-        f"{name}, {layers} layers, {case.storage}, {case.adapter_dtype} LoRA, {case.kernels}",
+        f"{name}, {layers} layers, {case.storage}, {case.adapter_dtype} LoRA, {case.kernels}" + _cut(case),
         f"{step.per_moe_layer:,.0f}",
         f"{step.total.launches / layers:,.0f}",
         f"{step.total.launches:,}",
-        f"{step.update:,}",
+        f"{step.update:,}" if case.processes == 1 else "–",
         f"{step.waits:,}",
         f"{step.weights / GiB:.2f}",
-        f"{step.peak / GiB:.2f}",
+        f"{step.peak / GiB:.2f}" if case.processes == 1 else "–",  # FSDP2 empties storages, which isn't followed
         f"{step.total.seconds:.2f}",
         f"{step.cpu_seconds:.0f}",
     ]
@@ -85,14 +91,18 @@ def cases(arguments: argparse.Namespace) -> list[tuple[str, LaunchCase]]:
         case = LaunchCase(
             full_config(arch, arguments.layers), storage, dtype, targets, arguments.rank, kernels=kernels,
             sequences=arguments.sequences, length=arguments.length,
+            processes=arguments.processes, expert=arguments.expert,
         )  # fmt: skip
         found.append((FULL[arch][0], case))
     return found
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if min(arguments.length, arguments.sequences, arguments.rank, arguments.layers or 1) < 1:
-        raise NibbleError("--layers, --length, --sequences and --rank are numbers from 1 on.")
+    counted = (arguments.length, arguments.sequences, arguments.rank, arguments.layers or 1, arguments.expert)
+    if min(counted) < 1 or arguments.processes % arguments.expert:
+        raise NibbleError("all numbers are from 1 on, and --processes is a multiple of --expert.")
+    if arguments.processes > 1 and "torch" in arguments.kernels and "nf4" in arguments.storage:
+        raise NibbleError("bitsandbytes' operators take no fake tensors; count --kernels torch with --storage int8.")
     from benchmarks.launches_step import measure  # imports torch
 
     rows, kept = [], []

@@ -26,6 +26,8 @@ class LaunchCase:
     """config: as config.json has it. storage: nf4 (with double quantisation), int8 or none. targets, rank and
     adapter_dtype: of LoRA. kernels: one of KERNELS.
     optimizer: its states take memory. sequences of `length` tokens are packed into the step.
+    processes: that the model is cut over with FSDP2, of which one is counted; expert: that the experts are distributed
+    over.
     """
 
     config: dict[str, Any]
@@ -37,6 +39,8 @@ class LaunchCase:
     kernels: str = "triton"
     sequences: int = 2
     length: int = 2048
+    processes: int = 1
+    expert: int = 1
 
 
 def full_config(architecture: str, layers: int | None = None) -> dict[str, Any]:

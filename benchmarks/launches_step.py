@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_train import loss_of
 from benchmarks.launches_cases import LaunchCase
+from benchmarks.launches_cut import cut
 from benchmarks.operations import ALL_KINDS, Recorder, Total, kind_of
-from models.adapters.lora import add_lora, trainable_parameters
+from models.adapters.lora import add_lora
 from models.adapters.targets import AdapterSpec
 from models.blocks.documents import Documents
 from models.blocks.recomputed import kept
 from models.decoder import CausalLM
 from models.experts.block import Experts, LocalExperts
 from models.registry import ARCHITECTURES
+from parallel.shards import Shards, local_tensor
 from quant.fourbit import code, dynamic_map
 from quant.kernels.choice import KERNELS, using
 from quant.storage import StorageSpec
@@ -97,10 +99,10 @@ class EqualShares:
 
 
 def supply_rows(model: CausalLM) -> list[EqualShares]:
-    """Of every layer with experts, in their order."""
+    """Of every layer with experts, in their order, but those that hear of their rows from an exchange."""
     shares = []
     for module in model.modules():
-        if isinstance(module, Experts):
+        if isinstance(module, Experts) and module.exchange is None:
             shares.append(EqualShares(module.experts))
             module.exchange = shares[-1]
     return shares
@@ -115,29 +117,41 @@ def measure(case: LaunchCase) -> Step:
 def _measure(case: LaunchCase) -> Step:
     began = time.process_time()
     model = build(case)
+    with cut(model, case.processes, case.expert) if case.processes > 1 else nullcontext(Shards(model)) as shards:
+        step = _count(case, shards)
+    step.cpu_seconds = time.process_time() - began
+    return step
+
+
+def _count(case: LaunchCase, shards: Shards) -> Step:
+    model, named = shards.model, shards.parameters
+    # bitsandbytes reads its tables when an optimiser is made. Its update is that of one process, of smaller tensors.
+    optimizer = build_optimizer(case.optimizer, named, learning_rate=2e-4) if case.processes == 1 else None
+    parts = {name: local_tensor(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    device = next(iter(parts.values())).device
     if case.storage == "nf4":
-        code(case.storage, META), dynamic_map(META)  # made once in a process: no part of a step
-    named = trainable_parameters(model)
-    optimizer = build_optimizer(case.optimizer, named, learning_rate=2e-4)
-    adapter = {id(parameter) for _, parameter in named}
-    tensors = [*model.parameters(), *model.buffers()]
+        code(case.storage, device), dynamic_map(device)  # made once in a process: no part of a step
     # With our own kernels nobody asks for the rows; if anybody did, the meta device would raise.
-    shares = supply_rows(model) if case.kernels == "torch" else []
+    if case.kernels == "torch":
+        supply_rows(model)
 
     recorder = Recorder()
-    recorder.follow(tensors)
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    recorder.follow(value for value in states if isinstance(value, Tensor))
-    documents = Documents.from_lengths([case.length] * case.sequences, META)
-    tokens = torch.empty(case.length * case.sequences, dtype=torch.int64, device=META)
+    recorder.follow(parts.values())
+    if optimizer is not None:
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        recorder.follow(value for value in states if isinstance(value, Tensor))
+    documents = Documents.from_lengths([case.length] * case.sequences, device)
+    tokens = torch.empty(case.length * case.sequences, dtype=torch.int64, device=device)
     recorder.follow((documents.offsets, documents.positions, tokens))
     with _by_layer(model, recorder), recorder:
         loss = loss_of(model, tokens, documents)
         loss.backward()
+        shards.take_gradients()
     del loss
     recorder.place = UPDATE
-    with recorder:
-        optimizer.step()
+    if optimizer is not None:
+        with recorder:
+            optimizer.step()
 
     layers = list(model.model.layers)
     moe = [i for i, layer in enumerate(layers) if any(isinstance(module, Experts) for module in layer.modules())]
@@ -159,11 +173,11 @@ def _measure(case: LaunchCase) -> Step:
     return Step(
         counts, moe, rest, kinds, moe_kinds, dict(sorted(names.items(), key=lambda item: -item[1])),
         update=update,
-        waits=sum(share.waits for share in shares),
-        weights=sum(t.numel() * t.element_size() for t in tensors if id(t) not in adapter),
+        waits=sum(getattr(module.exchange, "waits", 0) for module in model.modules() if isinstance(module, Experts)),
+        weights=sum(t.numel() * t.element_size() for name, t in parts.items() if name not in dict(named)),
         trained=sum(parameter.numel() for _, parameter in named),
         peak=recorder.peak,
-        cpu_seconds=time.process_time() - began,
+        cpu_seconds=0.0,
     )  # fmt: skip
 
 

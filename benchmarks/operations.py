@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel.shards import is_cut
 
 # An H100's, as reached and not as printed: bytes a second; operations a second of products of 16 bits; float32 products
 # run on scalar units unless TF32 is allowed.
@@ -22,6 +25,7 @@ ALLOCATION = 512  # torch's CUDA allocator rounds up to multiples of it
 
 # Kinds of operations, by the beginnings of their names. What begins otherwise is done element by element.
 KINDS: dict[str, tuple[str, ...]] = {
+    "messages": ("_allgather_base_", "_reduce_scatter_base_", "alltoall_base_", "allreduce_"),
     "grouped products": ("_grouped_mm", "grouped_"),
     "products": ("mm", "addmm", "bmm", "baddbmm"),
     "dequantisation": ("dequantize_", "dequantise_"),
@@ -37,9 +41,11 @@ KINDS: dict[str, tuple[str, ...]] = {
 ELEMENT_BY_ELEMENT = "element by element"
 ALL_KINDS = (*KINDS, ELEMENT_BY_ELEMENT)
 # They take memory and launch nothing.
-_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh")
 # On meta they stand for their `out` form (quant/fourbit.py): what they give takes no memory.
 _INTO_OUT = ("dequantize_4bit",)
+# Their schemas don't say that they write into what they are given.
+_WRITE_UNSAID = (*KINDS["messages"], "all_gather_copy_in")
 # Of their first operand they touch only the rows or values that are chosen.
 _GATHERS = ("index_select", "gather", "embedding", "index")
 _SCATTERS = ("index_copy_", "index_put_", "_index_put_impl_", "scatter_", "scatter_add_", "index_add_")
@@ -73,7 +79,8 @@ def kind_of(name: str) -> str:
 
 
 class Recorder(TorchDispatchMode):
-    """Within it, every operation on meta tensors is counted by place and name, and their storages are followed.
+    """Within it, every operation on tensors without values (on the meta device, or fake ones) is counted by place and
+    name, and their storages are followed.
 
     An operation counts as one launch if it gives a tensor with memory of its own or writes into one; views and
     allocations don't. What torch implements as one operator is one, though a sort or a softmax may launch several
@@ -93,7 +100,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given, made = list(_tensors((*args, *kwargs.values()))), list(_tensors((result,)))
-        if any(tensor.is_meta for tensor in (*given, *made)):
+        # What is done to a DTensor itself, FSDP2's view of a part, gives another view.
+        if any(map(_without_values, (*given, *made))) and not any(map(is_cut, (*given, *made))):
             known = {tensor.untyped_storage()._cdata for tensor in given}
             fresh = [tensor for tensor in made if tensor.untyped_storage()._cdata not in known]
             name = func._schema.name.partition("::")[2]
@@ -110,7 +118,7 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if not tensor.is_meta or key in self._storages:
+            if not _without_values(tensor) or key in self._storages:
                 continue
             size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
 
@@ -123,6 +131,10 @@ class Recorder(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
+def _without_values(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
@@ -133,6 +145,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _launches(schema: Any, fresh: list[Tensor]) -> bool:
     """Whether it computes anything: what returns nothing is an assertion or writes into what it is given."""
+    if schema.name.partition("::")[2] in _WRITE_UNSAID:
+        return True
     return schema.is_mutable or not schema.returns or any(tensor.numel() for tensor in fresh)
 
 

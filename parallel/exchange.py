@@ -29,17 +29,21 @@ from models.blocks.recomputed import kept
 from models.experts.block import LocalExperts
 from models.experts.routing import count_choices
 from models.experts.torch_form import combine
+from models.kernels.expert_rows import combine_slots
+from quant.kernels.choice import uses
 
 
 @dataclass(frozen=True)
 class _Routes:
     """Which rows go to which process of the group, and which come from each.
 
-    slots: int64 [N·K], the slot token·K + choice of every row that is sent, by expert. sent, received: rows by process.
+    slots, tokens: int64 [N·K], the slot token·K + choice, and the token, of every row that is sent, by expert.
+    sent, received: rows by process.
     expert: int64 [n], the expert of every row received, numbered from 0. rows: how many each expert has.
     """
 
     slots: Tensor
+    tokens: Tensor
     sent: list[int]
     received: list[int]
     expert: Tensor
@@ -84,18 +88,20 @@ class ExpertExchange:
 
     def _routes(self, chosen: Tensor) -> _Routes:
         processes, flat = self.group.size(), chosen.flatten()
+        slots = torch.argsort(flat, stable=True)
+        tokens = slots // chosen.shape[1]
         mine = count_choices(flat, self.experts)
         theirs = torch.empty_like(mine)  # by sender and local expert
         dist.all_to_all_single(theirs, mine, group=self.group)
-        counts = self.on_host(torch.stack((mine, theirs)).view(2, processes, -1))
+        counts = self.on_host(torch.stack((mine, theirs)).view(2, processes, -1), len(flat))
         sent, received = ([sum(of_process) for of_process in side] for side in counts)
         rows = tuple(sum(of_expert) for of_expert in zip(*counts[1], strict=True))
         expert = torch.arange(len(rows), device=chosen.device).repeat(processes)
         expert = expert.repeat_interleave(theirs, output_size=sum(received))
-        return _Routes(torch.argsort(flat, stable=True), sent, received, expert, rows, self.group)
+        return _Routes(slots, tokens, sent, received, expert, rows, self.group)
 
-    def on_host(self, counts: Tensor) -> list[list[list[int]]]:
-        """int64 [2, P, E/P], rows sent by owner and received by sender: the one wait for the device."""
+    def on_host(self, counts: Tensor, choices: int) -> list[list[list[int]]]:
+        """int64 [2, P, E/P], rows sent by owner and received by sender: the one wait for the device. choices: N·K."""
         numbers: list[list[list[int]]] = counts.tolist()
         return numbers
 
@@ -103,15 +109,15 @@ class ExpertExchange:
 # Two autograd functions, each the other's transpose. Nothing after the experts is saved for the backward pass: under
 # activation checkpointing a layer's recomputation still ends at the experts, with their input that has travelled once
 # more, before they are multiplied (models/experts/block.py). Routes are those of the first computation both times
-# (`kept`), 16 bytes a row, and no part of what is saved.
+# (`kept`), 16 bytes a row sent and 8 a row received, and no part of what is saved.
 
 
 class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, choices: int, routes: _Routes) -> Tensor:
-        """x [N, H], K = `choices` rows of each token: [n, H]."""
+        """x [N, H], K = `choices` rows of each token, or x [N·K, H], a row of each slot, for `choices` 1: [n, H]."""
         ctx.choices, ctx.routes = choices, routes
-        return routes.dispatch(x.index_select(0, routes.slots // choices))
+        return routes.dispatch(x.index_select(0, routes.slots if choices == 1 else routes.tokens))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,9 +133,16 @@ class _Return(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.routes.dispatch(grads[0].index_select(0, ctx.routes.slots // ctx.choices)), None, None
+        return ctx.routes.dispatch(grads[0].index_select(0, ctx.routes.tokens)), None, None
 
 
 def _by_token(rows: Tensor, slots: Tensor, choices: int) -> Tensor:
     """rows [N·K, H] in the order of `slots`: their sums by token [N, H], in float32, in the order of the choices."""
-    return combine(torch.empty_like(rows).index_copy_(0, slots, rows), None, choices, rows.dtype)
+    by_slot = torch.empty_like(rows).index_copy_(0, slots, rows)
+    if choices == 1:
+        return by_slot
+    if not uses(combine_slots, rows.device):
+        return combine(by_slot, None, choices, rows.dtype)
+    out = rows.new_empty(len(rows) // choices, rows.shape[1])
+    combine_slots(by_slot, None, out=out)
+    return out

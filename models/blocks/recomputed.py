@@ -42,7 +42,7 @@ _current: ContextVar[tuple[list[Any], Iterator[Any] | None] | None] = ContextVar
 
 
 def kept(make: Callable[[], _T]) -> _T:
-    """What `make` gives, and in a layer's recomputation what it gave the first time. Nothing of it may need a gradient."""
+    """What `make` gives, and in a layer's recomputation what it gave the first time; nothing that needs a gradient."""
     current = _current.get()
     if current is None:
         return make()
@@ -51,4 +51,4 @@ def kept(make: Callable[[], _T]) -> _T:
         value: _T = next(again)
         return value
     values.append(make())
-    return values[-1]  # type: ignore[no-any-return]
+    return values[-1]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models.kernels.routing import rows_by_expert
+from models.kernels.expert_rows import rows_by_expert
 from quant.kernels.choice import uses
 from quant.products import Groups
 

@@ -22,7 +22,6 @@ from models.kernels import (  # noqa: F401
     rms_norm,
     rotary,
     router,
-    routing,
     short_conv,
 )
 from quant.kernels.choice import KERNELS, Arguments
