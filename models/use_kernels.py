@@ -25,6 +25,7 @@ import models.kernels
 import models.registry  # with every layer that has kernels
 import quant.kernels
 import quant.kernels.rounding  # the optimiser's, which no layer has
+from models.attention import flash
 from quant.common.errors import NibbleError
 from quant.common.files import write_atomically
 from quant.common.jsonfile import parse_json
@@ -42,23 +43,45 @@ def use_kernels(device: torch.device, wanted: str = "auto", *, first: bool = Tru
 
     wanted: auto, all kernels that are right on this device (none on a CPU), or torch, none. first: of the processes on
     this machine; the others come after it, and believe what it has remembered. It says in one line which are left out.
+    FlashAttention 3 or 4, where it is installed (models/attention/flash.py), is decided in the same way; a line says
+    what computes attention.
     """
     use(())
+    flash.use(None)
     if wanted == "torch" or device.type != "cuda":
         return
     torch.cuda.set_device(device)  # Triton launches on the current one
     names, path = sorted(KERNELS), _record(device)
+    attention = flash.offered(device)
+    if attention is not None:
+        names.append(attention)
     wrong = _recall(path, names)
     if wrong is None or (first and wrong):
         wrong = try_apart((*TRIAL, str(device)), names)
         _remember(path, names, wrong)
+    reason = _use_attention(attention, wrong.pop(attention or "", None))
+    names, card = [name for name in names if name != attention], torch.cuda.get_device_name(device)
     use(set(names) - set(wrong))
+    if first:
+        log.info("attention on %s: %s", card, "torch's FlashAttention 2" if reason or not attention else attention)
+    if first and reason:
+        log.warning("%s is not used on %s, where torch's FlashAttention 2 is: %s", attention, card, reason)
     if first and wrong:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in wrong.items())
         log.warning(
             "%s of %s kernels are not used on %s, where torch's own operations compute the same, slower: %s",
-            len(wrong), len(names), torch.cuda.get_device_name(device), reasons,
+            len(wrong), len(names), card, reasons,
         )  # fmt: skip
+
+
+def _use_attention(name: str | None, wrong: str | None) -> str | None:
+    """Why it isn't used, if it isn't: what was wrong when it was tried, or an error now."""
+    if name is not None and wrong is None:
+        try:
+            flash.use(name)
+        except Exception as error:  # noqa: BLE001  whatever its package raises
+            return f"{type(error).__name__}: {error}"
+    return wrong
 
 
 def try_apart(command: Sequence[str], names: Sequence[str], seconds: float = TRIAL_SECONDS) -> dict[str, str]:
@@ -101,9 +124,10 @@ def _record(device: torch.device) -> Path:
     """What was found on this card, with this driver, torch, Triton and these kernels."""
     properties = torch.cuda.get_device_properties(device)
     known = [properties.name, properties.major, properties.minor, torch.__version__, _driver(), _triton()]
-    for module in (quant.kernels, models.kernels):
-        for file in sorted(Path(str(module.__file__)).parent.glob("*.py")):
-            known.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    known += [f"{name} {flash.installed(name)}" for name in flash.PACKAGES]
+    folders = [Path(str(module.__file__)).parent for module in (quant.kernels, models.kernels)]
+    for file in (*(file for folder in folders for file in sorted(folder.glob("*.py"))), Path(str(flash.__file__))):
+        known.append(hashlib.sha256(file.read_bytes()).hexdigest())
     name = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     # expanduser leaves the tilde where a user has no home.
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -146,7 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     for name in names:
-        failure = KERNELS[name].failure(device) if AVAILABLE else "Triton is not here"
+        if name in flash.PACKAGES:
+            failure = flash.failure(name, device)
+        else:
+            failure = KERNELS[name].failure(device) if AVAILABLE else "Triton is not here"
         print(json.dumps([name, failure]), flush=True)
         if failure is not None and AVAILABLE:
             break  # an illegal address spoils all that this process does later; the others are tried in another one

@@ -46,6 +46,7 @@ def row_padding(dtype: torch.dtype, device: torch.device) -> int:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -56,12 +57,14 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = (*args, *kwargs.values())
-        device = next((value.device.type for value in given if isinstance(value, Tensor)), None)
-        if device is None or not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                device = value.device.type
+                if _has_autocast(device) and torch.is_autocast_enabled(device):
+                    with torch.autocast(device, enabled=False):
+                        return function(*args, **kwargs)
+                break
+        return function(*args, **kwargs)
 
     return run
 

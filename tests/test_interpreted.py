@@ -1,5 +1,5 @@
-"""The tests of tests/kernels, a process for each file: a CPU runs Triton's kernels where TRITON_INTERPRET was set
-before Triton is imported."""
+"""The tests of tests/kernels in processes of their own: a CPU runs Triton's kernels where TRITON_INTERPRET was set
+before Triton is imported. In a few processes, since each imports torch, the libraries and Triton first."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ import pytest
 FILES = sorted((Path(__file__).parent / "kernels").glob("test_*.py"))
 
 
-def interpret(file: Path, *options: str) -> None:
+PROCESSES = 4
+
+
+def interpret(*arguments: Path | str) -> None:
     assert os.environ.get("TRITON_INTERPRET") != "1", "run tests/kernels itself where the variable is set"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options, file],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -24,9 +27,9 @@ def interpret(file: Path, *options: str) -> None:
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_kernels_under_the_interpreter(file: Path) -> None:
-    interpret(file)
+@pytest.mark.parametrize("number", range(PROCESSES))
+def test_kernels_under_the_interpreter(number: int) -> None:
+    interpret(*FILES[number::PROCESSES])
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ import pytest
 from tests.processes import LIMIT
 from tests.run_helpers import ROOT, make_world, settings
 
+pytestmark = pytest.mark.slow  # two processes of torchrun, 20 s of CPU
+
 MEDDLE = [
     "import torch, bitsandbytes, peft",
     "torch.nn.Linear.forward = lambda self, x: x",

@@ -65,10 +65,22 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], None]) -> Replay:
+        with torch.cuda.device(self.device):
+            before = self._reserved()
+            self._once(work)
+            self._working = max(self._working, torch.cuda.memory_reserved(self.device) - before)
+            before = self._reserved()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                work()
+            self._held += torch.cuda.memory_reserved(self.device) - before
+            return graph.replay
+
+    def _once(self, work: Callable[[], None]) -> None:
+        """The work as usual: its kernels are compiled, and where it waits for the device it raises, which here does no
+        harm. On a stream of its own, as torch recommends before recording."""
         stream, mode = torch.cuda.Stream(self.device), torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        # Once as usual: kernels for these shapes are compiled, and what waits for the device raises here, where it does
-        # no harm.
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(stream):
@@ -76,16 +88,12 @@ class CudaRecorder:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
             torch.cuda.current_stream(self.device).wait_stream(stream)
-        kept = torch.cuda.memory_reserved(self.device)
+
+    def _reserved(self) -> int:
+        """Bytes that torch has of the device, without those that are free: memory of one stream is no other's."""
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self.device)
-        self._working = max(self._working, kept - before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            work()
-        self._held += torch.cuda.memory_reserved(self.device) - before
-        return graph.replay
+        return torch.cuda.memory_reserved(self.device)
 
     def has_room(self) -> bool:
         free, _ = torch.cuda.mem_get_info(self.device)

@@ -149,7 +149,7 @@ def backward(
     rows, d_out = (_Rows(tensor.to(dtype).contiguous(), by_token=True) for tensor in (x, grad))
     needs_x, needs_weights = needs[:2]
     _, wide, width = gate_up.weight.shape
-    y, d_y, u, hidden = (products.empty(columns) for columns in (wide, wide, wide // 2, wide // 2))
+    y, u = products.empty(wide), products.empty(wide // 2)
     d_weights, d_slots = weights.new_empty(weights.shape), products.empty(width) if needs_x else None
 
     inner, d_inner_down = products.inner(rows, gate_up.lora), products.inner_gradient(d_out, down.lora)
@@ -161,24 +161,25 @@ def backward(
         # Forward again, up to the products of gate and up.
         products.product(rows, w_gate_up.transpose(1, 2), y, _outputs(inner, gate_up.lora), first=first)
         # Down and SwiGLU: u = Wᵀ d, from which come the gradients of gate, up and the routing weights, and weight · h.
+        # The gradient of y takes its place, and weight · h that of u.
         products.product(d_out, dense_down(chunk), u, _inputs(d_inner_down, down.lora), first=first)
         expert_swiglu_backward(
-            y, u, weights, routing.slots, routing.ends, first, chunk.stop - first,
-            d_gate_up=d_y, hidden=hidden, d_weights=d_weights,
+            weights, routing.slots, routing.ends, first, chunk.stop - first,
+            gate_up=y, d_hidden=u, d_weights=d_weights,
         )  # fmt: skip
         # Gate and up.
         if d_inner is not None and gate_up.lora is not None:
             b = gate_up.lora.B.detach()[chunk]
-            products.product(_Rows(d_y), b, d_inner, first=first, scaling=gate_up.lora.scaling)
+            products.product(_Rows(y), b, d_inner, first=first, scaling=gate_up.lora.scaling)
         if d_slots is not None:
             more = _inputs(d_inner, gate_up.lora)
-            products.product(_Rows(d_y), w_gate_up, d_slots, more, first=first, to_slots=True)
-    del y, u, dense_gate_up, dense_down
+            products.product(_Rows(y), w_gate_up, d_slots, more, first=first, to_slots=True)
+    del dense_gate_up, dense_down
 
-    h = _Rows(hidden)
+    d_y, h = _Rows(y), _Rows(u)
     inner_down = products.inner(h, down.lora) if needs[6] else None
     down_grads = _gradients(products, down, needs[5:8], h, d_out, d_inner_down, inner_down)
-    gate_up_grads = _gradients(products, gate_up, needs[2:5], rows, _Rows(d_y), d_inner, inner)
+    gate_up_grads = _gradients(products, gate_up, needs[2:5], rows, d_y, d_inner, inner)
     dx = None
     if d_slots is not None:
         dx = x.new_empty(x.shape)

@@ -125,7 +125,7 @@ expert_swiglu = kernel(
 
 @jit
 def _swiglu_backward(
-    gate_up, d_hidden, weights, slots, ends, d_gate_up, hidden, d_weights, first, experts, width, d_stride,
+    gate_up, d_hidden, weights, slots, ends, d_weights, first, experts, width,
     B: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Program row: all columns of a row, B at a time, if it is one of the chunk's experts."""
@@ -142,55 +142,50 @@ def _swiglu_backward(
         there = column < width
         gate = tl.load(gate_up + row * 2 * width + column, mask=there, other=0.0).to(tl.float32)
         up = tl.load(gate_up + row * 2 * width + width + column, mask=there, other=0.0).to(tl.float32)
-        u = tl.load(d_hidden + row * d_stride + column, mask=there, other=0.0).to(tl.float32)
+        u = tl.load(d_hidden + row * width + column, mask=there, other=0.0).to(tl.float32)
         open_ = tl.sigmoid(gate)
         silu = gate * open_
         h = silu * up
         dot += u * h
         d = weight * u
         d_gate = d * up * (open_ + silu * (1.0 - open_))
-        kind = d_gate_up.dtype.element_ty
-        tl.store(d_gate_up + row * 2 * width + column, d_gate.to(kind), mask=there)
-        tl.store(d_gate_up + row * 2 * width + width + column, (d * silu).to(kind), mask=there)
-        tl.store(hidden + row * width + column, (weight * h).to(kind), mask=there)
+        kind = gate_up.dtype.element_ty
+        tl.store(gate_up + row * 2 * width + column, d_gate.to(kind), mask=there)
+        tl.store(gate_up + row * 2 * width + width + column, (d * silu).to(kind), mask=there)
+        tl.store(d_hidden + row * width + column, (weight * h).to(kind), mask=there)
     tl.store(d_weights + slot, tl.sum(dot, 0))
 
 
 def _run_swiglu_backward(
-    gate_up: Tensor,
-    d_hidden: Tensor,
     weights: Tensor,
     slots: Tensor,
     ends: Tensor,
     first: int,
     experts: int,
     *,
-    d_gate_up: Tensor,
-    hidden: Tensor,
+    gate_up: Tensor,
+    d_hidden: Tensor,
     d_weights: Tensor,
 ) -> None:
-    rows, width = hidden.shape
+    rows, width = d_hidden.shape
     if rows:
         size = min(1024, power_of_two(width))
         launch(
             _swiglu_backward, (rows,),
-            gate_up, d_hidden, weights, slots, ends, d_gate_up, hidden, d_weights,
-            first, experts, width, d_hidden.stride(0),
+            gate_up, d_hidden, weights, slots, ends, d_weights, first, experts, width,
             B=size, STEPS=blocks(width, size),
         )  # fmt: skip
 
 
 def _reference_swiglu_backward(
-    gate_up: Tensor,
-    d_hidden: Tensor,
     weights: Tensor,
     slots: Tensor,
     ends: Tensor,
     first: int,
     experts: int,
     *,
-    d_gate_up: Tensor,
-    hidden: Tensor,
+    gate_up: Tensor,
+    d_hidden: Tensor,
     d_weights: Tensor,
 ) -> None:
     here = slice(int(ends[first - 1]) if first else 0, int(ends[first + experts - 1]))
@@ -199,9 +194,9 @@ def _reference_swiglu_backward(
     weight = weights.view(-1)[slots[here]][:, None]
     d = weight * u
     d_gate = torch.ops.aten.silu_backward(d * up, gate)
-    d_gate_up[here] = torch.cat((d_gate, d * torch.nn.functional.silu(gate)), dim=-1).to(d_gate_up.dtype)
-    hidden[here] = (weight * h).to(hidden.dtype)
     d_weights.view(-1)[slots[here]] = (u * h).sum(-1)
+    gate_up[here] = torch.cat((d_gate, d * torch.nn.functional.silu(gate)), dim=-1).to(gate_up.dtype)
+    d_hidden[here] = (weight * h).to(d_hidden.dtype)
 
 
 def _swiglu_backward_trials(device: torch.device) -> Iterator[Arguments]:
@@ -212,23 +207,19 @@ def _swiglu_backward_trials(device: torch.device) -> Iterator[Arguments]:
         u = _numbers(device, generator, n, width, dtype=dtype)
         weights = torch.rand(tokens, chosen, generator=generator).to(device)
         slots = torch.randperm(n, generator=generator).to(device)
-        outputs = {"d_gate_up": torch.zeros_like(gate_up), "hidden": torch.zeros_like(u)}
         ends = torch.tensor([n // 4, n // 2, n], dtype=torch.int32, device=device)
         for first, experts in ((0, 3), (1, 2)):
-            outputs = {name: tensor.clone() for name, tensor in outputs.items()}
-            yield (
-                (gate_up, u, weights, slots, ends, first, experts),
-                {**outputs, "d_weights": torch.zeros_like(weights)},
-            )
+            outputs = {"gate_up": gate_up.clone(), "d_hidden": u.clone(), "d_weights": torch.zeros_like(weights)}
+            yield (weights, slots, ends, first, experts), outputs
 
 
 # For the rows of `experts` experts from `first` on, as `ends` int32 [E] has them. A row's output is weight · W h for
-# h = silu(gate) · up; d_hidden [n, I] is Wᵀ d, without the weight. gate_up [n, 2I], weights float32 [N, K]; d_gate_up
-# [n, 2I], hidden [n, I] = weight · h, d_weights float32 [N, K]. Contiguous.
+# h = silu(gate) · up; weights, d_weights float32 [N, K]. In place: gate_up [n, 2I] becomes its gradient, and d_hidden
+# [n, I], which is Wᵀ d without the weight, becomes weight · h. Contiguous.
 expert_swiglu_backward = kernel(
     "expert_swiglu_backward",
-    "(Tensor gate_up, Tensor d_hidden, Tensor weights, Tensor slots, Tensor ends, int first, int experts, *,"
-    " Tensor(a!) d_gate_up, Tensor(b!) hidden, Tensor(c!) d_weights) -> ()",
+    "(Tensor weights, Tensor slots, Tensor ends, int first, int experts, *, Tensor(a!) gate_up, Tensor(b!) d_hidden,"
+    " Tensor(c!) d_weights) -> ()",
     run=_run_swiglu_backward,
     reference=_reference_swiglu_backward,
     trials=_swiglu_backward_trials,

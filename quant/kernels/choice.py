@@ -39,7 +39,12 @@ class Kernel:
     tolerance_16_bit: float = 0.0
 
     def __call__(self, *inputs: Any, **outputs: Tensor | None) -> None:
-        getattr(torch.ops.nibble, self.name).default(*inputs, **outputs)
+        # Where nobody watches the operators, torch's dispatcher would only cost the host a third of a launch.
+        first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
+        if first.is_cuda or (first.is_cpu and is_recording()):
+            self.run(*inputs, **outputs)
+        else:
+            getattr(torch.ops.nibble, self.name).default(*inputs, **outputs)
 
     def failure(self, device: torch.device) -> str | None:
         """What is wrong with the kernel on `device`, by its trials, or None."""

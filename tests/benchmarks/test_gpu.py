@@ -234,6 +234,7 @@ def test_the_other_models_train(group: Group, capsys: pytest.CaptureFixture[str]
     assert found["learning"] == found["tensors"] and 1.0 <= found["busiest_expert"] < 3.0
 
 
+@pytest.mark.slow
 def test_the_peer_is_given_the_same_work(ours: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]):
     """With the versions that are here; those of its environment are tried below."""
     gpu_peer.run(tiny(Case(ATTENTION, length=64), peer=True))

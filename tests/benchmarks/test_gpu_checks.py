@@ -263,7 +263,7 @@ def test_checks_of_models_do_not_hang_on_rounding(model_type: str):
     assert 0 < worst < 3e-5, "the tolerance is 1e-4"
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", "glm_moe_dsa"])
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", pytest.param("glm_moe_dsa", marks=pytest.mark.slow)])
 def test_checks_of_documents_pass_on_the_cpu_and_can_fail(model_type: str, monkeypatch: pytest.MonkeyPatch):
     assert passes(gpu_checks_models.packed_documents(model_type, CPU))
     from_lengths = Documents.from_lengths

@@ -27,6 +27,7 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_card_that_is_not_here() -> None:
     run = compiled("--arch", "qwen3_moe", "--target", "90", "--only", "grouped_gradient", "combine")
     assert run.returncode == 0, run.stdout + run.stderr

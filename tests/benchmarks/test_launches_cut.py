@@ -25,7 +25,7 @@ LAYERS = 1
 GATHERS = 2 * LAYERS + 3  # layers twice; embedding, head and final norm once
 FSDP2 = {
     "all_gather_copy_in": GATHERS, "_allgather_base_": GATHERS, "split_with_sizes_copy": GATHERS,
-    "chunk_cat": LAYERS, "_reduce_scatter_base_": LAYERS,
+    "chunk_cat": LAYERS, "_reduce_scatter_base_": LAYERS, "_to_copy": LAYERS,  # summed in float32
 }  # fmt: skip
 
 

@@ -76,7 +76,9 @@ def test_errors_and_interrupts_become_exit_codes(capsys: pytest.CaptureFixture[s
     assert error_text(NibbleError("")) == "error: "
 
 
-@pytest.mark.parametrize("module", COMMANDS)
+@pytest.mark.parametrize(
+    "module", [name if name == "models.merge" else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
+)
 def test_an_argument_with_an_escape_sequence(module: str) -> None:
     arguments = [HOSTILE if word == "nowhere" or word.startswith("configs") else word for word in COMMANDS[module]]
     done = command(module, arguments)
@@ -87,7 +89,11 @@ def test_an_argument_with_an_escape_sequence(module: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "arguments", "encoding"),
-    [("train", ["--help"], "latin-1"), ("train", ["--help"], "ascii"), ("models.convert", ["ä…", "–"], "ascii")],
+    [
+        pytest.param("train", ["--help"], "latin-1", marks=pytest.mark.slow),
+        ("train", ["--help"], "ascii"),
+        ("models.convert", ["ä…", "–"], "ascii"),
+    ],
 )
 def test_a_terminal_that_is_not_utf8(module: str, arguments: list[str], encoding: str) -> None:
     done = command(module, arguments, {"PYTHONIOENCODING": encoding})

@@ -298,7 +298,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.parametrize("path", [path for path in REAL if not path.stem.startswith("glm47")], ids=named)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow if "int8" in path.stem else ())
+        for path in REAL
+        if not path.stem.startswith("glm47")
+    ],
+    ids=named,
+)
 def test_configs_run_at_a_tiny_size(
     path: Path, prepared: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
