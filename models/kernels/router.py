@@ -21,7 +21,6 @@ from quant.storage import DenseStorage
 
 EPSILON = 1e-20  # beside the sum that sigmoid scores are divided by
 _VALUES_AT_A_TIME = 4096  # of scores, by a program
-_STEPS = 8  # of 64 columns of a gradient, by a program
 
 
 @jit
@@ -98,11 +97,11 @@ def _router(
 
 @jit
 def _router_backward(
-    grad, logits, chosen, matrix, dx, tokens, hidden, experts, scale, epsilon,
+    grad, logits, chosen, matrix, d_logits, dx, tokens, hidden, experts, scale, epsilon,
     SOFTMAX: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
-    B: tl.constexpr, STEPS: tl.constexpr,
+    B: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): T tokens, B columns STEPS times."""
+    """Program i: T tokens."""
     token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     expert = tl.arange(0, E)[None, :]
     there = (token < tokens)[:, None] & (expert < experts)
@@ -123,14 +122,21 @@ def _router_backward(
         d = scores * (d - tl.sum(tl.where(expert < experts, d * scores, 0.0), 1)[:, None])
     else:
         d = d * scores * (1.0 - scores)
-    d = tl.where(there, d, 0.0)
-    row = tl.arange(0, E)[:, None]
-    for step in range(STEPS):
-        column = (tl.program_id(1) * STEPS + step) * B + tl.arange(0, B)[None, :]
-        columns = tl.load(matrix + row * hidden + column, mask=(row < experts) & (column < hidden), other=0.0)
-        result = tl.dot(d, columns, input_precision="tf32x3")
-        known = (token < tokens)[:, None] & (column < hidden)
-        tl.store(dx + token[:, None] * hidden + column, result.to(dx.dtype.element_ty), mask=known)
+    # Read again in parts, since registers don't hold a whole operand of so many experts.
+    tl.store(d_logits + at, d, mask=there)
+    tl.debug_barrier()
+    for start in range(0, hidden, B):
+        column = start + tl.arange(0, B)
+        result = tl.zeros((T, B), tl.float32)
+        for first in range(0, experts, PART):
+            row = first + tl.arange(0, PART)
+            in_part = (token < tokens)[:, None] & (row < experts)[None, :]
+            part = tl.load(d_logits + token[:, None] * experts + row[None, :], mask=in_part, other=0.0)
+            in_matrix = (row < experts)[:, None] & (column < hidden)[None, :]
+            columns = tl.load(matrix + row[:, None] * hidden + column[None, :], mask=in_matrix, other=0.0)
+            result = tl.dot(part, columns, result, input_precision="tf32x3")
+        in_rows = (token < tokens)[:, None] & (column < hidden)[None, :]
+        tl.store(dx + token[:, None] * hidden + column[None, :], result.to(dx.dtype.element_ty), mask=in_rows)
 
 
 def _rows_and_warps(experts: int) -> tuple[int, int]:
@@ -151,7 +157,8 @@ def _run(
         _router, (blocks(tokens, rows),),
         x, matrix, matrix if bias is None else bias, logits, chosen, weights, tokens, x.shape[1], experts,
         x.stride(0), each, open_groups, scale, 0.0 if bias is None else EPSILON, SOFTMAX=bias is None,
-        NORMALISE=normalise, GROUPS=groups, K=k, T=rows, G=g, EACH=width, K_WIDTH=power_of_two(k), B=32, warps=warps,
+        NORMALISE=normalise, GROUPS=groups, K=k, T=rows, G=g, EACH=width, K_WIDTH=power_of_two(k),
+        B=32 if g * width < 256 else 16, warps=warps, stages=2,
     )  # fmt: skip
 
 
@@ -179,21 +186,21 @@ def _reference(
 
 def _run_backward(
     grad: Tensor, logits: Tensor, chosen: Tensor, matrix: Tensor, softmax: bool, normalise: bool, scale: float,
-    *, dx: Tensor,
+    *, d_logits: Tensor, dx: Tensor,
 ) -> None:  # fmt: skip
     tokens, experts = logits.shape
     width = power_of_two(experts, 16)
     rows, warps = _rows_and_warps(width)
     launch(
-        _router_backward, (blocks(tokens, rows), blocks(dx.shape[1], 64 * _STEPS)),
-        grad, logits, chosen, matrix, dx, tokens, dx.shape[1], experts, scale, 0.0 if softmax else EPSILON,
-        SOFTMAX=softmax, NORMALISE=normalise, K=chosen.shape[1], T=rows, E=width, B=64, STEPS=_STEPS, warps=warps,
+        _router_backward, (blocks(tokens, rows),),
+        grad, logits, chosen, matrix, d_logits, dx, tokens, dx.shape[1], experts, scale, 0.0 if softmax else EPSILON,
+        SOFTMAX=softmax, NORMALISE=normalise, K=chosen.shape[1], T=rows, E=width, B=64, PART=32, warps=warps,
     )  # fmt: skip
 
 
 def _reference_backward(
     grad: Tensor, logits: Tensor, chosen: Tensor, matrix: Tensor, softmax: bool, normalise: bool, scale: float,
-    *, dx: Tensor,
+    *, d_logits: Tensor, dx: Tensor,
 ) -> None:  # fmt: skip
     scores = logits.softmax(-1) if softmax else logits.sigmoid()
     d = grad * scale
@@ -203,9 +210,9 @@ def _reference_backward(
         d = (d - (d * own).sum(-1, keepdim=True) / total) / total
     d_scores = torch.zeros_like(scores).scatter_(-1, chosen, d)
     if softmax:
-        d_logits = scores * (d_scores - (d_scores * scores).sum(-1, keepdim=True))
+        d_logits.copy_(scores * (d_scores - (d_scores * scores).sum(-1, keepdim=True)))
     else:
-        d_logits = d_scores * scores * (1 - scores)
+        d_logits.copy_(d_scores * scores * (1 - scores))
     dx.copy_(d_logits @ matrix)
 
 
@@ -236,7 +243,9 @@ def _trials_backward(device: torch.device) -> Iterator[Arguments]:
         logits = x.float() @ matrix.t()
         chosen = logits.topk(outputs["chosen"].shape[1]).indices
         grad = logits.flip(1)[:, : chosen.shape[1]].contiguous()
-        yield (grad, logits, chosen, matrix, bias is None, normalise, scale), {"dx": torch.empty_like(x)}
+        yield (grad, logits, chosen, matrix, bias is None, normalise, scale), {
+            "d_logits": torch.empty_like(logits), "dx": torch.empty_like(x)
+        }  # fmt: skip
 
 
 # x [N, H] with any distance between rows, matrix float32 [E, H]; bias float32 [E]: scores are sigmoids then, without it
@@ -252,11 +261,11 @@ router_forward = kernel(
     tolerance=1e-5,
 )
 
-# grad float32 [N, K]: of the weights; dx [N, H], that of x. All contiguous.
+# grad float32 [N, K]: of the weights; those of the logits, float32 [N, E], and of x, [N, H]. All contiguous.
 router_backward = kernel(
     "router_backward",
     "(Tensor grad, Tensor logits, Tensor chosen, Tensor matrix, bool softmax, bool normalise, float scale, *,"
-    " Tensor(a!) dx) -> ()",
+    " Tensor(a!) d_logits, Tensor(b!) dx) -> ()",
     run=_run_backward,
     reference=_reference_backward,
     trials=_trials_backward,
@@ -311,5 +320,7 @@ class _Choose(torch.autograd.Function):
             return (None,) * 8
         value = ctx.matrix.value.detach()
         dx = ctx.like.new_empty(len(logits), value.shape[1])
-        router_backward(grads[1].contiguous(), logits, chosen, value, *ctx.options, dx=dx)
+        router_backward(
+            grads[1].contiguous(), logits, chosen, value, *ctx.options, d_logits=torch.empty_like(logits), dx=dx
+        )
         return (dx, *(None,) * 7)
