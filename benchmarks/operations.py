@@ -159,6 +159,9 @@ def _work(schema: Any, name: str, arguments: dict[str, Any], given: list[Tensor]
             operations = 2 * a.numel() * b.shape[-1]
             rate = FLOAT32_OPERATIONS_PER_SECOND if a.dtype == torch.float32 else rate
             break
+    if name.startswith("router"):  # as long as float32 takes, though tensor cores do it
+        operations = 2 * len(arguments["logits"]) * arguments["matrix"].numel()
+        rate = FLOAT32_OPERATIONS_PER_SECOND
     if name.startswith("_varlen_attn"):
         operations = _attention_operations(arguments, backward="backward" in name)
     if name == "grouped_product":

@@ -153,8 +153,9 @@ class DecoderLayer(nn.Module):
         """x after the attention, and the output of the feed-forward half: [N, H] each."""
         x, normed = self.input_layernorm.after(x, room=self.self_attn.room())
         attended = self.self_attn(normed, documents, tables if self.sliding else None)
-        x, normed = self.pre_mlp_layernorm.after(x, self.post_attention_layernorm(attended))
-        return x, self.mlp(normed)
+        attended = self.post_attention_layernorm(attended)
+        x, *copies = self.pre_mlp_layernorm.after(x, attended, copies=self.mlp.uses)
+        return x, self.mlp(*copies)
 
 
 class AfmoeDecoder(Decoder):

@@ -22,6 +22,7 @@ from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear, keeping_dense
+from models.blocks.mlp import FeedForward
 from models.blocks.norm import RMSNorm
 from models.blocks.recomputed import FirstPass
 from models.blocks.usage import ExpertUsage, RouterWatch
@@ -96,7 +97,7 @@ class PreNormLayer(nn.Module):
         self,
         hidden: int,
         attention: LatentAttention | GroupedQueryAttention,
-        mlp: nn.Module,
+        mlp: FeedForward,
         norm: Callable[[int], RMSNorm],
     ) -> None:
         super().__init__()
@@ -108,8 +109,10 @@ class PreNormLayer(nn.Module):
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         """x [N, H] and the rotary tables of its positions: [N, H]."""
         x, normed = self.input_layernorm.after(x, room=self.self_attn.room())
-        x, normed = self.post_attention_layernorm.after(x, self.self_attn(normed, documents, tables))
-        return x + self.mlp(normed)
+        attended = self.self_attn(normed, documents, tables)
+        x, *copies = self.post_attention_layernorm.after(x, attended, copies=self.mlp.uses)
+        out: Tensor = self.mlp(*copies, plus=x)
+        return out
 
 
 class Decoder(nn.Module):

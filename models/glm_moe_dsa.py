@@ -179,8 +179,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         x, normed = self.input_layernorm.after(x)
         attended, selected = self.self_attn(normed, documents, parts, tables, selected)
-        x, normed = self.post_attention_layernorm.after(x, attended)
-        return x + self.mlp(normed), selected
+        x, *copies = self.post_attention_layernorm.after(x, attended, copies=self.mlp.uses)
+        return self.mlp(*copies, plus=x), selected
 
 
 class SelectingDecoder(Decoder):

@@ -31,7 +31,7 @@ from models.blocks.documents import Documents
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
 from models.blocks.linear import Linear, together
-from models.blocks.mlp import SwiGLU, times_sigmoid, times_silu
+from models.blocks.mlp import FeedForward, SwiGLU, times_sigmoid, times_silu
 from models.blocks.norm import RMSNorm, ZeroCentredRMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, HubForm
@@ -218,7 +218,7 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj(times_silu(self.norm(out), gate).flatten(1))
 
 
-class MoE(nn.Module):
+class MoE(FeedForward):
     """Routed experts plus a shared one, which sees every token as much as its gate lets it."""
 
     group: ClassVar[Group] = "shared_experts"  # of what has no group of its own: the gate
@@ -231,11 +231,15 @@ class MoE(nn.Module):
         self.shared_expert_gate = Linear(c.hidden, 1, factory.dense)
         self.experts = Experts(c.experts, c.hidden, c.expert_width, factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    uses = 4
+
+    def forward(self, x: Tensor, *same: Tensor, plus: Tensor | None = None) -> Tensor:
+        """x [N, H]: [N, H]. same: x again, for the shared expert, its gate and the routed ones. plus: added to it."""
+        for_shared, for_gate, for_experts = same or (x, x, x)
         chosen, weights = self.gate(x)
-        shared = times_sigmoid(self.shared_expert(x), self.shared_expert_gate(x))
+        shared = times_sigmoid(self.shared_expert(for_shared), self.shared_expert_gate(for_gate))
         # The routed experts come last: a recomputed layer then stops before them (models/experts/block.py).
-        return self.experts(x, chosen, weights) + shared
+        return self.experts(for_experts, chosen, weights, shared, plus)
 
 
 class DecoderLayer(nn.Module):
@@ -258,8 +262,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, documents: Documents, tables: tuple[Tensor, Tensor]) -> Tensor:
         x, normed = self.input_layernorm.after(x, room=0 if self.linear else self.self_attn.room())
         mixed = self.linear_attn(normed, documents) if self.linear else self.self_attn(normed, documents, tables)
-        x, normed = self.post_attention_layernorm.after(x, mixed)
-        return x + self.mlp(normed)
+        x, *copies = self.post_attention_layernorm.after(x, mixed, copies=self.mlp.uses)
+        return self.mlp(*copies, plus=x)
 
 
 def build(config: Qwen3_5MoeConfig, factory: Factory) -> CausalLM:

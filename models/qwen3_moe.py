@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.attention.gqa import GroupedQueryAttention, GroupedQueryAttentionConfig, kv_heads
 from models.attention.rope import RopeConfig, parse_rope, partial_rotary_factor
 from models.blocks.configjson import MAX_LAYERS, refuse_unread
 from models.blocks.factory import Factory
-from models.blocks.mlp import SwiGLU
+from models.blocks.mlp import FeedForward, SwiGLU
 from models.blocks.norm import RMSNorm
 from models.blocks.router import SoftmaxRouter, expert_counts
 from models.decoder import CausalLM, Decoder, PreNormLayer
@@ -91,16 +91,19 @@ def _dense_layers(config: dict[str, Any], where: str) -> tuple[bool, ...]:
     return tuple(index in named or (index + 1) % step != 0 for index in range(layers))
 
 
-class MoE(nn.Module):
+class MoE(FeedForward):
     def __init__(self, config: Qwen3MoeConfig, factory: Factory) -> None:
         super().__init__()
         c = config
         self.gate = SoftmaxRouter(c.hidden, c.experts, c.chosen, factory, normalise=c.normalise)
         self.experts = Experts(c.experts, c.hidden, c.expert_width, factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, H]: [N, H]."""
-        return self.experts(x, *self.gate(x))
+    uses = 2
+
+    def forward(self, x: Tensor, for_experts: Tensor | None = None, *, plus: Tensor | None = None) -> Tensor:
+        """x [N, H]: [N, H]. for_experts: x again. plus [N, H]: added to it."""
+        for_experts = x if for_experts is None else for_experts
+        return self.experts(for_experts, *self.gate(x), plus)
 
 
 def build(config: Qwen3MoeConfig, factory: Factory) -> CausalLM:

@@ -144,5 +144,5 @@ def _by_token(rows: Tensor, slots: Tensor, choices: int) -> Tensor:
     if not uses(combine_slots, rows.device):
         return combine(by_slot, None, choices, rows.dtype)
     out = rows.new_empty(len(rows) // choices, rows.shape[1])
-    combine_slots(by_slot, None, out=out)
+    combine_slots(by_slot, None, [], out=out)
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,7 +13,16 @@ from models.blocks.linear import Linear, together
 from models.kernels.gates import gated, usable
 
 
-class SwiGLU(nn.Module):
+class FeedForward(nn.Module):
+    """The half of a layer that follows attention: of x [N, H], given `uses` times, [N, H], with `plus` [N, H] added.
+
+    Whoever gives x as often as it is used gets the gradients of its uses apart, to sum them together.
+    """
+
+    uses: ClassVar[int] = 1
+
+
+class SwiGLU(FeedForward):
     """down(silu(gate(x)) · up(x)) for x [N, H]. group: of its weights, "dense_mlp" or "shared_experts"."""
 
     def __init__(self, hidden: int, width: int, group: Group, factory: Factory) -> None:
@@ -21,9 +32,10 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(hidden, width, factory)
         self.down_proj = Linear(width, hidden, factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         gate, up = together(x, self.gate_proj, self.up_proj)
-        return self.down_proj(times_silu(up, gate))
+        out: Tensor = self.down_proj(times_silu(up, gate))
+        return out if plus is None else plus + out
 
 
 def times_silu(x: Tensor, gate: Tensor) -> Tensor:

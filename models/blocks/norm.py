@@ -35,12 +35,14 @@ class RMSNorm(nn.Module):
         out = self.in_torch(x)
         return F.pad(out, (0, room)) if room else out
 
-    def after(self, x: Tensor, update: Tensor | None = None, room: int = 0) -> tuple[Tensor, Tensor]:
-        """x + update, or x itself, and its norm: for a residual stream, whose gradients are then summed at once."""
+    def after(self, x: Tensor, update: Tensor | None = None, room: int = 0, copies: int = 1) -> tuple[Tensor, ...]:
+        """x + update, or x itself, and its norm: for a residual stream, whose gradients are then summed at once, with
+        those of the `copies` of the norm that are returned.
+        """
         if usable(x.device):
-            return add_and_norm(x, update, self.weight, self.eps, self.offset, room)
+            return add_and_norm(x, update, self.weight, self.eps, self.offset, room, copies)
         x = x if update is None else x + update
-        return x, self(x, room)
+        return x, *[self(x, room)] * copies
 
     def in_torch(self, x: Tensor) -> Tensor:
         if self.weight.dtype != x.dtype:

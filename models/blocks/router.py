@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from models.blocks.factory import Factory
 from models.blocks.groups import Group
-from models.blocks.linear import Linear
+from models.blocks.linear import Linear, trained
 from models.blocks.precision import KeptInFloat32
 from models.kernels.router import choose, usable
 from quant.common.errors import NibbleError
 from quant.common.jsonfile import integer
+from quant.storage import DenseStorage
 
 # Takes the chosen experts int64 [N, K] and all scores float32 [N, E], differentiable.
 Observer = Callable[[Tensor, Tensor], None]
@@ -67,9 +68,11 @@ class Router(KeptInFloat32, Linear):
     def logits(self, x: Tensor) -> Tensor:
         return super().forward(x.to(torch.float32))
 
-    def fused(self, logits: Tensor) -> bool:
-        """Whether one kernel chooses, which keeps no scores: not where somebody wants to see them."""
-        return not self.observers and usable(logits.device)
+    def fused(self, x: Tensor) -> DenseStorage | None:
+        """The matrix, where one kernel computes all: not where somebody wants to see scores, or trains the router."""
+        if self.observers or self.lora is not None or trained(self.weight) is not None or not usable(x.device):
+            return None
+        return self.weight if isinstance(self.weight, DenseStorage) else None
 
     def observe(self, chosen: Tensor, probabilities: Tensor) -> None:
         for observer in self.observers:
@@ -91,13 +94,13 @@ class SigmoidRouter(Router):
         self.e_score_correction_bias = nn.Buffer(torch.zeros(experts, dtype=torch.float32, device=factory.device))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        rule, logits, bias = self.rule, self.logits(x), self.e_score_correction_bias
-        if self.fused(logits):
+        rule, bias, matrix = self.rule, self.e_score_correction_bias, self.fused(x)
+        if matrix is not None:
             return choose(
-                logits, bias, rule.chosen, groups=rule.groups, open_groups=rule.chosen_groups,
+                x, matrix, bias, rule.chosen, groups=rule.groups, open_groups=rule.chosen_groups,
                 normalise=rule.normalise, scale=rule.scale,
             )  # fmt: skip
-        scores = logits.sigmoid()
+        scores = self.logits(x).sigmoid()
         with torch.no_grad():
             choice = scores + bias
             if rule.groups > 1:
@@ -122,10 +125,10 @@ class SoftmaxRouter(Router):
         self.chosen, self.normalise = chosen, normalise
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        logits = self.logits(x)
-        if self.fused(logits):
-            return choose(logits, None, self.chosen, normalise=self.normalise)
-        probabilities = logits.softmax(-1)
+        matrix = self.fused(x)
+        if matrix is not None:
+            return choose(x, matrix, None, self.chosen, normalise=self.normalise)
+        probabilities = self.logits(x).softmax(-1)
         weights, chosen = probabilities.topk(self.chosen, dim=-1)
         self.observe(chosen, probabilities)
         if self.normalise:

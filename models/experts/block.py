@@ -20,7 +20,7 @@ Shapes: N tokens, E experts, K chosen per token, H hidden, I expert width, R ran
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -96,14 +96,27 @@ class Experts(nn.Module):
                 lora.A, lora.B = fewer(lora.A), fewer(lora.B)
         self.experts, self.owned = len(owned), owned
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [N, H], chosen int64 [N, K] of all experts, weights float32 [N, K]: [N, H] in the dtype of x."""
-        if self.exchange is not None:
-            return self.exchange(x, chosen, weights, self._local)
-        return self._local(x, chosen, weights)
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, *plus: Tensor | None) -> Tensor:
+        """x [N, H], chosen int64 [N, K] of all experts, weights float32 [N, K]: [N, H] in the dtype of x.
 
-    def _local(self, x: Tensor, chosen: Tensor, weights: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
-        """A LocalExperts."""
+        plus: up to two of this shape, which are added to it one after the other.
+        """
+        added = [part for part in plus if part is not None]
+        if self.exchange is None and kernel_form.usable(x.device, chosen.numel(), self.experts):
+            return self._local(x, chosen, weights, plus=added)
+        compute = self._local if self.exchange is None else functools.partial(self.exchange, compute=self._local)
+        return sum(added, compute(x, chosen, weights))
+
+    def _local(
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        rows: tuple[int, ...] | None = None,
+        *,
+        plus: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """A LocalExperts. plus: as in `forward`, for kernels."""
         way = kernel_form if kernel_form.usable(x.device, chosen.numel(), self.experts) else torch_form
 
         def route() -> Routing:
@@ -119,7 +132,9 @@ class Experts(nn.Module):
         stacks = (self.gate_up_proj, self.down_proj, self.experts_at_a_time)
         saved = _SaveForBackward.apply(x, weights, *tensors, routing, functools.partial(way.backward, *stacks))
         x, weights = x.detach(), weights.detach()
-        return _Compute.apply(saved, lambda: way.forward(*stacks, x, weights, routing))
+        if way is torch_form:
+            return _Compute.apply(saved, lambda: torch_form.forward(*stacks, x, weights, routing))
+        return _Compute.apply(saved, lambda *plus: kernel_form.forward(*stacks, x, weights, routing, plus), *plus)
 
 
 # The block is two autograd functions in a row. `_SaveForBackward` comes first and computes nothing: it saves what the
@@ -159,9 +174,10 @@ class _SaveForBackward(torch.autograd.Function):
 class _Compute(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, saved: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        return run()
+    def forward(ctx: Any, saved: Tensor, run: Callable[..., Tensor], *plus: Tensor) -> Tensor:
+        ctx.plus = len(plus)
+        return run(*plus)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, *[grads[0]] * ctx.plus

@@ -10,6 +10,7 @@ Shapes: N tokens, E experts, K chosen per token, H hidden, I expert width, R ran
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,9 +105,15 @@ def _inputs(d_inner: Tensor | None, lora: LoRA | None) -> tuple[Tensor, Tensor] 
 
 
 def forward(
-    gate_up: ExpertWeights, down: ExpertWeights, at_a_time: int | None, x: Tensor, weights: Tensor, routing: Routing
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    at_a_time: int | None,
+    x: Tensor,
+    weights: Tensor,
+    routing: Routing,
+    plus: Sequence[Tensor] = (),
 ) -> Tensor:
-    """As `torch_form.forward`."""
+    """As `torch_form.forward`, with up to two [N, H] added before the sum is rounded."""
     dtype = product_dtype(x.device, x.dtype)
     products = _Products(routing, weights.shape[1], dtype)
 
@@ -123,7 +130,9 @@ def forward(
     hidden = products.empty(down.weight.shape[2])
     expert_swiglu(project(_Rows(x.to(dtype).contiguous(), by_token=True), gate_up), out=hidden)
     out = x.new_empty(x.shape)
-    combine_slots(project(_Rows(hidden), down, to_slots=True), weights.contiguous(), out=out)
+    combine_slots(
+        project(_Rows(hidden), down, to_slots=True), weights.contiguous(), [part.contiguous() for part in plus], out=out
+    )
     return out
 
 
@@ -183,7 +192,7 @@ def backward(
     dx = None
     if d_slots is not None:
         dx = x.new_empty(x.shape)
-        combine_slots(d_slots, None, out=dx)
+        combine_slots(d_slots, None, [], out=dx)
     return dx, d_weights if needs_weights else None, *gate_up_grads, *down_grads
 
 

@@ -5,15 +5,15 @@ Shapes: N tokens, E experts, H hidden, I expert width.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.blocks.factory import Factory
-from models.blocks.mlp import SwiGLU
+from models.blocks.mlp import FeedForward, SwiGLU
 from models.blocks.router import RoutingRule, SigmoidRouter
 from models.experts.block import Experts
 
 
-class SharedExpertsMoE(nn.Module):
+class SharedExpertsMoE(FeedForward):
     """E routed experts of width I, and shared ones that are one MLP of width `shared_width`."""
 
     def __init__(
@@ -30,9 +30,12 @@ class SharedExpertsMoE(nn.Module):
         self.shared_experts = SwiGLU(hidden, shared_width, "shared_experts", factory)
         self.experts = Experts(experts, hidden, width, factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, H]: [N, H]."""
+    uses = 3
+
+    def forward(self, x: Tensor, *same: Tensor, plus: Tensor | None = None) -> Tensor:
+        """x [N, H]: [N, H]. same: x again, for shared and routed experts. plus: added to it."""
+        for_shared, for_experts = same or (x, x)
         chosen, weights = self.gate(x)
-        shared = self.shared_experts(x)
+        shared = self.shared_experts(for_shared)
         # The routed experts come last: a recomputed layer then stops before them (models/experts/block.py).
-        return self.experts(x, chosen, weights) + shared
+        return self.experts(for_experts, chosen, weights, shared, plus)

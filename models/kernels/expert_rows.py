@@ -8,7 +8,7 @@ Shapes: N tokens, K slots each; n = N·K rows sorted by expert, and `slots` int6
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -229,7 +229,10 @@ expert_swiglu_backward = kernel(
 
 
 @jit
-def _combine(slots, weights, out, width, CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr, B: tl.constexpr):
+def _combine(
+    slots, weights, first, second, out, width,
+    CHOSEN: tl.constexpr, WEIGHTED: tl.constexpr, PLUS: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
     """Program (token, i): B columns of a token."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * B + tl.arange(0, B)
@@ -239,23 +242,28 @@ def _combine(slots, weights, out, width, CHOSEN: tl.constexpr, WEIGHTED: tl.cons
         slot = token * CHOSEN + k
         value = tl.load(slots + slot * width + column, mask=there, other=0.0).to(tl.float32)
         total += value * tl.load(weights + slot) if WEIGHTED else value
+    if PLUS > 0:
+        total += tl.load(first + token * width + column, mask=there, other=0.0).to(tl.float32)
+    if PLUS > 1:
+        total += tl.load(second + token * width + column, mask=there, other=0.0).to(tl.float32)
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=there)
 
 
-def _run_combine(slots: Tensor, weights: Tensor | None, *, out: Tensor) -> None:
+def _run_combine(slots: Tensor, weights: Tensor | None, plus: Sequence[Tensor], *, out: Tensor) -> None:
     tokens, width = out.shape
     if tokens:
         size = min(1024, power_of_two(width))
         given = slots if weights is None else weights
+        first, second = (*plus, out, out)[:2]  # what is not there is not read
         launch(
-            _combine, (tokens, blocks(width, size)), slots, given, out, width,
-            CHOSEN=len(slots) // tokens, WEIGHTED=weights is not None, B=size,
+            _combine, (tokens, blocks(width, size)), slots, given, first, second, out, width,
+            CHOSEN=len(slots) // tokens, WEIGHTED=weights is not None, PLUS=len(plus), B=size,
         )  # fmt: skip
 
 
-def _reference_combine(slots: Tensor, weights: Tensor | None, *, out: Tensor) -> None:
+def _reference_combine(slots: Tensor, weights: Tensor | None, plus: Sequence[Tensor], *, out: Tensor) -> None:
     wide = slots.float().view(len(out), -1, out.shape[1])
-    out.copy_((wide if weights is None else wide * weights[..., None]).sum(1))
+    out.copy_((wide if weights is None else wide * weights[..., None]).sum(1) + sum(part.float() for part in plus))
 
 
 def _combine_trials(device: torch.device) -> Iterator[Arguments]:
@@ -263,13 +271,15 @@ def _combine_trials(device: torch.device) -> Iterator[Arguments]:
     for tokens, chosen, width, dtype in _TRIAL_SIZES:
         slots = _numbers(device, generator, tokens * chosen, width, dtype=dtype)
         for weights in (None, torch.rand(tokens, chosen, generator=generator).to(device)):
-            yield (slots, weights), {"out": slots.new_empty(tokens, width)}
+            plus = [_numbers(device, generator, tokens, width, dtype=dtype) for _ in range(tokens % 3)]
+            yield (slots, weights, plus), {"out": slots.new_empty(tokens, width)}
 
 
-# slots [N·K, H] and weights float32 [N, K] or None; out [N, H], the sum over K in the order of slots. Contiguous.
+# slots [N·K, H], weights float32 [N, K] or None, up to two [N, H] in `plus`; out [N, H], the sum over K in the order of
+# slots, and then of these. Contiguous.
 combine_slots = kernel(
     "combine_slots",
-    "(Tensor slots, Tensor? weights, *, Tensor(a!) out) -> ()",
+    "(Tensor slots, Tensor? weights, Tensor[] plus, *, Tensor(a!) out) -> ()",
     run=_run_combine,
     reference=_reference_combine,
     trials=_combine_trials,

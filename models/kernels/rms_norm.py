@@ -5,7 +5,7 @@ Computed in float32 and rounded once, as models/blocks/norm.py does in torch's o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from models.kernels.rows import rows_of, tile
 from quant.kernels.choice import Arguments, kernel, uses
 from quant.kernels.language import blocks, jit, launch, tl
+
+MOST_GRADS = 4  # of a norm that several layers take
 
 
 @jit
@@ -42,8 +44,9 @@ def _rms_norm(
 
 @jit
 def _rms_norm_backward(
-    grad, total_grad, x, weight, inverse, dx, rows, columns, grad_row, total_row, x_row, offset,
-    ADDED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
+    grad, second, third, fourth, total_grad, x, weight, inverse, dx, rows, columns,
+    grad_row, second_row, third_row, fourth_row, total_row, x_row, offset,
+    GRADS: tl.constexpr, ADDED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Program i: ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -53,6 +56,12 @@ def _rms_norm_backward(
     factor = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32) + offset
     unit = tl.load(x + row[:, None] * x_row + column[None, :], mask=there, other=0.0).to(tl.float32) * scale
     d_unit = tl.load(grad + row[:, None] * grad_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    if GRADS > 1:
+        d_unit += tl.load(second + row[:, None] * second_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    if GRADS > 2:
+        d_unit += tl.load(third + row[:, None] * third_row + column[None, :], mask=there, other=0.0).to(tl.float32)
+    if GRADS > 3:
+        d_unit += tl.load(fourth + row[:, None] * fourth_row + column[None, :], mask=there, other=0.0).to(tl.float32)
     d_unit = d_unit * factor[None, :]
     d = (d_unit - unit * (tl.sum(unit * d_unit, 1) / columns)[:, None]) * scale
     if ADDED:
@@ -86,24 +95,27 @@ def _reference(
 
 
 def _run_backward(
-    grad: Tensor, total_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float, *, dx: Tensor
-) -> None:
+    grads: Sequence[Tensor], total_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float,
+    *, dx: Tensor,
+) -> None:  # fmt: skip
     count, columns = x.shape
     rows, width, warps = tile(columns)
     added = total_grad is not None
+    given = [*grads, *[grads[0]] * (MOST_GRADS - len(grads))]  # what is not there is not read
     launch(
         _rms_norm_backward, (blocks(count, rows),),
-        grad, grad if total_grad is None else total_grad, x, weight, inverse, dx,
-        count, columns, grad.stride(0), 0 if total_grad is None else total_grad.stride(0), x.stride(0), offset,
-        ADDED=added, ROWS=rows, B=width, warps=warps,
+        *given, grads[0] if total_grad is None else total_grad, x, weight, inverse, dx,
+        count, columns, *(grad.stride(0) for grad in given), 0 if total_grad is None else total_grad.stride(0),
+        x.stride(0), offset, GRADS=len(grads), ADDED=added, ROWS=rows, B=width, warps=warps,
     )  # fmt: skip
 
 
 def _reference_backward(
-    grad: Tensor, total_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float, *, dx: Tensor
-) -> None:
+    grads: Sequence[Tensor], total_grad: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float,
+    *, dx: Tensor,
+) -> None:  # fmt: skip
     scale = inverse[:, None]
-    unit, d_unit = x.float() * scale, grad.float() * (weight.float() + offset)
+    unit, d_unit = x.float() * scale, torch.stack([grad.float() for grad in grads]).sum(0) * (weight.float() + offset)
     d = (d_unit - unit * (unit * d_unit).mean(-1, keepdim=True)) * scale
     dx.copy_(d if total_grad is None else d + total_grad)
 
@@ -129,10 +141,10 @@ def _trials(device: torch.device) -> Iterator[Arguments]:
 
 def _trials_backward(device: torch.device) -> Iterator[Arguments]:
     generator = torch.Generator().manual_seed(1)
-    for (x, update, weight, _, offset), outputs in _trials(device):
-        grad = torch.randn(x.shape, generator=generator).to(x)
+    for number, ((x, update, weight, _, offset), outputs) in enumerate(_trials(device)):
+        grads = [torch.randn(x.shape, generator=generator).to(x) for _ in range(MOST_GRADS >> number)]
         inverse = torch.rand(len(x), generator=generator).to(device)
-        yield (grad, update, x, weight, inverse, offset), {"dx": torch.empty_like(outputs["out"])}
+        yield (grads, update, x, weight, inverse, offset), {"dx": torch.empty_like(outputs["out"])}
 
 
 # x, update, out [n, d] with any distance between rows, weight [d], total contiguous [n, d], inverse float32 [n]:
@@ -149,10 +161,12 @@ rms_norm_forward = kernel(
     tolerance_16_bit=2**-7,  # a value between two of bfloat16 may be rounded to either
 )
 
-# grad, total_grad: of out and of total; x: what is called total above. dx contiguous [n, d].
+# grads: up to MOST_GRADS of out, which are summed; total_grad: of total; x: what is called total above. dx contiguous
+# [n, d].
 rms_norm_backward = kernel(
     "rms_norm_backward",
-    "(Tensor grad, Tensor? total_grad, Tensor x, Tensor weight, Tensor inverse, float offset, *, Tensor(a!) dx) -> ()",
+    "(Tensor[] grads, Tensor? total_grad, Tensor x, Tensor weight, Tensor inverse, float offset, *, Tensor(a!) dx)"
+    " -> ()",
     run=_run_backward,
     reference=_reference_backward,
     trials=_trials_backward,
@@ -169,23 +183,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, room: int = 0
     """x [..., d] over the root of its mean square, times weight + offset: [..., d + room] in the dtype of x, with
     nothing written to the last `room` columns.
     """
-    out: Tensor = _RMSNorm.apply(x, None, weight, eps, offset, room)[1]
+    out: Tensor = _RMSNorm.apply(x, None, weight, eps, offset, room, 1)[1]
     return out
 
 
 def add_and_norm(
-    x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float, room: int = 0
-) -> tuple[Tensor, Tensor]:
-    """x + update (x where there is none), and its norm. The gradients of both are summed where x's is computed."""
-    total, out = _RMSNorm.apply(x, update, weight, eps, offset, room)
-    return total, out
+    x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float, room: int = 0, copies: int = 1
+) -> tuple[Tensor, ...]:
+    """x + update (x where there is none), and its norm, as often as said. The gradients of all are summed where x's is
+    computed.
+    """
+    out: tuple[Tensor, ...] = _RMSNorm.apply(x, update, weight, eps, offset, room, copies)
+    return out
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float, room: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, update: Tensor | None, weight: Tensor, eps: float, offset: float, room: int,
+        copies: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         rows, columns = rows_of(x), x.shape[-1]
         inverse = x.new_empty(len(rows), dtype=torch.float32)
         out = x.new_empty(*x.shape[:-1], columns + room)
@@ -201,23 +218,24 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight, inverse)
         ctx.offset = offset
         ctx.set_materialize_grads(False)
-        return total, out
+        # Each copy a tensor of its own. One alone is no view, so that its room may be written to.
+        return total, *((out,) if copies == 1 else (out.view_as(out) for _ in range(copies)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        total_grad, grad = grads
+        total_grad, *each = grads
         x, weight, inverse = ctx.saved_tensors
         needs_x, needs_update, needs_weight, *_ = ctx.needs_input_grad
         dx = dw = None
-        if grad is None:
-            return total_grad, total_grad if needs_update else None, None, None, None, None
-        grad = rows_of(grad)[:, : x.shape[-1]]
+        given = [rows_of(grad)[:, : x.shape[-1]] for grad in each if grad is not None]
+        if not given:
+            return total_grad, total_grad if needs_update else None, *(None,) * 5
         if needs_x or needs_update:
             dx = x.new_empty(x.shape)
             summed = None if total_grad is None else rows_of(total_grad)
-            rms_norm_backward(grad, summed, rows_of(x), weight, inverse, ctx.offset, dx=rows_of(dx))
+            rms_norm_backward(given, summed, rows_of(x), weight, inverse, ctx.offset, dx=rows_of(dx))
         if needs_weight:
             unit = rows_of(x).to(torch.float32) * inverse[:, None]
-            dw = (grad.to(torch.float32) * unit).sum(0).to(weight.dtype)
-        return dx if needs_x else None, dx if needs_update else None, dw, None, None, None
+            dw = (torch.stack([grad.to(torch.float32) for grad in given]).sum(0) * unit).sum(0).to(weight.dtype)
+        return dx if needs_x else None, dx if needs_update else None, dw, *(None,) * 4

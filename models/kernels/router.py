@@ -1,6 +1,8 @@
-"""From a router's logits to the experts chosen and their weights in one launch, and back in one.
+"""From a router's input to its logits, the experts chosen and their weights in one launch, and back in one.
 
-Shapes: N tokens, E experts in G groups, K chosen per token.
+Products with the router's float32 matrix are as exact as float32's: on tensor cores, of three parts each (tf32x3).
+
+Shapes: N tokens, H hidden, E experts in G groups, K chosen per token.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.kernels.rows import VALUES_AT_A_TIME
+from models.kernels.rows import rows_of
 from quant.kernels.choice import Arguments, kernel, uses
 from quant.kernels.language import blocks, jit, launch, power_of_two, tl
+from quant.storage import DenseStorage
 
 EPSILON = 1e-20  # beside the sum that sigmoid scores are divided by
+_VALUES_AT_A_TIME = 4096  # of scores, by a program
 
 
 @jit
@@ -33,9 +37,9 @@ def _scores(logits, there, SOFTMAX: tl.constexpr):
 
 @jit
 def _router(
-    logits, bias, chosen, weights, tokens, experts, each, open_groups, scale, epsilon,
+    x, matrix, bias, logits, chosen, weights, tokens, hidden, experts, x_row, each, open_groups, scale, epsilon,
     SOFTMAX: tl.constexpr, NORMALISE: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr,
-    T: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr, K_WIDTH: tl.constexpr,
+    T: tl.constexpr, G: tl.constexpr, EACH: tl.constexpr, K_WIDTH: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Program i: T tokens. Experts lie in a tile [T, G · EACH], where groups of `each` are filled up to EACH."""
     token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
@@ -43,9 +47,17 @@ def _router(
     group, member = place // EACH, place % EACH
     expert = group * each + member
     inside = (group < GROUPS) & (member < each)
+    product = tl.zeros((T, G * EACH), tl.float32)
+    for start in range(0, hidden, B):
+        column = start + tl.arange(0, B)
+        known = (token < tokens)[:, None] & (column < hidden)[None, :]
+        rows = tl.load(x + token[:, None] * x_row + column[None, :], mask=known, other=0.0).to(tl.float32)
+        known = inside[None, :] & (column < hidden)[:, None]
+        columns = tl.load(matrix + expert[None, :] * hidden + column[:, None], mask=known, other=0.0)
+        product = tl.dot(rows, columns, product, input_precision="tf32x3")
     there = (token < tokens)[:, None] & inside[None, :]
-    scores = _scores(tl.load(logits + token[:, None] * experts + expert[None, :], mask=there, other=0.0),
-                     inside[None, :], SOFTMAX)  # fmt: skip
+    tl.store(logits + token[:, None] * experts + expert[None, :], product, mask=there)
+    scores = _scores(product, inside[None, :], SOFTMAX)
     choice = scores
     if not SOFTMAX:
         choice += tl.load(bias + expert, mask=inside, other=0.0)[None, :]
@@ -85,8 +97,9 @@ def _router(
 
 @jit
 def _router_backward(
-    grad, logits, chosen, d_logits, tokens, experts, scale, epsilon,
+    grad, logits, chosen, matrix, d_logits, dx, tokens, hidden, experts, scale, epsilon,
     SOFTMAX: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+    B: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Program i: T tokens."""
     token = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
@@ -109,22 +122,43 @@ def _router_backward(
         d = scores * (d - tl.sum(tl.where(expert < experts, d * scores, 0.0), 1)[:, None])
     else:
         d = d * scores * (1.0 - scores)
+    # Read again in parts, since registers don't hold a whole operand of so many experts.
     tl.store(d_logits + at, d, mask=there)
+    tl.debug_barrier()
+    for start in range(0, hidden, B):
+        column = start + tl.arange(0, B)
+        result = tl.zeros((T, B), tl.float32)
+        for first in range(0, experts, PART):
+            row = first + tl.arange(0, PART)
+            in_part = (token < tokens)[:, None] & (row < experts)[None, :]
+            part = tl.load(d_logits + token[:, None] * experts + row[None, :], mask=in_part, other=0.0)
+            in_matrix = (row < experts)[:, None] & (column < hidden)[None, :]
+            columns = tl.load(matrix + row[:, None] * hidden + column[None, :], mask=in_matrix, other=0.0)
+            result = tl.dot(part, columns, result, input_precision="tf32x3")
+        in_rows = (token < tokens)[:, None] & (column < hidden)[None, :]
+        tl.store(dx + token[:, None] * hidden + column[None, :], result.to(dx.dtype.element_ty), mask=in_rows)
+
+
+def _rows_and_warps(experts: int) -> tuple[int, int]:
+    """Tokens of a program, for so many experts as a power of two."""
+    return max(16, min(32, _VALUES_AT_A_TIME // experts)), 8 if experts >= 128 else 4
 
 
 def _run(
-    logits: Tensor, bias: Tensor | None, groups: int, open_groups: int, normalise: bool, scale: float,
-    *, chosen: Tensor, weights: Tensor,
+    x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int, open_groups: int, normalise: bool, scale: float,
+    *, logits: Tensor, chosen: Tensor, weights: Tensor,
 ) -> None:  # fmt: skip
     tokens, experts = logits.shape
     k, each = chosen.shape[1], experts // groups
-    g, width = power_of_two(groups), power_of_two(each, 2)
-    rows = max(1, VALUES_AT_A_TIME // (g * width) // 2)
+    g = power_of_two(groups)
+    width = power_of_two(each, max(2, 16 // g))
+    rows, warps = _rows_and_warps(g * width)
     launch(
         _router, (blocks(tokens, rows),),
-        logits, logits if bias is None else bias, chosen, weights, tokens, experts, each, open_groups, scale,
-        0.0 if bias is None else EPSILON, SOFTMAX=bias is None, NORMALISE=normalise, GROUPS=groups, K=k, T=rows, G=g,
-        EACH=width, K_WIDTH=power_of_two(k),
+        x, matrix, matrix if bias is None else bias, logits, chosen, weights, tokens, x.shape[1], experts,
+        x.stride(0), each, open_groups, scale, 0.0 if bias is None else EPSILON, SOFTMAX=bias is None,
+        NORMALISE=normalise, GROUPS=groups, K=k, T=rows, G=g, EACH=width, K_WIDTH=power_of_two(k),
+        B=32 if g * width < 256 else 16, warps=warps, stages=2,
     )  # fmt: skip
 
 
@@ -133,9 +167,10 @@ def _scores_reference(logits: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _reference(
-    logits: Tensor, bias: Tensor | None, groups: int, open_groups: int, normalise: bool, scale: float,
-    *, chosen: Tensor, weights: Tensor,
+    x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int, open_groups: int, normalise: bool, scale: float,
+    *, logits: Tensor, chosen: Tensor, weights: Tensor,
 ) -> None:  # fmt: skip
+    logits.copy_(x.float() @ matrix.t())
     scores = _scores_reference(logits, bias)
     choice = (scores if bias is None else scores + bias).unflatten(1, (groups, -1))
     if groups > 1:
@@ -150,21 +185,23 @@ def _reference(
 
 
 def _run_backward(
-    grad: Tensor, logits: Tensor, chosen: Tensor, softmax: bool, normalise: bool, scale: float, *, d_logits: Tensor
-) -> None:
+    grad: Tensor, logits: Tensor, chosen: Tensor, matrix: Tensor, softmax: bool, normalise: bool, scale: float,
+    *, d_logits: Tensor, dx: Tensor,
+) -> None:  # fmt: skip
     tokens, experts = logits.shape
-    width = power_of_two(experts, 2)
-    rows = max(1, VALUES_AT_A_TIME // width // 2)
+    width = power_of_two(experts, 16)
+    rows, warps = _rows_and_warps(width)
     launch(
         _router_backward, (blocks(tokens, rows),),
-        grad, logits, chosen, d_logits, tokens, experts, scale, 0.0 if softmax else EPSILON,
-        SOFTMAX=softmax, NORMALISE=normalise, K=chosen.shape[1], T=rows, E=width,
+        grad, logits, chosen, matrix, d_logits, dx, tokens, dx.shape[1], experts, scale, 0.0 if softmax else EPSILON,
+        SOFTMAX=softmax, NORMALISE=normalise, K=chosen.shape[1], T=rows, E=width, B=64, PART=32, warps=warps,
     )  # fmt: skip
 
 
 def _reference_backward(
-    grad: Tensor, logits: Tensor, chosen: Tensor, softmax: bool, normalise: bool, scale: float, *, d_logits: Tensor
-) -> None:
+    grad: Tensor, logits: Tensor, chosen: Tensor, matrix: Tensor, softmax: bool, normalise: bool, scale: float,
+    *, d_logits: Tensor, dx: Tensor,
+) -> None:  # fmt: skip
     scores = logits.softmax(-1) if softmax else logits.sigmoid()
     d = grad * scale
     if normalise:
@@ -176,54 +213,59 @@ def _reference_backward(
         d_logits.copy_(scores * (d_scores - (d_scores * scores).sum(-1, keepdim=True)))
     else:
         d_logits.copy_(d_scores * scores * (1 - scores))
+    dx.copy_(d_logits @ matrix)
 
 
 _TRIALS = (
-    # tokens, experts, chosen, groups, open groups, sigmoid, normalise
-    (33, 64, 4, 1, 1, True, True),
-    (9, 48, 5, 4, 2, True, False),
-    (7, 12, 3, 3, 2, True, True),
-    (17, 256, 8, 1, 1, False, True),
-    (5, 10, 1, 1, 1, False, False),
+    # tokens, hidden, experts, chosen, groups, open groups, sigmoid, normalise, dtype
+    (33, 192, 64, 4, 1, 1, True, True, torch.float32),
+    (9, 72, 48, 5, 4, 2, True, False, torch.float32),
+    (7, 20, 12, 3, 3, 2, True, True, torch.float32),
+    (17, 64, 256, 8, 1, 1, False, True, torch.bfloat16),
+    (5, 64, 10, 1, 1, 1, False, False, torch.bfloat16),
 )
 
 
 def _trials(device: torch.device) -> Iterator[Arguments]:
     generator = torch.Generator().manual_seed(0)
-    for tokens, experts, k, groups, open_groups, sigmoid, normalise in _TRIALS:
-        logits = torch.randn(tokens, experts, generator=generator).to(device)
+    for tokens, hidden, experts, k, groups, open_groups, sigmoid, normalise, dtype in _TRIALS:
+        x = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
+        matrix = (torch.randn(experts, hidden, generator=generator) / hidden**0.5).to(device)
         bias = torch.randn(experts, generator=generator).to(device) if sigmoid else None
         chosen = torch.empty(tokens, k, dtype=torch.int64, device=device)
-        yield (logits, bias, groups, open_groups, normalise, 1.8), {
-            "chosen": chosen, "weights": logits.new_empty(tokens, k)
+        yield (x, matrix, bias, groups, open_groups, normalise, 1.8), {
+            "logits": matrix.new_empty(tokens, experts), "chosen": chosen, "weights": matrix.new_empty(tokens, k)
         }  # fmt: skip
 
 
 def _trials_backward(device: torch.device) -> Iterator[Arguments]:
-    for (logits, bias, _, _, normalise, scale), outputs in _trials(device):
+    for (x, matrix, bias, _, _, normalise, scale), outputs in _trials(device):
+        logits = x.float() @ matrix.t()
         chosen = logits.topk(outputs["chosen"].shape[1]).indices
         grad = logits.flip(1)[:, : chosen.shape[1]].contiguous()
-        yield (grad, logits, chosen, bias is None, normalise, scale), {"d_logits": torch.empty_like(logits)}
+        yield (grad, logits, chosen, matrix, bias is None, normalise, scale), {
+            "d_logits": torch.empty_like(logits), "dx": torch.empty_like(x)
+        }  # fmt: skip
 
 
-# logits float32 [N, E]; bias float32 [E]: scores are sigmoids then, without it a softmax; the K best of the experts of
-# the `open_groups` best of `groups`; normalise: whether weights are divided by their sum before `scale`. Outputs int64
-# and float32 [N, K]; among equals the first expert is chosen. All contiguous.
+# x [N, H] with any distance between rows, matrix float32 [E, H]; bias float32 [E]: scores are sigmoids then, without it
+# a softmax; the K best of the experts of the `open_groups` best of `groups`; normalise: whether weights are divided by
+# their sum before `scale`. Outputs float32 [N, E], int64 and float32 [N, K]; among equals the first expert is chosen.
 router_forward = kernel(
     "router",
-    "(Tensor logits, Tensor? bias, int groups, int open_groups, bool normalise, float scale, *, Tensor(a!) chosen,"
-    " Tensor(b!) weights) -> ()",
+    "(Tensor x, Tensor matrix, Tensor? bias, int groups, int open_groups, bool normalise, float scale, *,"
+    " Tensor(a!) logits, Tensor(b!) chosen, Tensor(c!) weights) -> ()",
     run=_run,
     reference=_reference,
     trials=_trials,
     tolerance=1e-5,
 )
 
-# grad float32 [N, K]: of the weights; d_logits float32 [N, E]. All contiguous.
+# grad float32 [N, K]: of the weights; those of the logits, float32 [N, E], and of x, [N, H]. All contiguous.
 router_backward = kernel(
     "router_backward",
-    "(Tensor grad, Tensor logits, Tensor chosen, bool softmax, bool normalise, float scale, *, Tensor(a!) d_logits)"
-    " -> ()",
+    "(Tensor grad, Tensor logits, Tensor chosen, Tensor matrix, bool softmax, bool normalise, float scale, *,"
+    " Tensor(a!) d_logits, Tensor(b!) dx) -> ()",
     run=_run_backward,
     reference=_reference_backward,
     trials=_trials_backward,
@@ -236,7 +278,8 @@ def usable(device: torch.device) -> bool:
 
 
 def choose(
-    logits: Tensor,
+    x: Tensor,
+    matrix: DenseStorage,
     bias: Tensor | None,
     chosen: int,
     *,
@@ -245,22 +288,25 @@ def choose(
     normalise: bool,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """What `router_forward` computes of logits, differentiable: chosen int64 [N, K], weights float32 [N, K]."""
-    out: tuple[Tensor, Tensor] = _Choose.apply(logits, bias, chosen, groups, open_groups, normalise, scale)
+    """What `router_forward` computes, differentiable in x: chosen int64 [N, K], weights float32 [N, K]."""
+    out: tuple[Tensor, Tensor] = _Choose.apply(x, matrix, bias, chosen, groups, open_groups, normalise, scale)
     return out
 
 
 class _Choose(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, bias: Tensor | None, count: int, groups: int, open_groups: int, normalise: bool,
-        scale: float,
+        ctx: Any, x: Tensor, matrix: DenseStorage, bias: Tensor | None, count: int, groups: int, open_groups: int,
+        normalise: bool, scale: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        weights = logits.new_empty(len(logits), count)
+        value, rows = matrix.value.detach(), rows_of(x)
+        logits, weights = (value.new_empty(len(rows), columns) for columns in (len(value), count))
         chosen = torch.empty_like(weights, dtype=torch.int64)
-        logits = logits.contiguous()
-        router_forward(logits, bias, groups, open_groups, normalise, scale, chosen=chosen, weights=weights)
+        router_forward(
+            rows, value, bias, groups, open_groups, normalise, scale, logits=logits, chosen=chosen, weights=weights
+        )
         ctx.save_for_backward(logits, chosen)
+        ctx.matrix, ctx.like = matrix, x.new_empty(0)
         ctx.options = bias is None, normalise, scale
         ctx.mark_non_differentiable(chosen)
         ctx.set_materialize_grads(False)
@@ -271,7 +317,10 @@ class _Choose(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, chosen = ctx.saved_tensors
         if grads[1] is None:
-            return (None,) * 7
-        d_logits = torch.empty_like(logits)
-        router_backward(grads[1].contiguous(), logits, chosen, *ctx.options, d_logits=d_logits)
-        return (d_logits, *(None,) * 6)
+            return (None,) * 8
+        value = ctx.matrix.value.detach()
+        dx = ctx.like.new_empty(len(logits), value.shape[1])
+        router_backward(
+            grads[1].contiguous(), logits, chosen, value, *ctx.options, d_logits=torch.empty_like(logits), dx=dx
+        )
+        return (dx, *(None,) * 7)

@@ -62,3 +62,23 @@ def test_heads_of_every_second_place_are_not_copied() -> None:
     assert_close(given, right)
     expected, ours = (torch.autograd.grad(out.square().sum(), x)[0] for out in (right, given))
     assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2, 3), (1, 3), ()], ids=str)
+def test_copies(used: tuple[int, ...]) -> None:
+    """The gradients of those that are used are summed; of none, the sum's alone is left."""
+    norm = norm_of(RMSNorm, 40).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    x, update, *factors = torch.randn(6, 7, 40, generator=generator).requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        total, *copies = norm.after(x, update, copies=4)
+        assert len(copies) == 4
+        loss = total.sin().sum() + sum((copies[i] * factors[i].detach()).sum() for i in used)
+        return torch.autograd.grad(loss, (x, update))
+
+    right = gradients()
+    with using(KERNELS):
+        given = gradients()
+    for ours, theirs in zip(given, right, strict=True):
+        assert_close(ours, theirs)

@@ -10,6 +10,7 @@ from models.blocks.factory import Factory
 from models.blocks.router import Router, RoutingRule, SigmoidRouter, SoftmaxRouter
 from models.kernels.router import choose
 from quant.kernels.choice import KERNELS, using
+from quant.kinds import new_storage
 from quant.storage import StorageSpec
 from tests.helpers import assert_close
 
@@ -34,7 +35,7 @@ def results(router: Router, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("tokens", [1, 21])
 def test_routers(name: str, tokens: int) -> None:
-    router, generator = ROUTERS[name](), torch.Generator().manual_seed(0)
+    router, generator = ROUTERS[name]().requires_grad_(False), torch.Generator().manual_seed(0)
     for tensor in (*router.parameters(), *router.buffers()):
         torch.nn.init.normal_(tensor, 0.0, 0.3, generator=generator)
     x = torch.randn(tokens, 16, generator=generator, requires_grad=True)
@@ -53,7 +54,9 @@ def test_routers(name: str, tokens: int) -> None:
 
 
 def test_the_first_of_equals() -> None:
-    logits = torch.zeros(2, 7)
-    assert choose(logits, None, 3, normalise=True)[0].tolist() == [[0, 1, 2]] * 2
-    grouped = choose(logits[:, :6], torch.zeros(6), 3, groups=3, open_groups=2, normalise=True)
+    x, matrices = torch.ones(2, 4), [new_storage(StorageSpec("none"), (n, 4), torch.float32, "cpu", "") for n in (7, 6)]
+    for matrix in matrices:
+        matrix.load_dense(torch.zeros(matrix.shape))
+    assert choose(x, matrices[0], None, 3, normalise=True)[0].tolist() == [[0, 1, 2]] * 2
+    grouped = choose(x, matrices[1], torch.zeros(6), 3, groups=3, open_groups=2, normalise=True)
     assert grouped[0].tolist() == [[0, 1, 2]] * 2

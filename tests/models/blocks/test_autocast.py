@@ -130,7 +130,7 @@ def test_every_autograd_function_is_among_them() -> None:
     assert found == {
         *("_LoRALinear", "_SaveForBackward", "_Compute", "_WideRMSNorm", "_Chunked", "_ShortConvolution"),
         *("_SelectedAttention", "_LinearCrossEntropy", "_Send", "_Return"),
-        "_InKernels",  # in tests/kernels/test_delta_rule.py
+        *("_InKernels", "_SideBySide"),  # in tests/kernels: test_delta_rule.py, test_linear.py
     }
 
 
