@@ -120,7 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{before / after:.1f}", f"{launched / layers:.0f}",
             ]
         )  # fmt: skip
-    print(table(("model", "layers", "torch's forms, CPU s", "our kernels, CPU s", "ratio", "our kernels per layer"), rows))
+    print(
+        table(("model", "layers", "torch's forms, CPU s", "our kernels, CPU s", "ratio", "our kernels per layer"), rows)
+    )
     return 0
 
 

@@ -50,5 +50,5 @@ def kept(make: Callable[[], _T]) -> _T:
     if again is not None:
         value: _T = next(again)
         return value
-    values.append(make())
-    return values[-1]  # type: ignore[no-any-return]
+    values.append(made := make())
+    return made

@@ -39,7 +39,7 @@ class Kernel:
     tolerance_16_bit: float = 0.0
 
     def __call__(self, *inputs: Any, **outputs: Tensor | None) -> None:
-        # Where nobody watches the operators, the way through torch's dispatcher would cost the host a third of a launch.
+        # Where nobody watches the operators: torch's dispatcher would cost the host a third of a launch.
         first = inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]
         if first.is_cuda or (first.is_cpu and is_recording()):
             self.run(*inputs, **outputs)

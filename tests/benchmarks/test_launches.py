@@ -27,7 +27,7 @@ from train.optim import build_optimizer
 # Launches of each of the first layers at full width, 2 × 2048 tokens, nf4, bfloat16 LoRA of rank 32, recomputation.
 # The first layer needs no gradient for its input. What changes a number here changes docs/performance.md too.
 FEW_LAYERS: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "glm4_moe_lite": ({"num_hidden_layers": 2}, [109, 156]),
+    "glm4_moe_lite": ({"num_hidden_layers": 2}, [98, 156]),
     "glm4_moe": ({"num_hidden_layers": 2}, [68, 181]),
     "glm_moe_dsa": ({"num_hidden_layers": 2, "first_k_dense_replace": 1}, [98, 466]),
     # In a window, full.

@@ -1,4 +1,4 @@
-"""Which flash attention is used on CUDA: an implementation that is absent, wrong or raises leaves torch's own in place."""
+"""Which flash attention is used on CUDA: one that is absent, wrong or raises leaves torch's own in place."""
 
 from __future__ import annotations
 
