@@ -39,14 +39,19 @@ class EqualExchange(ExpertExchange):
         return [[[choices // self.experts] * owned] * processes] * sides
 
 
+def make_tables(model: CausalLM, device: torch.device) -> None:
+    """What a process makes once and keeps, which is no part of a step."""
+    code("nf4", device), dynamic_map(device)
+    model.model.rope.tables(torch.zeros(1, dtype=torch.int64, device=device))
+
+
 @contextmanager
 def cut(model: CausalLM, processes: int, expert: int = 1) -> Iterator[Shards]:
     """Within it `model`, which is on the meta device, is one of `processes` shares without values, of an accelerator.
 
     expert: over how many processes the experts are distributed (`EqualExchange`).
     """
-    code("nf4", CPU), dynamic_map(CPU)  # constants that the process keeps must have values
-    model.model.rope.tables(torch.zeros(1, dtype=torch.int64))
+    make_tables(model, CPU)  # must have values
     assert fake_pg is not None  # importing it gives torch.distributed its "fake" backend
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=processes)
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_train import loss_of
 from benchmarks.launches_cases import LaunchCase
-from benchmarks.launches_cut import cut
+from benchmarks.launches_cut import cut, make_tables
 from benchmarks.operations import ALL_KINDS, Recorder, Total, kind_of
 from models.adapters.lora import add_lora
 from models.adapters.targets import AdapterSpec
@@ -117,6 +117,7 @@ def measure(case: LaunchCase) -> Step:
 def _measure(case: LaunchCase) -> Step:
     began = time.process_time()
     model = build(case)
+    make_tables(model, META)
     with cut(model, case.processes, case.expert) if case.processes > 1 else nullcontext(Shards(model)) as shards:
         step = _count(case, shards)
     step.cpu_seconds = time.process_time() - began

@@ -81,7 +81,7 @@ def _differences(device: torch.device) -> Iterator[float]:
 def _attended(given: list[Tensor], device: torch.device, window: int | None) -> list[Tensor]:
     """Of query, key, value and an upstream gradient: the output, and the gradients of the first three."""
     *inputs, upstream = (tensor.to(device) for tensor in given)
-    query, key, value = (tensor.requires_grad_() for tensor in inputs)
+    query, key, value = (tensor.detach().requires_grad_() for tensor in inputs)
     documents = Documents.from_lengths(_LENGTHS, device)
     out = causal_attention(query, key, value, documents, query.shape[-1] ** -0.5, window)
     return [out.detach(), *torch.autograd.grad(out, (query, key, value), upstream)]
