@@ -142,6 +142,7 @@ def measure(model: CausalLM, request: Request, case: Case, device: torch.device)
             return train_step(model, named, optimizer, tokens.flatten(), documents)
 
         result, one = run_steps(device, request, case, model.vocabulary, step, optimizer)
+        replayed = None  # a replay calls no module
         result["busiest_expert"] = _busiest(model, lambda: result.update(learning=learning_tensors(optimizer, one)))
         if notes:
             result["graph"] = "; ".join(notes)

@@ -64,7 +64,7 @@ def use_kernels(device: torch.device, wanted: str = "auto", *, first: bool = Tru
     use(set(names) - set(wrong))
     if first:
         log.info("attention on %s: %s", card, "torch's FlashAttention 2" if reason or not attention else attention)
-    if first and reason:
+    if reason:  # each process decides for itself whether the package loads
         log.warning("%s is not used on %s, where torch's FlashAttention 2 is: %s", attention, card, reason)
     if first and wrong:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in wrong.items())
@@ -126,7 +126,9 @@ def _record(device: torch.device) -> Path:
     known = [properties.name, properties.major, properties.minor, torch.__version__, _driver(), _triton()]
     known += [f"{name} {flash.installed(name)}" for name in flash.PACKAGES]
     folders = [Path(str(module.__file__)).parent for module in (quant.kernels, models.kernels)]
-    for file in (*(file for folder in folders for file in sorted(folder.glob("*.py"))), Path(str(flash.__file__))):
+    attention = Path(str(flash.__file__)).parent
+    ours = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    for file in (*ours, attention / "flash.py", attention / "causal.py"):
         known.append(hashlib.sha256(file.read_bytes()).hexdigest())
     name = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     # expanduser leaves the tilde where a user has no home.

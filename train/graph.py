@@ -6,8 +6,7 @@ micro-batch to the next lies in tensors of fixed size: batches are filled up wit
 they are and are set to zero.
 
 A graph is used only after it has proved itself: its first replay must give the loss and the gradient norm of the usual
-pass over the same batch. Whatever goes wrong before that, the run goes on with usual passes and
-says why.
+pass over the same batch. Whatever goes wrong before that, the run goes on with usual passes and says why.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from train.data.batches import MULTIPLE, Batch, empty_batch, filled
 from train.held_out import batch_loss
 from train.optim import Measured, measure_gradients
 
-# Usual passes before one is recorded: kernels get compiled, and the optimiser makes its states.
+# Steps that are computed as usual before a pass is recorded: kernels get compiled, and memory finds its size.
 FIRST_PASSES = 2
 # Padding is computed like other tokens: a batch that has a smaller share of the tokens is computed as usual.
 LEAST_FULL = 0.8
@@ -36,6 +35,8 @@ LEAST_FULL = 0.8
 LABEL_STEPS = 8
 DOCUMENT_STEP = 64
 MOST_GRAPHS = 16
+# Of the device's memory, for the optimiser's update and whatever else is no pass.
+SPARE_BYTES = 2**29
 # How far the two results may be apart, relative: products of other shapes round bfloat16 elsewhere.
 LOSS_TOLERANCE = 1e-3
 NORM_TOLERANCE = 1e-2
@@ -63,6 +64,7 @@ class CudaRecorder:
         self.device = device
         self._held = self._working = 0  # bytes of the graphs; bytes that a usual pass works with
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
     def record(self, work: Callable[[], None]) -> Replay:
         with torch.cuda.device(self.device):
@@ -74,12 +76,14 @@ class CudaRecorder:
             with torch.cuda.graph(graph, pool=self._pool):
                 work()
             self._held += torch.cuda.memory_reserved(self.device) - before
+            if self._free() < SPARE_BYTES:
+                raise MemoryError(f"it leaves less than {SPARE_BYTES >> 20} MiB of the device")
             return graph.replay
 
     def _once(self, work: Callable[[], None]) -> None:
         """The work as usual: its kernels are compiled, and where it waits for the device it raises, which here does no
         harm. On a stream of its own, as torch recommends before recording."""
-        stream, mode = torch.cuda.Stream(self.device), torch.cuda.get_sync_debug_mode()
+        stream, mode = self._stream, torch.cuda.get_sync_debug_mode()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -96,9 +100,13 @@ class CudaRecorder:
         return torch.cuda.memory_reserved(self.device)
 
     def has_room(self) -> bool:
+        return self._free() >= self._working
+
+    def _free(self) -> int:
+        """Bytes of the device that are nobody's, or torch's and in no graph."""
         free, _ = torch.cuda.mem_get_info(self.device)
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device) - self._held
-        return free + cached >= self._working
+        return free + cached
 
     def release(self) -> None:
         torch.cuda.empty_cache()
@@ -143,6 +151,7 @@ class PassGraph:
         self._recorder = recorder or CudaRecorder(device)
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._passes = 0
+        self._complete = False  # nothing more is recorded
         self.active = True
 
     @property
@@ -169,7 +178,7 @@ class PassGraph:
         recorded = self._recorded.get(key)
         if recorded is not None:
             return recorded.run(_inputs(full, key[1]), denominator)
-        if not first or self._passes <= FIRST_PASSES or len(self._recorded) == MOST_GRAPHS:
+        if not first or self._passes <= FIRST_PASSES or self._complete or len(self._recorded) == MOST_GRAPHS:
             self.make_room()
             return None
         return self._record(batch, full, key, denominator)
@@ -190,9 +199,9 @@ class PassGraph:
         if not (math.isfinite(expected.loss) and math.isfinite(expected.norm)):
             return usual  # an error of the run
         try:
-            self._clear()
+            self.clear_gradients()
             recorded = self._recording(key)
-            self._clear()
+            self.clear_gradients()
             loss = recorded.run(_inputs(full, key[1]), denominator)
             problem = _difference(expected, measure_gradients(self._parameters, loss))
         except Exception as error:  # noqa: BLE001 - whatever it is, the usual pass has just done without it
@@ -202,11 +211,15 @@ class PassGraph:
                 self._note("passes are replayed as a CUDA graph from here on (train.cuda_graph)")
             self._recorded[key] = recorded
             return loss
-        self.active = False
-        recorded = None  # type: ignore[assignment]  # its memory is freed with the others'
-        self._forget()
-        self._note(f"no CUDA graph, passes are computed as usual: {problem}. train.cuda_graph: off doesn't try")
-        self._clear()
+        recorded = None  # type: ignore[assignment]  # its memory is freed
+        self._complete = True
+        if self._recorded:
+            self._note(f"no further CUDA graph, for other numbers of labels or documents: {problem}")
+        else:
+            self.active = False
+            self._forget()
+            self._note(f"no CUDA graph, passes are computed as usual: {problem}. train.cuda_graph: off doesn't try")
+        self.clear_gradients()
         return self._usual_pass(batch, denominator)
 
     def _recording(self, key: tuple[int, int]) -> _Recorded:
@@ -231,7 +244,8 @@ class PassGraph:
         loss.backward()
         return loss.detach()
 
-    def _clear(self) -> None:
+    def clear_gradients(self) -> None:
+        """Set to zero, where they are, in one operation."""
         torch._foreach_zero_([parameter.grad for _, parameter in self._parameters if parameter.grad is not None])
 
     def _forget(self) -> None:

@@ -94,6 +94,8 @@ def training_step(
         if graph is not None and not counted and (done := graph.run(batch, labelled, first=passes == 1)) is not None:
             loss += done
             continue
+        if graph is not None and counted:
+            graph.make_room()
         part = batch_loss(model, batch.to(device), denominator=labelled)
         loss += part.detach()
         extra = balance.collect(batch.real_tokens / tokens) if balance is not None else None
@@ -106,7 +108,10 @@ def training_step(
     check_loss(measured.loss, step)
     grad_norm = clip_gradients(shards.parameters, max_grad_norm, step, measured=measured)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=graph is None or not graph.keeps_gradients)
+    if graph is not None and graph.keeps_gradients:
+        graph.clear_gradients()
+    else:
+        optimizer.zero_grad(set_to_none=True)
     return StepResult(measured.loss, grad_norm, tokens, labelled, balance.end_step() if balance is not None else {})
 
 

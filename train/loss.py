@@ -63,6 +63,7 @@ def linear_cross_entropy(
         chosen = _labelled_rows(labels, labelled)
         targets = labels.index_select(0, chosen)
     else:
+        torch._assert_async((labels != IGNORED).sum() <= rows, "linear_cross_entropy: more labels than `rows`")
         chosen = (labels == IGNORED).to(torch.uint8).argsort(stable=True)[:rows]  # those with a label come first
         targets = labels.index_select(0, chosen)
         unlabelled = targets == IGNORED

@@ -51,6 +51,8 @@ def parts_by_length(documents: Documents, longest: int) -> tuple[Part, ...]:
     """Cuts a flat batch around every document of more than `longest` tokens."""
     if documents.longest <= longest:
         return (Part(slice(0, len(documents.positions)), documents),)
+    if not documents.lengths:
+        raise ValueError(f"a recorded pass can't tell documents of more than {longest} tokens (index_topk) from others")
     parts, start = [], 0
     for is_long, group in itertools.groupby(documents.lengths, lambda length: length > longest):
         lengths = list(group)

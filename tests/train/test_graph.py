@@ -7,6 +7,7 @@ pass reads lies in tensors that are filled anew; and full-size layers on meta te
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,35 @@ def test_a_graph_that_fails_or_differs_is_not_used_and_the_run_goes_on(fault: st
     assert note.startswith(f"no CUDA graph, passes are computed as usual: {expected[fault]}")
     assert not graph.active and not graph.keeps_gradients and recorder.released == 1
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_later_graph_that_fails_leaves_those_that_are_proven() -> None:
+    class Second(Again):
+        def record(self, work: Callable[[], None]) -> Replay:
+            if self.recorded:
+                raise RuntimeError("out of memory")
+            return super().record(work)
+
+    batch = batches(5, LENGTHS[:1])
+    more = [make_batch([([1, 2, 3, 4], [False] + [True] * 3)] * 32, range(32))]  # other numbers of labels
+    model, notes, recorder = Toy(), list[str](), Second()
+    graph = graph_of(model, recorder, notes)
+    steps = [[one] for one in (*batch, *more, *batch, *more)]
+    same(gradients_after(model, steps, graph), gradients_after(Toy(), steps, None))
+    assert notes[1:] == ["no further CUDA graph, for other numbers of labels or documents: RuntimeError: out of memory"]
+    assert graph.active and graph.keeps_gradients and recorder.released == 0
+
+
+def test_steps_that_count_usage_are_usual_ones_and_have_room() -> None:
+    recorder, model = Again(), Toy()
+    graph = graph_of(model, recorder, [])
+    steps = [[one] for one in batches(6, LENGTHS[:1])]
+    gradients_after(model, steps[:4], graph)
+    assert graph.keeps_gradients
+    recorder.room = False
+    model.usage = SimpleNamespace(counting=True)  # type: ignore[assignment]
+    gradients_after(model, steps[4:], graph)
+    assert recorder.released == 1 and not graph.keeps_gradients
 
 
 def test_graphs_make_room_for_what_is_computed_as_usual() -> None:
