@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_checks_cut, gpu_checks_graph, gpu_checks_models, gpu_checks_optim, gpu_checks_sequence
+from benchmarks.gpu_cases import NEEDS_CUDA
 from benchmarks.gpu_compare import CPU, DTYPES, Check, Group, compare, random, short
 from models.blocks.factory import Factory
 from models.blocks.linear import LoRA
@@ -23,7 +24,7 @@ from models.use_kernels import use_kernels
 from parallel.device import choose_device
 from quant.fourbit import BLOCK
 from quant.kernels.choice import KERNELS
-from quant.kernels.language import AVAILABLE
+from quant.kernels.language import AVAILABLE, INTERPRETED
 from quant.kinds import new_storage
 from quant.storage import DenseStorage, StorageSpec
 from train.loss import linear_cross_entropy
@@ -70,8 +71,8 @@ def checks(device: torch.device) -> Iterator[Check]:
 
 def kernels(device: torch.device) -> Iterator[Check]:
     """Each of our own against its torch form, on the device."""
-    if not AVAILABLE:
-        yield Check("kernels", "Triton is not here", None)
+    if not AVAILABLE or (device.type == "cpu" and not INTERPRETED):
+        yield Check("kernels", "Triton is not here" if not AVAILABLE else NEEDS_CUDA, None)
         return
     for name, kernel in sorted(KERNELS.items()):
         failure = kernel.failure(device)
