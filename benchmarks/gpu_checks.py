@@ -22,6 +22,7 @@ from models.blocks.linear import LoRA
 from models.experts.block import Experts
 from models.use_kernels import use_kernels
 from parallel.device import choose_device
+from quant.common.errors import in_one_line
 from quant.fourbit import BLOCK
 from quant.kernels.choice import KERNELS
 from quant.kernels.language import AVAILABLE, INTERPRETED
@@ -65,8 +66,7 @@ def checks(device: torch.device) -> Iterator[Check]:
         try:
             yield from group(device)
         except Exception as error:  # noqa: BLE001  (whatever it is, it is this check's result)
-            lines = str(error).strip().splitlines() or [""]
-            yield Check(name, f"{type(error).__name__}: {lines[0]}", False)
+            yield Check(name, in_one_line(error), False)
 
 
 def kernels(device: torch.device) -> Iterator[Check]:

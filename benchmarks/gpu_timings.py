@@ -22,6 +22,7 @@ from models.attention.causal import causal_attention
 from models.attention.delta_rule import chunked_gated_delta_rule, gated_delta_rule
 from models.blocks.documents import Documents
 from parallel.device import choose_device, peak_memory_bytes
+from quant.common.errors import in_one_line
 
 WARMUP, STEPS = 2, 5
 
@@ -61,8 +62,7 @@ def timings(device: torch.device, tiny: bool) -> Iterator[Timing]:
         try:
             yield from operation(sizes, device)
         except Exception as error:  # noqa: BLE001  (whatever it is, it is this timing's result)
-            lines = str(error).strip().splitlines() or [""]
-            yield Timing(operation.__name__.strip("_"), note=f"{type(error).__name__}: {lines[0]}")
+            yield Timing(operation.__name__.strip("_"), note=in_one_line(error))
 
 
 def _delta_rule(sizes: Sizes, device: torch.device) -> Iterator[Timing]:

@@ -223,6 +223,8 @@ class MoE(FeedForward):
 
     group: ClassVar[Group] = "shared_experts"  # of what has no group of its own: the gate
 
+    uses = 4
+
     def __init__(self, config: Qwen3_5MoeConfig, factory: Factory) -> None:
         super().__init__()
         c = config
@@ -230,8 +232,6 @@ class MoE(FeedForward):
         self.shared_expert = SwiGLU(c.hidden, c.shared_width, "shared_experts", factory)
         self.shared_expert_gate = Linear(c.hidden, 1, factory.dense)
         self.experts = Experts(c.experts, c.hidden, c.expert_width, factory)
-
-    uses = 4
 
     def forward(self, x: Tensor, *same: Tensor, plus: Tensor | None = None) -> Tensor:
         """x [N, H]: [N, H]. same: x again, for the shared expert, its gate and the routed ones. plus: added to it."""

@@ -92,13 +92,13 @@ def _dense_layers(config: dict[str, Any], where: str) -> tuple[bool, ...]:
 
 
 class MoE(FeedForward):
+    uses = 2
+
     def __init__(self, config: Qwen3MoeConfig, factory: Factory) -> None:
         super().__init__()
         c = config
         self.gate = SoftmaxRouter(c.hidden, c.experts, c.chosen, factory, normalise=c.normalise)
         self.experts = Experts(c.experts, c.hidden, c.expert_width, factory)
-
-    uses = 2
 
     def forward(self, x: Tensor, for_experts: Tensor | None = None, *, plus: Tensor | None = None) -> Tensor:
         """x [N, H]: [N, H]. for_experts: x again. plus [N, H]: added to it."""

@@ -26,7 +26,7 @@ import models.registry  # with every layer that has kernels
 import quant.kernels
 import quant.kernels.rounding  # the optimiser's, which no layer has
 from models.attention import flash
-from quant.common.errors import NibbleError
+from quant.common.errors import NibbleError, in_one_line
 from quant.common.files import write_atomically
 from quant.common.jsonfile import parse_json
 from quant.kernels.choice import KERNELS, use
@@ -80,7 +80,7 @@ def _use_attention(name: str | None, wrong: str | None) -> str | None:
         try:
             flash.use(name)
         except Exception as error:  # noqa: BLE001  whatever its package raises
-            return f"{type(error).__name__}: {error}"
+            return in_one_line(error)
     return wrong
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from models.blocks.documents import UnknownDocuments
 from parallel.shards import Shards
+from quant.common.devices import without_waiting
+from quant.common.errors import in_one_line
 from train.config.load import Config
 from train.data.batches import MULTIPLE, Batch, empty_batch, filled
 from train.held_out import batch_loss
@@ -205,7 +207,7 @@ class PassGraph:
             loss = recorded.run(_inputs(full, key[1]), denominator)
             problem = _difference(expected, measure_gradients(self._parameters, loss))
         except Exception as error:  # noqa: BLE001 - whatever it is, the usual pass has just done without it
-            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            problem = in_one_line(error)
         if problem is None:
             if not self._recorded:
                 self._note("passes are replayed as a CUDA graph from here on (train.cuda_graph)")
@@ -282,8 +284,7 @@ def _inputs(batch: Batch, documents: int) -> tuple[Tensor, ...]:
 
 def _load(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for target, value in zip(targets, values, strict=True):
-        pinned = value.pin_memory() if target.device.type == "cuda" else value
-        target.copy_(pinned, non_blocking=True)
+        target.copy_(without_waiting(value, target.device))
 
 
 def _difference(expected: Measured, found: Measured) -> str | None:

@@ -18,6 +18,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from quant.common.errors import in_one_line
+
 log = logging.getLogger("nibble")
 
 FLA_NEEDED = (0, 5)  # major and minor version
@@ -100,7 +102,7 @@ def failure_of(rule: Callable[..., Tensor], device: torch.device) -> str | None:
         given = _with_gradients(lambda *inputs: rule(*inputs, offsets), arguments, upstream)
         errors = [float((x.float() - y).abs().max() / y.abs().max()) for x, y in zip(given, right, strict=True)]
     except Exception as error:  # noqa: BLE001  whatever it, a compiler or a driver raises
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return in_one_line(error)
     names = ("output", "gradient of query", "of key", "of value", "of decay", "of beta")
     for name, worst in zip(names, errors, strict=True):
         if not worst <= _TOLERANCE:

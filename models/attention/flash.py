@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.attention.causal import causal_attention
 from models.blocks.documents import Documents
+from quant.common.errors import in_one_line
 from quant.kernels.language import capability
 
 # torch's names, in the order of preference: the package, and the compute capabilities that torch takes it on.
@@ -61,7 +62,7 @@ def failure(name: str, device: torch.device) -> str | None:
             if not worst <= _TOLERANCE:
                 return f"trial {number} differs from float32 by {worst:.1e} of its largest value"
     except Exception as error:  # noqa: BLE001  whatever a package, a compiler or a driver raises
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return in_one_line(error)
     return None
 
 

@@ -16,6 +16,8 @@ from models.experts.block import Experts
 class SharedExpertsMoE(FeedForward):
     """E routed experts of width I, and shared ones that are one MLP of width `shared_width`."""
 
+    uses = 3
+
     def __init__(
         self,
         experts: int,
@@ -29,8 +31,6 @@ class SharedExpertsMoE(FeedForward):
         self.gate = SigmoidRouter(hidden, experts, rule, factory)
         self.shared_experts = SwiGLU(hidden, shared_width, "shared_experts", factory)
         self.experts = Experts(experts, hidden, width, factory)
-
-    uses = 3
 
     def forward(self, x: Tensor, *same: Tensor, plus: Tensor | None = None) -> Tensor:
         """x [N, H]: [N, H]. same: x again, for shared and routed experts. plus: added to it."""

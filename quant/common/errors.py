@@ -1,4 +1,4 @@
-"""The exception whose message users read, and a message that several places share."""
+"""The exception whose message users read, a message that several places share, and errors of others in a line."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ class NibbleError(Exception):
     """
 
     exit_code = 2
+
+
+def in_one_line(error: BaseException) -> str:
+    """Its kind and the first line of what it says: for an error that costs a message and nothing else."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.common.devices import on_cpu
+from quant.common.errors import in_one_line
 from quant.kernels.language import INTERPRETED, is_recording
 
 Arguments = tuple[tuple[Any, ...], dict[str, Tensor]]  # of an operator: the inputs, and the outputs by name
@@ -55,7 +56,7 @@ class Kernel:
                 self.reference(*inputs, **right)
                 worst = max(_difference(outputs[name], right[name]) for name in outputs)
             except Exception as error:  # noqa: BLE001  whatever a compiler or a driver raises
-                return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                return in_one_line(error)
             # Triton's interpreter cuts float32 off where bfloat16 ends, and multiplies no bfloat16 at all.
             cut = INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in outputs.values())
             given = [value for value in (*inputs, *outputs.values()) if isinstance(value, Tensor)]
