@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.launches_cases import LaunchCase, full_config, targets_of
-from benchmarks.launches_step import measure
+from benchmarks.launches_step import Step, measure
 from quant.kernels.language import Launch, recording
 
 # Compute capabilities, and the shared memory that a program may have there, in bytes (CUDA C++ Programming Guide,
@@ -143,11 +143,15 @@ _FEW = {
 }
 
 
+def step_of(arch: str, storage: str) -> Step:
+    """One of two layers, 2 × 2048 tokens."""
+    return measure(LaunchCase(full_config(arch, 2) | _FEW[arch], storage, targets=targets_of(arch)))
+
+
 def launches_of(arch: str, storage: str, capability: tuple[int, int]) -> dict[str, list[Launch]]:
     """What a step of two layers launches on a card, alike launches together."""
-    case = LaunchCase(full_config(arch, 2) | _FEW[arch], storage, targets=targets_of(arch))
     with recording(capability) as launches:
-        measure(case)
+        step_of(arch, storage)
     alike: dict[str, list[Launch]] = {}
     for launch in launches:
         alike.setdefault(repr((launch.kernel.__name__, *signature(launch), launch.options)), []).append(launch)

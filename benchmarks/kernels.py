@@ -14,6 +14,7 @@ from quant.common.errors import NibbleError
 
 if TYPE_CHECKING:
     from benchmarks.compiled import Built
+    from benchmarks.launches_step import Step
 
 CARDS = {"80": "A100", "86": "RTX 3090", "89": "RTX 4090", "90": "H100", "100": "B200", "120": "RTX 5090"}
 
@@ -23,8 +24,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.kernels",
         description="Takes a training step of a full-size model on meta tensors, compiles every kernel that it would\n"
         "launch, as it would be launched, and shows what that uses on each card. Exit code 1 where registers spill,\n"
-        "where shared memory is larger than the card's, or where a product doesn't use the tensor cores. A kernel\n"
-        "takes some 2 s of one CPU. Needs Triton and no GPU.",
+        "where shared memory is larger than the card's, or where a product doesn't use the tensor cores. Then, for\n"
+        "each operator, the work of one launch: bytes, operations and the time that an H100 needs for them at\n"
+        "least. A kernel takes some 2 s of one CPU. Needs Triton and no GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -57,12 +59,24 @@ def row_of(built: Built) -> list[str]:
     ]
 
 
+def work_table(name: str, step: Step) -> str:
+    """Of our operators: the mean launch."""
+    from quant.kernels.choice import KERNELS
+
+    rows = []
+    for operator, total in step.operators.items():
+        if operator in KERNELS:
+            each = (total.bytes / 2**20, total.operations / 1e9, 1e6 * total.seconds)
+            rows.append([operator, f"{total.launches:,}", *(f"{value / total.launches:,.1f}" for value in each)])
+    return table([f"{name}: two layers", "launches", "MiB each", "GFLOP each", "µs each, at least"], rows)
+
+
 def run(arguments: argparse.Namespace) -> int:
     try:
         import triton  # noqa: F401  before the kernels, which then are Triton's
     except ImportError as error:
         raise NibbleError("Triton is not installed.\nInstall it: pip install triton") from error
-    from benchmarks.compiled import build_all
+    from benchmarks.compiled import build_all, step_of
 
     archs = list(FULL) if arguments.all else arguments.arch
     targets = [(int(number[:-1]), int(number[-1])) for number in arguments.target]
@@ -73,6 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{len(rows)} compiled: {built.name}", end="\r", file=sys.stderr, flush=True)
     print(table(HEAD, rows))
     print(f"{len(rows)} compiled, {faults} with a fault")
+    for arch in archs:
+        for storage in arguments.storage:
+            print(f"\n{work_table(f'{FULL[arch][0]}, {storage}', step_of(arch, storage))}")
     return 1 if faults else 0
 
 

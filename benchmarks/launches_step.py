@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -38,9 +39,9 @@ class Step:
 
     layers: launches of each layer, forward, recomputation and backward together. moe: which layers have routed experts.
     rest: launches outside layers (embedding, rotary tables, final norm, head and loss). kinds: of the whole step, by
-    kind of operation; moe_kinds: of the layers with experts. names: launches by operator. update: launches of the
-    optimiser, which is in none of these. waits: how often a layer asks the device for a value. weights, trained: bytes
-    of the frozen tensors, number of trained values. peak: bytes, the update included.
+    kind of operation; moe_kinds: of the layers with experts. operators: of the whole step, by name of the operator.
+    update: launches of the optimiser, which is in none of these. waits: how often a layer asks the device for a value.
+    weights, trained: bytes of the frozen tensors, number of trained values. peak: bytes, the update included.
     """
 
     layers: list[int]
@@ -48,7 +49,7 @@ class Step:
     rest: int
     kinds: dict[str, Total]
     moe_kinds: dict[str, Total]
-    names: dict[str, int]
+    operators: dict[str, Total]
     update: int
     waits: int
     weights: int
@@ -158,13 +159,13 @@ def _count(case: LaunchCase, shards: Shards) -> Step:
     moe = [i for i, layer in enumerate(layers) if any(isinstance(module, Experts) for module in layer.modules())]
     kinds, moe_kinds = ({kind: Total() for kind in ALL_KINDS} for _ in range(2))
     counts, rest, update = [0] * len(layers), 0, 0
-    names: dict[str, int] = {}
+    operators: defaultdict[str, Total] = defaultdict(Total)
     for (place, name), total in recorder.totals.items():
         if place == UPDATE:
             update += total.launches
             continue
         kinds[kind_of(name)].add(total)
-        names[name] = names.get(name, 0) + total.launches
+        operators[name].add(total)
         if place is None:
             rest += total.launches
             continue
@@ -172,7 +173,7 @@ def _count(case: LaunchCase, shards: Shards) -> Step:
         if place in moe:
             moe_kinds[kind_of(name)].add(total)
     return Step(
-        counts, moe, rest, kinds, moe_kinds, dict(sorted(names.items(), key=lambda item: -item[1])),
+        counts, moe, rest, kinds, moe_kinds, dict(sorted(operators.items(), key=lambda item: -item[1].launches)),
         update=update,
         waits=sum(getattr(module.exchange, "waits", 0) for module in model.modules() if isinstance(module, Experts)),
         weights=sum(t.numel() * t.element_size() for name, t in parts.items() if name not in dict(named)),

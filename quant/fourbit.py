@@ -22,7 +22,7 @@ import ctypes
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +33,6 @@ from quant.common.devices import on_cpu
 from quant.common.errors import NibbleError
 from quant.kernels.choice import uses
 from quant.kernels.dequantise import BLOCK, NESTED_BLOCK, dequantise_four_bit
-from quant.kernels.side_by_side import MOST, side_by_side
 from quant.storage import Storage, StorageSpec, TensorSpecs
 
 # On CPU bitsandbytes quantises in plain torch, with some 20 bytes of workspace per value. Blocks are independent.
@@ -150,28 +149,6 @@ class FourBitStorage(Storage):
         # A nested block ends with its expert, so the experts' blocks don't follow one another evenly.
         each = [_decode_scales(*pair) for pair in zip(absmax, nested, strict=True)]
         return torch.stack(each).add_(offset[:, None, None])
-
-
-def together_at_once(storages: Sequence[Storage]) -> bool:
-    """Whether `dense_together` can make these matrices dense, where they are."""
-    first = storages[0]
-    alike = all(isinstance(one, FourBitStorage) and one.spec == first.spec for one in storages)
-    return alike and len(storages) <= MOST and uses(side_by_side, first.device)
-
-
-def dense_together(
-    storages: Sequence[Storage], a: Sequence[Tensor | None], b: Sequence[Tensor | None], *, out: Tensor
-) -> None:
-    """The dense values of matrices [outᵢ, in] below one another, with A [Rᵢ, in] and B [outᵢ, Rᵢ] of those that have
-    them, in one launch: as quant/kernels/side_by_side.py has them in `out` [Σ outᵢ + Σ Rᵢ, in + Σ Rᵢ].
-    """
-    each = [one for one in storages if isinstance(one, FourBitStorage)]
-    double = each[0].spec.double_quant
-    side_by_side(
-        [one.packed for one in each], [one.absmax for one in each],
-        [one.nested_absmax for one in each if double], [one.nested_offset for one in each if double],
-        a, b, code(each[0].kind, out.device), dynamic_map(out.device), out=out,
-    )  # fmt: skip
 
 
 def _decode_scales(absmax: Tensor, nested: Tensor) -> Tensor:

@@ -16,11 +16,8 @@ from torch import Tensor
 
 from quant.common.devices import on_cpu
 from quant.kernels.choice import uses
-from quant.kernels.dequantise import dequantise_int8
+from quant.kernels.dequantise import INVERSE_127, dequantise_int8
 from quant.storage import Storage, StorageSpec, TensorSpecs
-
-# 1/127 as bitsandbytes writes it; dividing by 127 would round differently.
-_INVERSE_127 = 7.874015718698502e-3
 
 # Float32 workspace, in values: on CPU about what the cache holds; elsewhere few kernels matter more (64 MiB).
 _AT_ONCE_CPU = 1 << 19
@@ -61,7 +58,7 @@ class Int8Storage(Storage):
         if which is not None:
             packed, scale = packed[which], scale[which]
         if uses(dequantise_int8, out.device):
-            dequantise_int8(packed.contiguous(), scale.contiguous(), _INVERSE_127, out=out)
+            dequantise_int8(packed.contiguous(), scale.contiguous(), out=out)
             return out
         columns = self.shape[-1]
         flat, packed, scale = out.view(-1, columns), packed.reshape(-1, columns), scale.reshape(-1, 1)
@@ -83,7 +80,7 @@ def _dequantise(packed: Tensor, scale: Tensor, out: Tensor) -> None:
         work.copy_(packed).mul_(scale)
     else:
         torch.mul(packed, scale, out=work)
-    torch.mul(work, _INVERSE_127, out=out)
+    torch.mul(work, INVERSE_127, out=out)
 
 
 def _rows_at_once(matrix: Tensor) -> int:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from models.blocks.factory import Factory
 from quant.common.devices import on_cpu
-from quant.fourbit import dense_together, together_at_once
 from quant.products import product_dtype, without_autocast
 from quant.storage import Storage
+from quant.together import dense_together, together_at_once
 
 
 class LoRA(nn.Module):

@@ -17,6 +17,7 @@ from quant.kernels.language import blocks, jit, launch, power_of_two, tl
 BLOCK = 64  # values that share a scale
 NESTED_BLOCK = 256  # scales that share a nested scale
 BLOCKS_AT_A_TIME = 64  # of a program: 16 packed bytes for each of its threads
+INVERSE_127 = 7.874015718698502e-3  # 1/127 as bitsandbytes writes it; dividing by 127 would round differently
 
 
 @jit
@@ -145,27 +146,33 @@ dequantise_four_bit = kernel(
 
 
 @jit
-def _int8(packed, scale, out, inverse, rows, columns, R: tl.constexpr, B: tl.constexpr):
+def decoded_int8(packed, scale, at, there, row, row_there, INVERSE: tl.constexpr):
+    """The values float32 [R, B] at `at` of R rows."""
+    values = tl.load(packed + at, mask=there, other=0).to(tl.float32)
+    return values * tl.load(scale + row, mask=row_there, other=0.0)[:, None] * INVERSE
+
+
+@jit
+def _int8(packed, scale, out, rows, columns, R: tl.constexpr, B: tl.constexpr, INVERSE: tl.constexpr):
     """Program (i, j): B columns of R rows."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.program_id(1) * B + tl.arange(0, B)
     there = (row < rows)[:, None] & (column < columns)[None, :]
     at = row[:, None] * columns + column[None, :]
-    values = tl.load(packed + at, mask=there, other=0).to(tl.float32)
-    values = values * tl.load(scale + row, mask=row < rows, other=0.0)[:, None] * inverse
+    values = decoded_int8(packed, scale, at, there, row, row < rows, INVERSE)
     tl.store(out + at, values.to(out.dtype.element_ty), mask=there)
 
 
-def _run_int8(packed: Tensor, scale: Tensor, inverse: float, *, out: Tensor) -> None:
+def _run_int8(packed: Tensor, scale: Tensor, *, out: Tensor) -> None:
     columns, rows = out.shape[-1], scale.numel()
     size = min(1024, power_of_two(columns, 16))
     at_once = 4096 // size
     grid = (blocks(rows, at_once), blocks(columns, size))
-    launch(_int8, grid, packed, scale, out, inverse, rows, columns, R=at_once, B=size)
+    launch(_int8, grid, packed, scale, out, rows, columns, R=at_once, B=size, INVERSE=INVERSE_127)
 
 
-def _reference_int8(packed: Tensor, scale: Tensor, inverse: float, *, out: Tensor) -> None:
-    out.copy_(packed.float() * scale[..., None] * inverse)
+def reference_int8(packed: Tensor, scale: Tensor, *, out: Tensor) -> None:
+    out.copy_(packed.float() * scale[..., None] * INVERSE_127)
 
 
 def _int8_trials(device: torch.device) -> Iterator[Arguments]:
@@ -173,15 +180,15 @@ def _int8_trials(device: torch.device) -> Iterator[Arguments]:
     for shape, dtype in (((3, 5, 72), torch.bfloat16), ((1, 2, 2100), torch.float32)):
         packed = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(device)
         scale = torch.rand(shape[:-1], generator=generator).to(device)
-        yield (packed, scale, 1 / 127), {"out": torch.empty(shape, dtype=dtype, device=device)}
+        yield (packed, scale), {"out": torch.empty(shape, dtype=dtype, device=device)}
 
 
-# packed int8 [c, out, in], scale float32 [c, out], inverse: what both are multiplied by; out [c, out, in]. Contiguous.
+# packed int8 [c, out, in], scale float32 [c, out]; out [c, out, in]. All contiguous.
 dequantise_int8 = kernel(
     "dequantise_int8",
-    "(Tensor packed, Tensor scale, float inverse, *, Tensor(a!) out) -> ()",
+    "(Tensor packed, Tensor scale, *, Tensor(a!) out) -> ()",
     run=_run_int8,
-    reference=_reference_int8,
+    reference=reference_int8,
     trials=_int8_trials,
     tolerance=0.0,
 )

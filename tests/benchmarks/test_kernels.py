@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compiled import TARGETS, Built, Compiled
-from benchmarks.kernels import CARDS, row_of
+from benchmarks.compiled import TARGETS, Built, Compiled, step_of
+from benchmarks.kernels import CARDS, row_of, work_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +39,17 @@ def test_kernels_compile_for_a_card_that_is_not_here() -> None:
 def test_every_kernel_of_every_architecture_compiles(target: str) -> None:
     run = compiled("--all", "--storage", "nf4", "int8", "--target", target)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def test_the_work_of_a_launch() -> None:
+    """SwiGLU of Qwen3-30B-A3B reads 2 · 768 and writes 768 bfloat16 values of 8 rows for each of 4,096 tokens; the
+    router multiplies its 4,096 tokens of 2,048 values with 128 rows.
+    """
+    printed = work_table("Qwen3-30B-A3B", step_of("qwen3_moe", "nf4"))
+    cells = {line.split()[0]: line.split()[1:] for line in printed.splitlines()}
+    assert cells["expert_swiglu"][:3] == ["2", f"{8 * 4096 * 3 * 768 * 2 / 2**20:.1f}", "0.0"]
+    assert cells["router"][2] == f"{2 * 4096 * 2048 * 128 / 1e9:.1f}"
+    assert "mm" not in cells and "addmm" not in cells
 
 
 def test_what_is_a_fault() -> None:

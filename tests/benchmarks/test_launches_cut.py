@@ -36,11 +36,12 @@ def step_of(processes: int, expert: int = 1) -> Step:
 def test_a_cut_model_launches_what_one_process_does_and_fsdp2s_own() -> None:
     """And so computes with the same kernels. A wait for the device would raise."""
     alone, one = step_of(1), step_of(2)
-    more = {name: count - alone.names.get(name, 0) for name, count in one.names.items()}
+    counts, counts_alone = ({name: total.launches for name, total in step.operators.items()} for step in (one, alone))
+    more = {name: count - counts_alone.get(name, 0) for name, count in counts.items()}
     # Less only of what makes tables when they are first needed.
     assert {name: count for name, count in more.items() if count > 0} == FSDP2
-    kernels = {name: count for name, count in alone.names.items() if name in KERNELS}
-    assert {name: count for name, count in one.names.items() if name in KERNELS} == kernels
+    kernels = {name: count for name, count in counts_alone.items() if name in KERNELS}
+    assert {name: count for name, count in counts.items() if name in KERNELS} == kernels
     assert {"grouped_product", "dequantise_four_bit"} <= kernels.keys()
     assert one.weights == pytest.approx(alone.weights / 2, rel=1e-3)
     assert not isinstance(code("nf4", CPU), torch._subclasses.FakeTensor)
@@ -52,7 +53,7 @@ def test_an_exchange_waits_once_a_layer_for_what_it_sends() -> None:
     """
     step = step_of(2, expert=2)
     assert step.waits == LAYERS
-    assert step.names["alltoall_base_"] == 9 * LAYERS
+    assert step.operators["alltoall_base_"].launches == 9 * LAYERS
     assert step.per_moe_layer < 180
 
 

@@ -10,17 +10,15 @@ from models.blocks import linear
 from models.blocks.factory import Factory
 from models.blocks.linear import Linear, LoRA, keeping_dense, room, together
 from models.blocks.norm import RMSNorm
-from quant.fourbit import FourBitStorage
 from quant.kernels.choice import KERNELS, using
-from quant.storage import StorageSpec
+from quant.storage import Kind, StorageSpec
 from tests.helpers import assert_close
 
-FACTORY = Factory(StorageSpec("nf4"), torch.float32, "cpu")
 
-
-def made(ranks: tuple[int, ...]) -> tuple[RMSNorm, list[Linear]]:
+def made(ranks: tuple[int, ...], storage: Kind = "nf4") -> tuple[RMSNorm, list[Linear]]:
     """A norm, and layers of its output; rank 0: without LoRA."""
-    layers = [Linear(128, out, FACTORY) for out in (72, 20, 9)[: len(ranks)]]
+    factory = Factory(StorageSpec(storage), torch.float32, "cpu")
+    layers = [Linear(128, out, factory) for out in (72, 20, 9)[: len(ranks)]]
     generator = torch.Generator().manual_seed(0)
     for layer, rank in zip(layers, ranks, strict=True):
         layer.requires_grad_(False)
@@ -28,7 +26,7 @@ def made(ranks: tuple[int, ...]) -> tuple[RMSNorm, list[Linear]]:
         if rank:
             layer.lora = LoRA(layer.weight.shape, rank, alpha=1.5 * rank)
             nn.init.normal_(layer.lora.B, generator=generator)
-    return RMSNorm(128, 1e-5, FACTORY).requires_grad_(False), layers
+    return RMSNorm(128, 1e-5, factory).requires_grad_(False), layers
 
 
 def in_torch(x: Tensor, layer: Linear) -> Tensor:
@@ -38,8 +36,9 @@ def in_torch(x: Tensor, layer: Linear) -> Tensor:
 
 @pytest.mark.parametrize("ranks", [(8,), (8, 0, 16), (3, 4)], ids=str)
 @pytest.mark.parametrize("way", ["made again", "kept", "x needs no gradient"])
-def test_together(ranks: tuple[int, ...], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    norm, layers = made(ranks)
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_together(ranks: tuple[int, ...], way: str, storage: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, layers = made(ranks, storage)
     x = torch.randn(7, 128, generator=torch.Generator().manual_seed(1), requires_grad=way != "x needs no gradient")
     inputs = [x, *(p for layer in layers for p in layer.parameters() if p.requires_grad)][not x.requires_grad :]
 
@@ -53,7 +52,7 @@ def test_together(ranks: tuple[int, ...], way: str, monkeypatch: pytest.MonkeyPa
         assert columns == {(8,): 8, (8, 0, 16): 24}.get(ranks, 0)
         monkeypatch.setattr(linear, "on_cpu", lambda device: False)
         if columns or way == "kept":
-            monkeypatch.setattr(FourBitStorage, "dense", None)  # all are made dense in one launch
+            monkeypatch.setattr(type(layers[0].weight), "dense", None)  # all are made dense in one launch
         normed = norm(x, columns)
         assert normed.shape == (7, 128 + columns)
         if way == "kept":
