@@ -15,7 +15,11 @@ import quant.kernels.grouped
 import quant.kernels.rounding
 import quant.kernels.side_by_side  # noqa: F401
 from models.kernels import (  # noqa: F401
+    delta_chunks,
     delta_gates,
+    delta_gradients,
+    delta_inside,
+    delta_scan,
     expert_rows,
     gates,
     latent_keys,
