@@ -26,6 +26,7 @@ MINUTES = 7.5  # the command's default limit: it ends within 8
 # In this order. flash-linear-attention tunes its kernels when it is first used: its checks and timings come last.
 PARTS = ("models", "peer", "checks", "timings")
 CHECK_SECONDS, TIMING_SECONDS = 65.0, 30.0  # shares of the time, beside those of GROUPS
+TRIAL_SHARE = 0.4  # of the time, at most, for the trial of our kernels where nobody has tried them
 TINY_LENGTH = 128
 INTERPRETER = (sys.executable, "-W", "ignore", "-m")
 
@@ -100,6 +101,15 @@ def header(device_name: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             parts.append(f"no {library}")
     return "; ".join(parts)
+
+
+def try_kernels(device: str, limit: float) -> None:
+    """Afterwards the processes of the benchmark find it remembered. Prints what it says."""
+    began = time.monotonic()
+    for kind, text in lines_of([*INTERPRETER, "benchmarks.gpu_trial", device], limit):
+        if text:
+            print(f"the trial of the kernels: {text}" if kind == "end" else text, flush=True)
+    print(f"kernels tried, or known from an earlier trial, in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def run_checks(device: str, kernels: str, limit: float) -> list[dict[str, Any]]:
@@ -199,6 +209,8 @@ def run(arguments: argparse.Namespace) -> int:
     peer = interpreter_of_peer(arguments) if "peer" in parts else None
     if arguments.part and "peer" in arguments.part:
         began = time.monotonic()  # making its environment is no part of the measurement
+    if arguments.device != "cpu" and arguments.kernels == "auto":
+        try_kernels(arguments.device, TRIAL_SHARE * 60 * arguments.minutes)
     groups = chosen([*(GROUPS if "models" in parts else ()), *([PEER] if peer else ())], arguments)
     shares = [group.seconds for group in groups]
     shares += [CHECK_SECONDS] * ("checks" in parts) + [TIMING_SECONDS] * ("timings" in parts)

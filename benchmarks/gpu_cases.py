@@ -130,8 +130,8 @@ class Request:
 ATTENTION, BOTH = ("attention",), ("attention", "experts")
 MIXERS_TOO = ("linear_attention", *BOTH)
 LONG: dict[str, Any] = {"sequences": 1, "length": 8192}
-# The first process also compiles and tries the kernels where nobody has, for a minute or so. flash-linear-attention
-# tunes its own for as long or longer: what uses it comes last.
+# The first process also compiles the kernels for its sizes, some 45. flash-linear-attention tunes its own for a minute
+# or longer: what uses it comes last.
 GROUPS = (
     Group(
         GLM, "nf4", 155,

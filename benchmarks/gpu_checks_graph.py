@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 from benchmarks.gpu_checks_models import NF4, TINY, everywhere, tiny_model
 from benchmarks.gpu_compare import BFLOAT16_MODEL, NEEDS_CUDA, Check, Group, compare, compare_each_norm
 from models.adapters.lora import trainable_parameters
+from models.attention.fla import uses_fla
 
 LENGTH, SEQUENCES, STEPS = 64, 4, 6
 
 
 def groups() -> list[Group]:
-    return [(f"{model_type}, CUDA graph", functools.partial(replayed, model_type)) for model_type in TINY]
+    found = [(f"{model_type}, CUDA graph", functools.partial(replayed, model_type)) for model_type in TINY]
+    return [*found, ("CUDA graph that fails", recording_fails)]
 
 
 def replayed(model_type: str, device: torch.device) -> Iterator[Check]:
@@ -26,9 +28,38 @@ def replayed(model_type: str, device: torch.device) -> Iterator[Check]:
     if device.type != "cuda":
         yield Check(name, NEEDS_CUDA, None)
         return
+    if model_type == "qwen3_5_moe_text" and uses_fla(device, torch.bfloat16):
+        yield Check(name, "flash-linear-attention waits for the device", None)
+        return
     losses, trained, notes = _train(model_type, device, graph=True)
     usual_losses, usual, _ = _train(model_type, device, graph=False)
     yield Check(name, "; ".join(notes), any(note.startswith("passes are replayed") for note in notes))
+    yield compare(f"{name}: losses", [(torch.tensor(losses), torch.tensor(usual_losses))], 5e-3)
+    yield compare_each_norm(f"{name}: LoRA after {STEPS} steps", list(zip(trained, usual, strict=True)), BFLOAT16_MODEL)
+
+
+def recording_fails(device: torch.device) -> Iterator[Check]:
+    """Steps go on as usual where CUDA ends a recording, and torch's allocator and streams are as before."""
+    name = "glm4_moe_lite, a recording that CUDA ends"
+    if device.type != "cuda":
+        yield Check(name, NEEDS_CUDA, None)
+        return
+    from train.graph import CudaRecorder
+
+    class Waiting(CudaRecorder):
+        def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+            def waits() -> None:
+                work()
+                torch.cuda.synchronize()  # which no recording survives
+
+            return super()._capture(waits)
+
+    stream = torch.cuda.current_stream(device)
+    losses, trained, notes = _train("glm4_moe_lite", device, graph=True, recorder=Waiting(device))
+    torch.cuda.empty_cache()
+    usual_losses, usual, _ = _train("glm4_moe_lite", device, graph=False)
+    on_it = torch.cuda.current_stream(device) == stream
+    yield Check(f"{name}: on the usual stream", "; ".join(notes), on_it and notes[0].startswith("no CUDA graph"))
     yield compare(f"{name}: losses", [(torch.tensor(losses), torch.tensor(usual_losses))], 5e-3)
     yield compare_each_norm(f"{name}: LoRA after {STEPS} steps", list(zip(trained, usual, strict=True)), BFLOAT16_MODEL)
 

@@ -1,9 +1,9 @@
-"""Which kernels a run uses on its GPU: those that were right when they were tried there, in a process of their own.
+"""Which kernels a run uses on its GPU: those that were right when they were tried there, in processes of their own.
 
-In a process of its own, since a kernel may do worse than be wrong: an address that isn't there ends all that its
-process can do on the GPU, and a compiler can end the process. The first trial on a card compiles for a minute or so;
-that all kernels were right is remembered in the user's cache folder, for this card, driver and version of torch, of
-Triton and of the kernels themselves. Where one was wrong all are tried anew.
+In processes of their own, since a kernel may do worse than be wrong: an address that isn't there ends all that its
+process can do on the GPU, and a compiler can end the process. The first trial on a card compiles some 135 kernels, each
+a second or so of a core; what was found is remembered in the user's cache folder, for this card, driver and version of
+torch, of Triton and of the kernels themselves. One that was wrong is tried anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -35,7 +37,9 @@ from quant.kernels.language import AVAILABLE
 log = logging.getLogger("nibble")
 
 TRIAL = (sys.executable, "-m", "models.use_kernels")
-TRIAL_SECONDS = 600.0  # of one process; some 100 compilations
+TRIAL_SECONDS = 600.0  # of the processes that run at once
+MOST_PROCESSES = 8  # each has a CUDA context of some hundred MiB
+SILENT_PROCESSES = 3  # in turn, after which the device or the installation is taken to be what fails
 
 
 def use_kernels(device: torch.device, wanted: str = "auto", *, first: bool = True) -> None:
@@ -57,7 +61,7 @@ def use_kernels(device: torch.device, wanted: str = "auto", *, first: bool = Tru
         names.append(attention)
     wrong = _recall(path, names)
     if wrong is None or (first and wrong):
-        wrong = try_apart((*TRIAL, str(device)), names)
+        wrong = try_apart((*TRIAL, str(device)), names if wrong is None else list(wrong))
         _remember(path, names, wrong)
     reason = _use_attention(attention, wrong.pop(attention or "", None))
     names, card = [name for name in names if name != attention], torch.cuda.get_device_name(device)
@@ -84,40 +88,70 @@ def _use_attention(name: str | None, wrong: str | None) -> str | None:
     return wrong
 
 
-def try_apart(command: Sequence[str], names: Sequence[str], seconds: float = TRIAL_SECONDS) -> dict[str, str]:
-    """Tries the kernels `names` by `command`, which is given them and prints a line of JSON for each, in order: the
-    kernel's name and what is wrong with it, or null. Which of them are wrong, and what is.
+def try_apart(
+    command: Sequence[str], names: Sequence[str], seconds: float = TRIAL_SECONDS, processes: int | None = None
+) -> dict[str, str]:
+    """Tries the kernels `names` by `command`, which is given some of them and prints a line of JSON for each, in order:
+    the kernel's name and what is wrong with it, or null. Which of them are wrong, and what is.
+
+    processes: at once, since what takes long is the compiler, on one core (default: by the cores).
     """
     wrong: dict[str, str] = {}
-    left = list(names)
-    while left:
-        failure = None
+    count = processes or max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) // 2, len(names)))
+    parts = [_Part(list(names[first::count])) for first in range(count)]
+    while left := [part for part in parts if part.left]:
+        running = [(part, _start([*command, *part.left])) for part in left]
+        deadline = time.monotonic() + seconds
         try:
-            done = subprocess.run([*command, *left], capture_output=True, text=True, timeout=seconds)
-            output, failure = done.stdout, _ending(done)
-        except subprocess.TimeoutExpired as error:
-            output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-            failure = f"the trial took more than {seconds:.0f} s"
-        answered = 0
-        for line in output.splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                name, found = parse_json(line)
-                if left and name == left[0]:
-                    left.pop(0)
-                    answered += 1
-                    if found is not None:
-                        wrong[name] = str(found)
-        # The process ended with the next one, unless it ended itself after an error that spoils what follows.
-        if left and (failure is not None or not answered):
-            wrong[left.pop(0)] = failure or "the trial said nothing"
+            for part, process in running:
+                wrong |= part.answered(*_outcome(process, deadline, seconds))
+        finally:
+            for _, process in running:
+                process.kill()
+                process.wait()
     return wrong
 
 
-def _ending(done: subprocess.CompletedProcess[str]) -> str | None:
-    if done.returncode == 0:
-        return None
-    last = (done.stderr.strip().splitlines() or [""])[-1][:200]
-    return f"the trial ended with code {done.returncode}: {last}"
+@dataclass
+class _Part:
+    """Kernels that are left for a process to try, and how many ended in turn without an answer."""
+
+    left: list[str]
+    silent: int = 0
+
+    def answered(self, output: str, failure: str | None) -> dict[str, str]:
+        """What is wrong with which, by what a process printed and how it failed, if it did."""
+        wrong, before = {}, len(self.left)
+        for line in output.splitlines():
+            with contextlib.suppress(ValueError, TypeError):
+                name, found = parse_json(line)
+                if self.left and name == self.left[0]:
+                    self.left.pop(0)
+                    if found is not None:
+                        wrong[name] = str(found)
+        self.silent = self.silent + 1 if len(self.left) == before else 0
+        # The process ended with the next one, unless it ended itself after an error that spoils what follows. Where
+        # none gets as far as an answer, it is no kernel's fault, and the others needn't be tried.
+        if self.left and (failure is not None or self.silent):
+            blamed = len(self.left) if self.silent == SILENT_PROCESSES else 1
+            wrong |= dict.fromkeys(self.left[:blamed], failure or "the trial said nothing")
+            del self.left[:blamed]
+        return wrong
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+
+
+def _outcome(process: subprocess.Popen[str], deadline: float, seconds: float) -> tuple[str, str | None]:
+    """What it printed, and how it failed; ended at the deadline, which `seconds` were before."""
+    try:
+        output, said = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0], f"the trial took more than {seconds:.0f} s"
+    last = (said.strip().splitlines() or [""])[-1][:200]
+    return output, f"the trial ended with code {process.returncode}: {last}" if process.returncode else None
 
 
 def _record(device: torch.device) -> Path:

@@ -11,6 +11,7 @@ pass over the same batch. Whatever goes wrong before that, the run goes on with 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.attention.fla import uses_fla
 from models.blocks.documents import UnknownDocuments
+from models.decoder import CausalLM
 from parallel.shards import Shards
-from quant.common.devices import without_waiting
+from quant.common.devices import copy_without_waiting
 from quant.common.errors import in_one_line
+from quant.kernels.language import power_of_two
 from train.config.load import Config
 from train.data.batches import MULTIPLE, Batch, empty_batch, filled
 from train.held_out import batch_loss
@@ -32,10 +36,11 @@ from train.optim import Measured, measure_gradients
 FIRST_PASSES = 2
 # Padding is computed like other tokens: a batch that has a smaller share of the tokens is computed as usual.
 LEAST_FULL = 0.8
-# The numbers of labelled rows and of documents are rounded up, to eighths of the tokens and to multiples of this, so
-# that there are few graphs. All share their memory.
+# So that there are few graphs, which share their memory, the number of labelled rows is rounded up to eighths of the
+# tokens, that of documents to a power of two, and the length of the longest to one of four: flash attention starts
+# blocks for as many documents as there are, all as long as the longest, and those without tokens take time too.
 LABEL_STEPS = 8
-DOCUMENT_STEP = 64
+LENGTH_FACTOR = 4
 MOST_GRAPHS = 16
 # Of the device's memory, for the optimiser's update and whatever else is no pass.
 SPARE_BYTES = 2**29
@@ -56,7 +61,7 @@ class Recorder(Protocol):
         """Whether a usual pass has memory beside that of the recorded ones."""
 
     def release(self) -> None:
-        """Frees the memory of what was recorded, none of which is replayed after that."""
+        """Frees the memory of what was recorded and has been dropped."""
 
 
 class CudaRecorder:
@@ -74,13 +79,25 @@ class CudaRecorder:
             self._once(work)
             self._working = max(self._working, torch.cuda.memory_reserved(self.device) - before)
             before = self._reserved()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                work()
+            graph = self._capture(work)
             self._held += torch.cuda.memory_reserved(self.device) - before
             if self._free() < SPARE_BYTES:
                 raise MemoryError(f"it leaves less than {SPARE_BYTES >> 20} MiB of the device")
             return graph.replay
+
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Where the end of a recording fails, torch.cuda.graph leaves its stream the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
+                work()
+        except BaseException:
+            # torch 2.11 doesn't tell its allocator of an end that fails (pytorch#180395), which would then raise when
+            # it is short of memory. Where it knows, this raises.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            raise
+        return graph
 
     def _once(self, work: Callable[[], None]) -> None:
         """The work as usual: its kernels are compiled, and where it waits for the device it raises, which here does no
@@ -111,8 +128,17 @@ class CudaRecorder:
         return free + cached
 
     def release(self) -> None:
-        torch.cuda.empty_cache()
         self._held, self._pool = 0, torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What a graph is recorded for. rows: with labels; longest: the most tokens of a document."""
+
+    rows: int
+    documents: int
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -151,7 +177,7 @@ class PassGraph:
         self._model, self._parameters, self._device = shards.model, shards.parameters, device
         self._tokens, self._longest, self._note = tokens + -tokens % MULTIPLE, longest, note
         self._recorder = recorder or CudaRecorder(device)
-        self._recorded: dict[tuple[int, int], _Recorded] = {}
+        self._recorded: dict[_Size, _Recorded] = {}
         self._passes = 0
         self._complete = False  # nothing more is recorded
         self.active = True
@@ -173,13 +199,16 @@ class PassGraph:
         if len(batch.tokens) > self._tokens or batch.real_tokens < LEAST_FULL * self._tokens:
             self.make_room()
             return None
-        full = filled(batch, self._tokens, self._longest)
+        longest = 1
+        while longest < batch.documents.longest:
+            longest *= LENGTH_FACTOR
+        longest = min(longest, self._longest)
+        full = filled(batch, self._tokens, longest)
         rows = math.ceil(LABEL_STEPS * batch.labelled / self._tokens) * self._tokens // LABEL_STEPS
-        documents = len(full.documents.lengths)
-        key = (rows, documents + -documents % DOCUMENT_STEP)
+        key = _Size(rows, power_of_two(len(full.documents.lengths)), longest)
         recorded = self._recorded.get(key)
         if recorded is not None:
-            return recorded.run(_inputs(full, key[1]), denominator)
+            return recorded.run(_inputs(full, key.documents), denominator)
         if not first or self._passes <= FIRST_PASSES or self._complete or len(self._recorded) == MOST_GRAPHS:
             self.make_room()
             return None
@@ -190,7 +219,7 @@ class PassGraph:
         if self._recorded and not self._recorder.has_room():
             self._forget()
 
-    def _record(self, batch: Batch, full: Batch, key: tuple[int, int], denominator: float) -> Tensor:
+    def _record(self, batch: Batch, full: Batch, key: _Size, denominator: float) -> Tensor:
         """The loss of the usual pass of `batch`, or, if that agrees, of the replayed one of `full`: with more padding.
 
         What is recorded is a pass over padding alone: a graph that doesn't read its inputs again can't agree.
@@ -204,7 +233,7 @@ class PassGraph:
             self.clear_gradients()
             recorded = self._recording(key)
             self.clear_gradients()
-            loss = recorded.run(_inputs(full, key[1]), denominator)
+            loss = recorded.run(_inputs(full, key.documents), denominator)
             problem = _difference(expected, measure_gradients(self._parameters, loss))
         except Exception as error:  # noqa: BLE001 - whatever it is, the usual pass has just done without it
             problem = in_one_line(error)
@@ -216,7 +245,7 @@ class PassGraph:
         recorded = None  # type: ignore[assignment]  # its memory is freed
         self._complete = True
         if self._recorded:
-            self._note(f"no further CUDA graph, for other numbers of labels or documents: {problem}")
+            self._note(f"no further CUDA graph, for batches of other numbers: {problem}")
         else:
             self.active = False
             self._forget()
@@ -224,18 +253,17 @@ class PassGraph:
         self.clear_gradients()
         return self._usual_pass(batch, denominator)
 
-    def _recording(self, key: tuple[int, int]) -> _Recorded:
-        """A graph of a pass over batches of so many labelled rows and documents."""
-        rows, documents = key
-        blank = filled(empty_batch(), self._tokens, self._longest)
-        inputs = tuple(value.to(self._device) for value in _inputs(blank, documents))
+    def _recording(self, key: _Size) -> _Recorded:
+        """A graph of a pass over batches of this size."""
+        blank = filled(empty_batch(), self._tokens, key.longest)
+        inputs = tuple(value.to(self._device) for value in _inputs(blank, key.documents))
         tokens, labels, positions, offsets = inputs
-        unknown = UnknownDocuments((), offsets, positions, limit=self._longest)
+        unknown = UnknownDocuments((), offsets, positions, limit=key.longest)
         fixed = Batch(tokens, labels, unknown, real_tokens=0, labelled=0)
         divisor, loss = torch.ones((), device=self._device), torch.zeros((), device=self._device)
 
         def work() -> None:
-            part = batch_loss(self._model, fixed, divisor, rows)
+            part = batch_loss(self._model, fixed, divisor, key.rows)
             part.backward()
             loss.copy_(part.detach())
 
@@ -251,6 +279,8 @@ class PassGraph:
         torch._foreach_zero_([parameter.grad for _, parameter in self._parameters if parameter.grad is not None])
 
     def _forget(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # a replay may still run
         self._recorded.clear()
         self._recorder.release()
 
@@ -265,6 +295,7 @@ def graph_for(config: Config, shards: Shards, device: torch.device, note: Callab
         "data.packing: false makes batches of different sizes": not data.packing,
         "train.kernels: torch waits for the device in every layer": train.kernels == "torch",
         f"train.balance: {train.balance} counts on the host": train.balance != "none",
+        "flash-linear-attention waits for the device in every layer": _uses_fla(shards.model, device),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -272,6 +303,11 @@ def graph_for(config: Config, shards: Shards, device: torch.device, note: Callab
             return None
     tokens = train.micro_batch_size * data.sequence_length
     return PassGraph(shards, device, tokens=tokens, longest=data.sequence_length, note=note)
+
+
+def _uses_fla(model: CausalLM, device: torch.device) -> bool:
+    linear = any(getattr(module, "group", None) == "linear_attention" for module in model.modules())
+    return linear and uses_fla(device, model.dtype)
 
 
 def _inputs(batch: Batch, documents: int) -> tuple[Tensor, ...]:
@@ -284,7 +320,7 @@ def _inputs(batch: Batch, documents: int) -> tuple[Tensor, ...]:
 
 def _load(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for target, value in zip(targets, values, strict=True):
-        target.copy_(without_waiting(value, target.device))
+        copy_without_waiting(target, value)
 
 
 def _difference(expected: Measured, found: Measured) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -50,7 +51,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scal
 
     groups = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {}
-    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if groups > 1 and _takes_groups():
         options["enable_gqa"] = True
     elif groups > 1:  # torch 2.11: a copy of keys and values for every query head
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -60,6 +61,13 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scal
     out = varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scale, window_size=sees, **options)
     assert isinstance(out, Tensor)
     return out
+
+
+@functools.cache
+def _takes_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _by_document(

@@ -39,6 +39,13 @@ def without_waiting(tensor: torch.Tensor, device: torch.device | str) -> torch.T
     """`tensor.to(device)`. A copy from host memory to CUDA is queued like a kernel: from memory that isn't pinned the
     host would wait until the device has done all that was queued before.
     """
-    if tensor.device.type == "cpu" and str(device).startswith("cuda"):
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return _pinned(tensor, device).to(device, non_blocking=True)
+
+
+def copy_without_waiting(target: torch.Tensor, tensor: torch.Tensor) -> None:
+    """`target.copy_(tensor)`, likewise."""
+    target.copy_(_pinned(tensor, target.device), non_blocking=True)
+
+
+def _pinned(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" and str(device).startswith("cuda") else tensor

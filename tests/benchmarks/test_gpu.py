@@ -42,6 +42,13 @@ def test_gpu_refuses_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch,
     assert "choose cuda or cuda:<number>" in capsys.readouterr().err
 
 
+def test_the_trial_of_the_kernels_says_how_it_ended(capsys: pytest.CaptureFixture[str]):
+    gpu.try_kernels("cpu", LIMIT)
+    assert capsys.readouterr().out.startswith("kernels tried, or known from an earlier trial, in ")
+    gpu.try_kernels("quantum", LIMIT)
+    assert "the trial of the kernels: " in capsys.readouterr().out
+
+
 def test_timings_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     gpu_timings.main("cpu", tiny=True)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

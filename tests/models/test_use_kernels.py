@@ -1,4 +1,4 @@
-"""Kernels are tried in a process of their own, and one that ends it is left out, with the rest tried all the same."""
+"""Kernels are tried in processes of their own: one that ends its process is left out, and the rest is tried."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ for name in sys.argv[1:]:
 """
 
 
-def test_a_kernel_that_ends_the_trial_is_left_out_and_the_others_tried() -> None:
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_kernel_that_ends_the_trial_is_left_out_and_the_others_tried(processes: int) -> None:
     names = ["right", "dies", "wrong", "raises", "silent", "last"]
-    wrong = try_apart((sys.executable, "-c", TRIAL), names)
+    wrong = try_apart((sys.executable, "-c", TRIAL), names, processes=processes)
     assert set(wrong) == set(names) - {"right", "last"}
     assert wrong["wrong"] == "differs"
     assert f"code {-signal.SIGSEGV}" in wrong["dies"]
@@ -45,12 +46,44 @@ def test_a_kernel_that_ends_the_trial_is_left_out_and_the_others_tried() -> None
 def test_an_error_that_spoils_what_follows_is_not_blamed_on_the_next() -> None:
     """`main` ends its process after it, with code 0."""
     first_alone = TRIAL + "        raise SystemExit(0)"
-    assert try_apart((sys.executable, "-c", first_alone), ["wrong", "right", "last"]) == {"wrong": "differs"}
+    assert try_apart((sys.executable, "-c", first_alone), ["wrong", "right", "last"], processes=1) == {
+        "wrong": "differs"
+    }
 
 
 def test_a_trial_that_does_not_end_is_ended() -> None:
-    wrong = try_apart((sys.executable, "-c", TRIAL), ["right", "hangs"], seconds=1)
+    wrong = try_apart((sys.executable, "-c", TRIAL), ["right", "hangs"], seconds=1, processes=1)
     assert wrong == {"hangs": "the trial took more than 1 s"}
+
+
+def test_what_no_kernel_is_to_blame_for_is_not_tried_with_each(tmp_path: Path) -> None:
+    """As on a GPU that takes no second process."""
+    log = tmp_path / "log"
+    program = f"import sys; open({str(log)!r}, 'a').write('.'); sys.exit('CUDA error: all devices are busy')"
+    names = [f"kernel {number}" for number in range(30)]
+    wrong = try_apart((sys.executable, "-c", program), names, processes=1)
+    assert list(wrong) == names
+    assert set(wrong.values()) == {"the trial ended with code 1: CUDA error: all devices are busy"}
+    assert log.read_text() == "..."
+
+
+def test_only_what_was_wrong_is_tried_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def trial(command: object, names: list[str]) -> dict[str, str]:
+        asked.append(names)
+        return {"router": "differs"} if len(asked) == 1 else {}
+
+    monkeypatch.setattr(use_kernels, "try_apart", trial)
+    monkeypatch.setattr(use_kernels, "_record", lambda device: tmp_path / "card.json")
+    monkeypatch.setattr(use_kernels.flash, "offered", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    with using(()):
+        for expected in (KERNELS.keys() - {"router"}, KERNELS.keys(), KERNELS.keys()):
+            use_kernels.use_kernels(torch.device("cuda:0"))
+            assert {name for name, kernel in KERNELS.items() if uses(kernel, torch.device("meta"))} == expected
+    assert asked == [sorted(KERNELS), ["router"]]
 
 
 def test_what_is_remembered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,6 +22,7 @@ from parallel.shards import Shards
 from quant.kernels.choice import KERNELS, using
 from tests.benchmarks.test_launches import FEW_LAYERS
 from tests.helpers import assert_close
+from train import graph as graph_module
 from train.data.batches import IGNORED, Batch, filled, make_batch
 from train.graph import PassGraph, Replay
 from train.held_out import batch_loss
@@ -177,7 +178,7 @@ def test_a_later_graph_that_fails_leaves_those_that_are_proven() -> None:
     graph = graph_of(model, recorder, notes)
     steps = [[one] for one in (*batch, *more, *batch, *more)]
     same(gradients_after(model, steps, graph), gradients_after(Toy(), steps, None))
-    assert notes[1:] == ["no further CUDA graph, for other numbers of labels or documents: RuntimeError: out of memory"]
+    assert notes[1:] == ["no further CUDA graph, for batches of other numbers: RuntimeError: out of memory"]
     assert graph.active and graph.keeps_gradients and recorder.released == 0
 
 
@@ -268,6 +269,61 @@ def test_the_check_of_the_host_can_fail() -> None:
     with NothingFromTheHost() as host:
         torch.tensor([1.0, 2.0]).to(META)
     assert host.found
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({}, None),
+        ({"cuda_graph": "off"}, ""),
+        ({"packing": False}, "data.packing: false makes batches of different sizes"),
+        ({"kernels": "torch"}, "train.kernels: torch waits for the device in every layer"),
+        ({"balance": "bias"}, "train.balance: bias counts on the host"),
+        ({"meshes": object()}, "the model is cut over processes or kept in host memory"),
+        ({"fla": True}, "flash-linear-attention waits for the device in every layer"),
+    ],
+    ids=str,
+)
+def test_where_nothing_can_be_replayed_a_line_says_why(
+    setting: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"cuda_graph": "auto", "packing": True, "kernels": "auto", "balance": "none", "meshes": None} | setting
+    monkeypatch.setattr(graph_module, "CudaRecorder", lambda device: Again())
+    monkeypatch.setattr(graph_module, "uses_fla", lambda device, dtype: True)
+    model, notes = Toy(), list[str]()
+    model.dtype = torch.bfloat16  # type: ignore[assignment]
+    if "fla" in setting:
+        model.mix.group = "linear_attention"  # type: ignore[assignment]
+    parts = {key: given[key] for key in ("cuda_graph", "kernels", "balance")}
+    config: Any = SimpleNamespace(
+        train=SimpleNamespace(**parts, micro_batch_size=2),
+        data=SimpleNamespace(packing=given["packing"], sequence_length=64),
+    )
+    shards: Any = SimpleNamespace(model=model, meshes=given["meshes"], parameters=[])
+    made = graph_module.graph_for(config, shards, torch.device("cuda"), notes.append)
+    assert (made is not None) == (reason is None)
+    assert notes == ([f"no CUDA graph: {reason}"] if reason else [])
+    assert graph_module.graph_for(config, shards, CPU, notes.append) is None
+
+
+def test_sizes_are_few_and_padding_keeps_to_them() -> None:
+    """Of 128 tokens in documents of at most 32: flash attention starts as many blocks as the size says."""
+    sizes: list[tuple[int, int]] = []
+
+    class Looking(Toy):
+        def hidden(self, tokens: Tensor, documents: Documents) -> Tensor:
+            if isinstance(documents, UnknownDocuments):
+                lengths = documents.offsets.diff()
+                assert len(tokens) == documents.offsets[-1] == 128 and lengths.max() <= documents.limit
+                sizes.append((len(lengths), documents.limit))
+            return super().hidden(tokens, documents)
+
+    model, recorder = Looking(), Again()
+    graph = graph_of(model, recorder, [])
+    # The shortest documents first; one that has room for padding; then the longest.
+    lengths = ([5] * 25, [16] * 8, [16] * 7, [17, 16, 31, 32, 31])
+    gradients_after(model, [[one] for one in batches(24, [lengths[number // 6] for number in range(24)])], graph)
+    assert list(dict.fromkeys(sizes)) == [(32, 16), (8, 16), (8, 32)]
 
 
 def test_gradients_of_a_kept_optimiser_are_zeroed_in_place() -> None:
