@@ -279,7 +279,7 @@ def test_the_check_of_the_host_can_fail() -> None:
         ({"packing": False}, "data.packing: false makes batches of different sizes"),
         ({"kernels": "torch"}, "train.kernels: torch waits for the device in every layer"),
         ({"balance": "bias"}, "train.balance: bias counts on the host"),
-        ({"meshes": object()}, "the model is cut over processes or kept in host memory"),
+        ({"meshes": "two"}, "the model is cut over processes or kept in host memory"),
         ({"fla": True}, "flash-linear-attention waits for the device in every layer"),
     ],
     ids=str,
