@@ -209,7 +209,7 @@ def run(arguments: argparse.Namespace) -> int:
     peer = interpreter_of_peer(arguments) if "peer" in parts else None
     if arguments.part and "peer" in arguments.part:
         began = time.monotonic()  # making its environment is no part of the measurement
-    if arguments.device != "cpu" and arguments.kernels == "auto":
+    if arguments.device != "cpu" and arguments.kernels == "auto" and set(parts) != {"peer"}:
         try_kernels(arguments.device, TRIAL_SHARE * 60 * arguments.minutes)
     groups = chosen([*(GROUPS if "models" in parts else ()), *([PEER] if peer else ())], arguments)
     shares = [group.seconds for group in groups]

@@ -39,7 +39,7 @@ def replayed(model_type: str, device: torch.device) -> Iterator[Check]:
 
 
 def recording_fails(device: torch.device) -> Iterator[Check]:
-    """Steps go on as usual where CUDA ends a recording, and torch's allocator and streams are as before."""
+    """Steps go on as usual where CUDA ends a recording: on the stream from before, with an allocator that works."""
     name = "glm4_moe_lite, a recording that CUDA ends"
     if device.type != "cuda":
         yield Check(name, NEEDS_CUDA, None)

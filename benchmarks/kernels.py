@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "launch, as it would be launched, and shows what that uses on each card. Exit code 1 where registers spill,\n"
         "where shared memory is larger than the card's, or where a product doesn't use the tensor cores. Then, for\n"
         "each operator, the work of one launch: bytes, operations and the time that an H100 needs for them at\n"
-        "least. A kernel takes some 2 s of one CPU. Needs Triton and no GPU.",
+        "least. A kernel takes 1 to 2 s of one CPU. Needs Triton and no GPU.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

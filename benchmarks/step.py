@@ -17,6 +17,7 @@ from benchmarks.checkpoint import ensure_checkpoint, parameters_of
 from benchmarks.peer_env import BITSANDBYTES, peer_python, requirements
 from benchmarks.report import Result, check_equal_work, profile_text, step_table, tokens_per_second, verdict
 from benchmarks.setting import DEFAULT, RANK, SETTINGS, Request
+from quant.common.devices import allowed_cores
 from quant.common.errors import NibbleError
 from quant.common.files import check_outputs
 from quant.common.terminal import print_error
@@ -92,12 +93,11 @@ def physical_cores(cpuinfo: str, allowed: int) -> int:
 
 
 def default_threads() -> int:
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    return physical_cores(text, allowed)
+    return physical_cores(text, allowed_cores())
 
 
 def measured_apart(command: Sequence[str], what: str, threads: int, environment: Mapping[str, str]) -> Result:

@@ -2,8 +2,8 @@
 
 In processes of their own, since a kernel may do worse than be wrong: an address that isn't there ends all that its
 process can do on the GPU, and a compiler can end the process. The first trial on a card compiles some 135 kernels, each
-a second or so of a core; what was found is remembered in the user's cache folder, for this card, driver and version of
-torch, of Triton and of the kernels themselves. One that was wrong is tried anew.
+1 to 2 s of a core; what was found is remembered in the user's cache folder, for this card, driver and version of torch,
+of Triton and of the kernels themselves. One that was wrong is tried anew.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -28,6 +30,7 @@ import models.registry  # with every layer that has kernels
 import quant.kernels
 import quant.kernels.rounding  # the optimiser's, which no layer has
 from models.attention import flash
+from quant.common.devices import allowed_cores
 from quant.common.errors import NibbleError, in_one_line
 from quant.common.files import write_atomically
 from quant.common.jsonfile import parse_json
@@ -97,18 +100,18 @@ def try_apart(
     processes: at once, since what takes long is the compiler, on one core (default: by the cores).
     """
     wrong: dict[str, str] = {}
-    count = processes or max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) // 2, len(names)))
+    count = processes or max(1, min(MOST_PROCESSES, allowed_cores() // 2, len(names)))
     parts = [_Part(list(names[first::count])) for first in range(count)]
     while left := [part for part in parts if part.left]:
-        running = [(part, _start([*command, *part.left])) for part in left]
-        deadline = time.monotonic() + seconds
+        deadline, running = time.monotonic() + seconds, list[_Process]()
         try:
-            for part, process in running:
-                wrong |= part.answered(*_outcome(process, deadline, seconds))
+            for part in left:
+                running.append(_Process([*command, *part.left]))
+            for part, process in zip(left, running, strict=True):
+                wrong |= part.answered(*process.ending(deadline, seconds))
         finally:
-            for _, process in running:
-                process.kill()
-                process.wait()
+            for process in running:
+                process.end()
     return wrong
 
 
@@ -139,19 +142,31 @@ class _Part:
         return wrong
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+class _Process:
+    """A process that writes into files: a pipe would stay open as long as any compiler that it has started hangs."""
 
+    def __init__(self, command: Sequence[str]) -> None:
+        self._out, self._err = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115  they end with this object
+        self._running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err)
 
-def _outcome(process: subprocess.Popen[str], deadline: float, seconds: float) -> tuple[str, str | None]:
-    """What it printed, and how it failed; ended at the deadline, which `seconds` were before."""
-    try:
-        output, said = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.communicate()[0], f"the trial took more than {seconds:.0f} s"
-    last = (said.strip().splitlines() or [""])[-1][:200]
-    return output, f"the trial ended with code {process.returncode}: {last}" if process.returncode else None
+    def ending(self, deadline: float, seconds: float) -> tuple[str, str | None]:
+        """What it printed, and how it failed, if it did; ended at the deadline, which is `seconds` after its start."""
+        try:
+            code = self._running.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.end()
+            return self._said(self._out), f"the trial took more than {seconds:.0f} s"
+        last = (self._said(self._err).strip().splitlines() or [""])[-1][:200]
+        return self._said(self._out), f"the trial ended with code {code}: {last}" if code else None
+
+    @staticmethod
+    def _said(file: IO[bytes]) -> str:
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+    def end(self) -> None:
+        self._running.kill()
+        self._running.wait()
 
 
 def _record(device: torch.device) -> Path:

@@ -26,10 +26,11 @@ def dense_together(
     storages: Sequence[Storage], a: Sequence[Tensor | None], b: Sequence[Tensor | None], *, out: Tensor
 ) -> None:
     """The dense values of matrices [outᵢ, in] below one another, with A [Rᵢ, in] and B [outᵢ, Rᵢ] of those that have
-    them, in one launch: as quant/kernels/side_by_side.py has them in `out` [Σ outᵢ + Σ Rᵢ, in + Σ Rᵢ].
+    them, in one launch: as quant/kernels/side_by_side.py has them in `out` [Σ outᵢ + Σ Rᵢ, in + Σ Rᵢ]. storages: of one
+    kind, as `together_at_once` has said.
     """
-    of_int8 = [one for one in storages if isinstance(one, Int8Storage)]
-    if of_int8:
+    if isinstance(storages[0], Int8Storage):
+        of_int8 = [one for one in storages if isinstance(one, Int8Storage)]
         packed, scales = [one.packed for one in of_int8], [one.scale for one in of_int8]
         side_by_side(packed, scales, [], [], a, b, None, None, out=out)
         return

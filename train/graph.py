@@ -22,7 +22,6 @@ from torch import Tensor
 
 from models.attention.fla import uses_fla
 from models.blocks.documents import UnknownDocuments
-from models.decoder import CausalLM
 from parallel.shards import Shards
 from quant.common.devices import copy_without_waiting
 from quant.common.errors import in_one_line
@@ -37,8 +36,8 @@ FIRST_PASSES = 2
 # Padding is computed like other tokens: a batch that has a smaller share of the tokens is computed as usual.
 LEAST_FULL = 0.8
 # So that there are few graphs, which share their memory, the number of labelled rows is rounded up to eighths of the
-# tokens, that of documents to a power of two, and the length of the longest to one of four: flash attention starts
-# blocks for as many documents as there are, all as long as the longest, and those without tokens take time too.
+# tokens, that of documents to a power of 2, and the length of the longest document to a power of 4. No further, since
+# flash attention starts blocks for so many documents of that length, and those without tokens take time too.
 LABEL_STEPS = 8
 LENGTH_FACTOR = 4
 MOST_GRAPHS = 16
@@ -209,7 +208,10 @@ class PassGraph:
         recorded = self._recorded.get(key)
         if recorded is not None:
             return recorded.run(_inputs(full, key.documents), denominator)
-        if not first or self._passes <= FIRST_PASSES or self._complete or len(self._recorded) == MOST_GRAPHS:
+        if len(self._recorded) == MOST_GRAPHS and not self._complete:
+            self._complete = True
+            self._note(f"no further CUDA graph after {MOST_GRAPHS}: batches of other sizes are computed as usual")
+        if not first or self._passes <= FIRST_PASSES or self._complete:
             self.make_room()
             return None
         return self._record(batch, full, key, denominator)
@@ -245,7 +247,7 @@ class PassGraph:
         recorded = None  # type: ignore[assignment]  # its memory is freed
         self._complete = True
         if self._recorded:
-            self._note(f"no further CUDA graph, for batches of other numbers: {problem}")
+            self._note(f"no further CUDA graph, for batches of other sizes: {problem}")
         else:
             self.active = False
             self._forget()
@@ -283,6 +285,7 @@ class PassGraph:
             torch.cuda.synchronize(self._device)  # a replay may still run
         self._recorded.clear()
         self._recorder.release()
+        self._complete = False  # there may be room now for what failed
 
 
 def graph_for(config: Config, shards: Shards, device: torch.device, note: Callable[[str], None]) -> PassGraph | None:
@@ -290,24 +293,28 @@ def graph_for(config: Config, shards: Shards, device: torch.device, note: Callab
     train, data = config.train, config.data
     if device.type != "cuda" or train.cuda_graph == "off":
         return None
-    reasons = {
-        "the model is cut over processes or kept in host memory": shards.meshes is not None,
-        "data.packing: false makes batches of different sizes": not data.packing,
-        "train.kernels: torch waits for the device in every layer": train.kernels == "torch",
-        f"train.balance: {train.balance} counts on the host": train.balance != "none",
-        "flash-linear-attention waits for the device in every layer": _uses_fla(shards.model, device),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            note(f"no CUDA graph: {reason}")
-            return None
+    if reason := _reason(config, shards, device):
+        note(f"no CUDA graph: {reason}")
+        return None
     tokens = train.micro_batch_size * data.sequence_length
     return PassGraph(shards, device, tokens=tokens, longest=data.sequence_length, note=note)
 
 
-def _uses_fla(model: CausalLM, device: torch.device) -> bool:
-    linear = any(getattr(module, "group", None) == "linear_attention" for module in model.modules())
-    return linear and uses_fla(device, model.dtype)
+def _reason(config: Config, shards: Shards, device: torch.device) -> str | None:
+    """Why a run's passes can't be replayed."""
+    if shards.meshes is not None:
+        return "the model is cut over processes or kept in host memory"
+    if not config.data.packing:
+        return "data.packing: false makes batches of different sizes"
+    if config.train.kernels == "torch":
+        return "train.kernels: torch waits for the device in every layer"
+    if config.train.balance != "none":
+        return f"train.balance: {config.train.balance} counts on the host"
+    # Last, since that package is tried first.
+    linear = any(getattr(module, "group", None) == "linear_attention" for module in shards.model.modules())
+    if linear and uses_fla(device, shards.model.dtype):
+        return "flash-linear-attention waits for the device in every layer"
+    return None
 
 
 def _inputs(batch: Batch, documents: int) -> tuple[Tensor, ...]:

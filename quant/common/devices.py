@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -39,13 +40,23 @@ def without_waiting(tensor: torch.Tensor, device: torch.device | str) -> torch.T
     """`tensor.to(device)`. A copy from host memory to CUDA is queued like a kernel: from memory that isn't pinned the
     host would wait until the device has done all that was queued before.
     """
-    return _pinned(tensor, device).to(device, non_blocking=True)
+    if _crosses(tensor, device):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def copy_without_waiting(target: torch.Tensor, tensor: torch.Tensor) -> None:
     """`target.copy_(tensor)`, likewise."""
-    target.copy_(_pinned(tensor, target.device), non_blocking=True)
+    if _crosses(tensor, target.device):
+        target.copy_(tensor.pin_memory(), non_blocking=True)
+    else:
+        target.copy_(tensor)
 
 
-def _pinned(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    return tensor.pin_memory() if tensor.device.type == "cpu" and str(device).startswith("cuda") else tensor
+def _crosses(tensor: torch.Tensor, device: torch.device | str) -> bool:
+    return tensor.device.type == "cpu" and str(device).startswith("cuda")
+
+
+def allowed_cores() -> int:
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

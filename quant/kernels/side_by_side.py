@@ -146,7 +146,6 @@ def _run(
     nested_offset: Sequence[Tensor], a: Sequence[Tensor | None], b: Sequence[Tensor | None], code: Tensor | None,
     scales_map: Tensor | None, *, out: Tensor,
 ) -> None:  # fmt: skip
-    int8 = code is None or scales_map is None
     columns = _columns(packed)
     ranks = out.shape[1] - columns
     spare = packed[0]  # stands for what is not there and not read
@@ -165,15 +164,19 @@ def _run(
     launch(
         _side_by_side, (programs,), *arguments[:-1], spare if code is None else code,
         spare if scales_map is None else scales_map, out, columns, out.shape[1], ranks, sum(map(len, packed)),
-        INT8=int8, NESTED=bool(nested_absmax), G=BLOCKS_AT_A_TIME, HALF=BLOCK // 2, NESTED_BLOCK=NESTED_BLOCK,
-        INVERSE=INVERSE_127, ROWS=_ROWS_AT_A_TIME, RANKS=power_of_two(ranks, 16), COLUMNS=_COLUMNS_AT_A_TIME,
-        fuse=False,
+        INT8=_is_int8(packed), NESTED=bool(nested_absmax), G=BLOCKS_AT_A_TIME, HALF=BLOCK // 2,
+        NESTED_BLOCK=NESTED_BLOCK, INVERSE=INVERSE_127, ROWS=_ROWS_AT_A_TIME, RANKS=power_of_two(ranks, 16),
+        COLUMNS=_COLUMNS_AT_A_TIME, fuse=False,
     )  # fmt: skip
+
+
+def _is_int8(packed: Sequence[Tensor]) -> bool:
+    return packed[0].dtype == torch.int8
 
 
 def _columns(packed: Sequence[Tensor]) -> int:
     """Dense ones."""
-    return packed[0].shape[1] * (1 if packed[0].dtype == torch.int8 else 2)
+    return packed[0].shape[1] * (1 if _is_int8(packed) else 2)
 
 
 def _reference(
@@ -186,9 +189,10 @@ def _reference(
     for index, matrix in enumerate(packed):
         part = out[row : row + len(matrix)]
         dense = torch.empty(1, len(matrix), columns, dtype=out.dtype, device=out.device)
-        if code is None or scales_map is None:
+        if _is_int8(packed):
             reference_int8(matrix[None], absmax[index][None], out=dense)
         else:
+            assert code is not None and scales_map is not None
             scale, offset = (nested_absmax[index][None], nested_offset[index][None]) if nested_absmax else (None, None)
             reference_four_bit(matrix[None], absmax[index][None], scale, offset, code, scales_map, out=dense)
         part[:, :columns], part[:, columns:] = dense[0], 0.0

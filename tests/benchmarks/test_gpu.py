@@ -49,6 +49,23 @@ def test_the_trial_of_the_kernels_says_how_it_ended(capsys: pytest.CaptureFixtur
     assert "the trial of the kernels: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "tried"),
+    [(["--part", "checks"], True), (["--part", "peer"], False), (["--part", "checks", "--kernels", "torch"], False)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_kernels_are_tried_before_what_uses_them(
+    options: list[str], tried: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    happened: list[Any] = []
+    for name in ("require_device", "header", "run_groups", "run_checks"):
+        monkeypatch.setattr(gpu, name, lambda *given, name=name: happened.append(name) or [])
+    monkeypatch.setattr(gpu, "interpreter_of_peer", lambda arguments: tmp_path)
+    monkeypatch.setattr(gpu, "try_kernels", lambda device, limit: happened.append((device, limit)))
+    gpu.main([*options, "--device", "cuda:0", "--minutes", "5"])
+    assert happened[2:] == [("cuda:0", 120.0)] * tried + ["run_groups" if "peer" in options else "run_checks"]
+
+
 def test_timings_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     gpu_timings.main("cpu", tiny=True)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

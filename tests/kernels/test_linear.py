@@ -67,6 +67,18 @@ def test_together(ranks: tuple[int, ...], way: str, storage: Kind, monkeypatch: 
         assert_close(one, other, 2e-6)
 
 
+def test_int8_of_other_widths_is_multiplied_apart() -> None:
+    """Than multiples of 64, which 4 bits always have."""
+    layer = Linear(72, 20, Factory(StorageSpec("int8"), torch.float32, "cpu"))
+    layer.weight.load_dense(torch.randn(20, 72, generator=torch.Generator().manual_seed(0)))
+    layer.lora = LoRA(layer.weight.shape, 8, alpha=8)
+    nn.init.normal_(layer.lora.B, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(7, 72, generator=torch.Generator().manual_seed(2))
+    with using(KERNELS):
+        assert room(layer) == 0
+        assert_close(layer(x), in_torch(x, layer), 2e-6)
+
+
 def test_untrained_lora_adds_nothing_to_the_base() -> None:
     norm, layers = made((8, 16))
     for layer in layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 
 # What `python -m models.use_kernels` does, with kernels of the names' kinds.
 TRIAL = """
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 for name in sys.argv[1:]:
     if name == "dies":
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -26,6 +27,8 @@ for name in sys.argv[1:]:
         raise SystemExit("Triton: no such card")
     if name == "hangs":
         time.sleep(60)
+    if name == "hangs in a compiler":
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])
     if name != "silent":
         print("a library's own line")
         print(json.dumps([name, "differs" if name == "wrong" else None]), flush=True)
@@ -51,9 +54,15 @@ def test_an_error_that_spoils_what_follows_is_not_blamed_on_the_next() -> None:
     }
 
 
-def test_a_trial_that_does_not_end_is_ended() -> None:
-    wrong = try_apart((sys.executable, "-c", TRIAL), ["right", "hangs"], seconds=1, processes=1)
-    assert wrong == {"hangs": "the trial took more than 1 s"}
+@pytest.mark.parametrize("hangs", ["hangs", "hangs in a compiler"])
+def test_a_trial_that_does_not_end_is_ended(hangs: str) -> None:
+    """And blames nothing that another process has answered by then, or ended with."""
+    began = time.monotonic()
+    names = [hangs, "wrong", "right", "dies", "last", "right too"]
+    wrong = try_apart((sys.executable, "-c", TRIAL), names, seconds=2, processes=2)
+    assert time.monotonic() - began < 30
+    assert wrong.pop("dies").startswith(f"the trial ended with code {-signal.SIGSEGV}")
+    assert wrong == {hangs: "the trial took more than 2 s", "wrong": "differs"}
 
 
 def test_what_no_kernel_is_to_blame_for_is_not_tried_with_each(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_later_graph_that_fails_leaves_those_that_are_proven() -> None:
     graph = graph_of(model, recorder, notes)
     steps = [[one] for one in (*batch, *more, *batch, *more)]
     same(gradients_after(model, steps, graph), gradients_after(Toy(), steps, None))
-    assert notes[1:] == ["no further CUDA graph, for batches of other numbers: RuntimeError: out of memory"]
+    assert notes[1:] == ["no further CUDA graph, for batches of other sizes: RuntimeError: out of memory"]
     assert graph.active and graph.keeps_gradients and recorder.released == 0
 
 
@@ -269,6 +269,52 @@ def test_the_check_of_the_host_can_fail() -> None:
     with NothingFromTheHost() as host:
         torch.tensor([1.0, 2.0]).to(META)
     assert host.found
+
+
+def test_a_recording_that_cuda_ends_leaves_the_stream_and_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 does it: where the end of a recording raises, nothing else is undone. `python -m benchmarks.gpu`
+    ends one in CUDA.
+    """
+    streams, ended = ["usual"], list[Any]()
+
+    class Recording:
+        def __init__(self, graph: object, pool: object) -> None: ...
+
+        def __enter__(self) -> None:
+            streams.append("recording")
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    class Restoring:
+        def __init__(self, stream: str) -> None:
+            self.before = stream
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None:
+            streams.append(self.before)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "stream", Restoring)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: ended.append(given), raising=False)
+    recorder = object.__new__(graph_module.CudaRecorder)
+    recorder._pool = (0, 7)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        recorder._capture(lambda: None)
+    assert streams == ["usual", "recording", "usual"] and ended == [(0, (0, 7))]
+
+
+def test_after_as_many_graphs_as_there_may_be_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_module, "MOST_GRAPHS", 1)
+    steps = [[one] for one in batches(12, [[5] * 25, [30, 32, 31, 32]])]
+    model, notes, recorder = Toy(), list[str](), Again()
+    same(gradients_after(model, steps, graph_of(model, recorder, notes)), gradients_after(Toy(), steps, None))
+    assert recorder.recorded == 1
+    assert notes[1:] == ["no further CUDA graph after 1: batches of other sizes are computed as usual"]
 
 
 @pytest.mark.parametrize(
