@@ -24,7 +24,7 @@ from models.kernels.delta_chunks import (
     trial_inputs,
 )
 from quant.kernels.choice import Arguments, kernel
-from quant.kernels.language import blocks, jit, launch, power_of_two, tl
+from quant.kernels.language import blocks, capability, jit, launch, power_of_two, tl
 
 
 @jit
@@ -192,6 +192,8 @@ def _run_backward(
     d_out: Tensor, *, d_corrected: Tensor, d_states: Tensor,
 ) -> None:  # fmt: skip
     grid, options = _options(query, d_corrected, attention.shape[-1])
+    if capability(query.device)[0] == 10:
+        options["stages"] = 1  # Triton 3.6 spills registers with loads ahead
     launch(
         _backward,
         grid,

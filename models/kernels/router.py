@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from models.kernels.rows import rows_of
 from quant.kernels.choice import Arguments, kernel, uses
-from quant.kernels.language import blocks, jit, launch, power_of_two, tl
+from quant.kernels.language import blocks, capability, jit, launch, power_of_two, tl
 from quant.storage import DenseStorage
 
 EPSILON = 1e-20  # beside the sum that sigmoid scores are divided by
@@ -153,12 +153,13 @@ def _run(
     g = power_of_two(groups)
     width = power_of_two(each, max(2, 16 // g))
     rows, warps = _rows_and_warps(g * width)
+    spills = capability(x.device)[0] >= 10 and g * width >= 256  # loads ahead, by Triton 3.6
     launch(
         _router, (blocks(tokens, rows),),
         x, matrix, matrix if bias is None else bias, logits, chosen, weights, tokens, x.shape[1], experts,
         x.stride(0), each, open_groups, scale, 0.0 if bias is None else EPSILON, SOFTMAX=bias is None,
         NORMALISE=normalise, GROUPS=groups, K=k, T=rows, G=g, EACH=width, K_WIDTH=power_of_two(k),
-        B=32 if g * width < 256 else 16, warps=warps, stages=2,
+        B=32 if g * width < 256 else 16, warps=warps, stages=1 if spills else 2,
     )  # fmt: skip
 
 
