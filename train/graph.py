@@ -93,7 +93,7 @@ class CudaRecorder:
         except BaseException:
             # torch 2.11 doesn't tell its allocator of an end that fails (pytorch#180395), which would then raise when
             # it is short of memory. Where it knows, this raises.
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(AttributeError, RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
             raise
         return graph

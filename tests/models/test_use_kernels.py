@@ -59,10 +59,10 @@ def test_a_trial_that_does_not_end_is_ended(hangs: str) -> None:
     """And blames nothing that another process has answered by then, or ended with."""
     began = time.monotonic()
     names = [hangs, "wrong", "right", "dies", "last", "right too"]
-    wrong = try_apart((sys.executable, "-c", TRIAL), names, seconds=2, processes=2)
-    assert time.monotonic() - began < 30
+    wrong = try_apart((sys.executable, "-c", TRIAL), names, seconds=5, processes=2)
+    assert time.monotonic() - began < 50  # the compiler hangs for 60
     assert wrong.pop("dies").startswith(f"the trial ended with code {-signal.SIGSEGV}")
-    assert wrong == {hangs: "the trial took more than 2 s", "wrong": "differs"}
+    assert wrong == {hangs: "the trial took more than 5 s", "wrong": "differs"}
 
 
 def test_what_no_kernel_is_to_blame_for_is_not_tried_with_each(tmp_path: Path) -> None:
